@@ -1,0 +1,261 @@
+"""Read a config: YAML files on top of configs/default.yaml, then key=value overrides.
+
+    python config.py --config configs/tuned.yaml configs/quick.yaml --set batch_size=64
+
+prints the resolved config. It is a flat mapping, read at the entrance of a script and passed on
+as plain values.
+"""
+
+import argparse
+import difflib
+import math
+import sys
+from collections.abc import Hashable
+from pathlib import Path
+
+import yaml
+
+from errors import UserError, run
+
+DEFAULT = Path(__file__).parent / "configs" / "default.yaml"
+LOSSES = ("cross_entropy", "dice_pooled", "dice_per_class")
+CHOICES = {
+    "skip": ("pooled", "full"),
+    "upsampling_init": ("random", "bilinear"),
+    "schedule": ("constant", "one_cycle"),
+    "device": ("auto", "cpu", "cuda"),
+    "precision": ("auto", "float32", "bfloat16"),
+    "in_channels": (1, 3, 4),
+}
+# Inclusive ranges; what they leave open is checked in `validate`.
+RANGES = {
+    "published_iou": (0, 1),
+    "dropout": (0, 0.99),
+    "learning_rate": (1e-12, 1e3),
+    "epochs": (1, 1_000_000),
+    "images_per_epoch": (0, 1_000_000_000),
+    "batch_size": (1, 1_000_000),
+    "seed": (0, 2**31 - 1),
+    "crop": (0, 1_000_000),
+    "blur_kernel": (1, 999),
+}
+PROBABILITIES = ("crop_on_objects", "horizontal_flip", "vertical_flip", "blur", "jitter")
+RANGES |= dict.fromkeys(PROBABILITIES, (0, 1))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that builds plain data only and refuses a key given twice instead of taking the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        mapping: dict = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable) or key in mapping:
+                raise UserError(
+                    f"key '{key}' (line {key_node.start_mark.line + 1}) is given twice or no name; "
+                    "keep one"
+                )
+            mapping[key] = self.construct_object(value_node, deep=True)
+        return mapping
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file; see configs/ for those there are") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; a config is YAML in UTF-8") from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); a config is a YAML file"
+        ) from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold 'key: value' lines, as configs/default.yaml does")
+    return values
+
+
+def _layers(path: Path, above: tuple[Path, ...] = ()) -> dict:
+    """The values of a file on top of those of its `base`, and of the base's base."""
+    if path in above:
+        raise UserError(f"{path}: its chain of bases leads back to itself; remove one `base`")
+    values = _read_yaml(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base: must be the name of a config file")
+    return _layers((path.parent / base).resolve(), (*above, path)) | values
+
+
+def _fit(key: str, value: object, default: object) -> object:
+    """`value` as the type that `default` shows; UserError if it is not of that type."""
+    if default is None or isinstance(default, float):
+        if value is None and default is None:
+            return None
+        if isinstance(value, str):
+            try:  # YAML 1.1 reads 1e-3 (no dot) as text
+                value = float(value)
+            except ValueError:
+                value = None
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+        ):
+            raise UserError(
+                f"{key}: must be a number, as in '{key}: {0.5 if default is None else default}'"
+            )
+        return float(value)
+    wanted = {int: "a whole number", str: "text", list: "a list", dict: "a mapping"}
+    if not isinstance(value, type(default)) or isinstance(value, bool):
+        raise UserError(f"{key}: must be {wanted[type(default)]}, as in '{key}: {default}'")
+    return value
+
+
+def _fit_structure(config: dict) -> None:
+    """Check the keys that hold lists and mappings; UserError names the key and the right form."""
+    for key in ("encoder", "decoder"):
+        stages = config[key]
+        for i, stage in enumerate(stages):
+            ok = isinstance(stage, list) and len(stage) == 2
+            if ok:
+                width, kernel = stage
+                named = key == "decoder" and width == "classes"
+                ok = (named or _is_int(width)) and _is_int(kernel) and kernel % 2 == 1
+            if not ok:
+                raise UserError(
+                    f"{key}: stage {i + 1} is {stage}; must be [channels, kernel] with an odd "
+                    "kernel, as in [64, 3]"
+                )
+        if not stages:
+            raise UserError(f"{key}: is empty; name at least one stage, as in [[16, 3]]")
+    wanted = len(config["encoder"]) + (config["skip"] == "full")
+    if len(config["decoder"]) != wanted:
+        raise UserError(
+            f"decoder: has {len(config['decoder'])} stages; skip: {config['skip']} with "
+            f"{len(config['encoder'])} encoder stages needs {wanted}"
+        )
+    weights = config["loss"]
+    for name, weight in weights.items():
+        if name not in LOSSES:
+            raise UserError(f"loss: unknown loss '{name}'{_nearest(name, LOSSES)}")
+        weights[name] = _fit(f"loss: {name}", weight, 1.0)
+        if weights[name] < 0:
+            raise UserError(f"loss: {name}: must not be negative")
+    if not sum(weights.values()) > 0:
+        raise UserError("loss: needs at least one positive weight, as in {cross_entropy: 1.0}")
+    colours = config["classes"]
+    for name, colour in colours.items():
+        if not isinstance(name, str) or not (
+            isinstance(colour, list)
+            and len(colour) == 3
+            and all(_is_int(c, 0) and c <= 255 for c in colour)
+        ):
+            raise UserError(
+                f"classes: {name}: must be a name and a colour of three numbers from 0 to 255, "
+                "as in 'square: [255, 0, 0]'"
+            )
+    if not 2 <= len(colours) <= 255 or len({tuple(c) for c in colours.values()}) < len(colours):
+        raise UserError("classes: needs 2 to 255 classes, each with a colour of its own")
+    for key, length in (("blur_sigma", 2), ("jitter_strength", 4)):
+        values = config[key]
+        if len(values) != length:
+            raise UserError(f"{key}: must be {length} numbers")
+        config[key] = [_fit(key, value, 1.0) for value in values]
+        if min(config[key]) < 0:
+            raise UserError(f"{key}: must not be negative")
+    low, high = config["blur_sigma"]
+    if not 0 < low <= high:
+        raise UserError(f"blur_sigma: must be 0 < low ≤ high, is [{low}, {high}]")
+    if config["jitter_strength"][3] > 0.5:
+        raise UserError("jitter_strength: hue (the fourth) must be at most 0.5")
+    if config["blur_kernel"] % 2 == 0:
+        raise UserError(f"blur_kernel: must be odd, is {config['blur_kernel']}")
+
+
+def _is_int(value: object, low: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _nearest(name: object, known: list[str] | tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; known are: {', '.join(known)}"
+
+
+def load_config(paths: list[Path], overrides: list[str]) -> dict:
+    """Resolve a config.
+
+    Args:
+        paths: YAML files; later ones win. The first names the experiment unless `name` is set.
+        overrides: "key=value" strings, the values in YAML; they win over the files.
+
+    Returns:
+        A value for every key of configs/default.yaml, of the type it has there.
+
+    Raises:
+        UserError: a file is missing or not YAML; a key is unknown (the nearest known one is
+            named), given twice, of the wrong type or out of range.
+    """
+    default = _read_yaml(DEFAULT)
+    sources = [(str(path), _layers(path.resolve())) for path in paths]
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--set {override}: must be key=value, as in --set batch_size=16")
+        try:
+            sources.append(("--set", {key.strip(): yaml.load(text, _Loader)}))
+        except yaml.YAMLError:
+            raise UserError(f"--set {override}: the value is not valid YAML") from None
+    config = dict(default)
+    for source, values in sources:
+        for key, value in values.items():
+            if key not in default:
+                raise UserError(f"{source}: unknown key '{key}'{_nearest(key, list(default))}")
+            try:
+                config[key] = _fit(key, value, default[key])
+            except UserError as error:
+                raise UserError(f"{source}: {error}") from None
+    config["name"] = config["name"] or (paths[0].stem if paths else "default")
+    for key, known in CHOICES.items():
+        if config[key] not in known:
+            raise UserError(
+                f"{key}: is '{config[key]}'; must be one of {', '.join(map(str, known))}"
+            )
+    for key, (low, high) in RANGES.items():
+        if config[key] is not None and not low <= config[key] <= high:
+            raise UserError(f"{key}: is {config[key]}; must be from {low:g} to {high:g}")
+    _fit_structure(config)
+    return config
+
+
+def dump(config: dict) -> str:
+    """The config as YAML text that `load_config` reads back to the same values."""
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, default_flow_style=None)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --config and --set, the same for every script that takes a config."""
+    parser.add_argument(
+        "--config", type=Path, nargs="+", required=True, metavar="FILE", help="later files win"
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", action="extend"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print the resolved config.")
+    add_arguments(parser)
+    args = parser.parse_args()
+    sys.stdout.write(dump(load_config(args.config, args.overrides)))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,74 @@
+"""Losses on logits (N, C, H, W) against masks (N, H, W); all in float32 whatever autocast does."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = 255  # mask value of a pixel that counts neither in losses nor in metrics
+
+
+def cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the pixels of the negative log-likelihood of the true class; in [0, inf)."""
+    counted = (mask != IGNORE).sum().clamp(min=1)  # all ignored: a loss of 0, not 0/0
+    total = F.cross_entropy(logits, mask.long(), ignore_index=IGNORE, reduction="sum")
+    return total / counted
+
+
+def _probabilities_and_target(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over classes and one-hot mask, both (N, C, H*W) float32, 0 where ignored."""
+    counted = (mask != IGNORE).flatten(1).unsqueeze(1)
+    classes = torch.arange(logits.shape[1], device=mask.device).view(1, -1, 1)
+    target = (mask.flatten(1).unsqueeze(1) == classes).to(logits.dtype)
+    return logits.flatten(2).softmax(dim=1) * counted, target
+
+
+def dice_pooled(logits: Tensor, mask: Tensor) -> Tensor:
+    """The lab's Dice loss: one soft Dice per image over all its classes and pixels; in [0, 1].
+
+    1 − mean_n 2·Σ_ck p·t / (Σ_ck p + Σ_ck t), with softmax p and one-hot t (the soft Dice of
+    Sudre et al. 2017, arXiv:1707.03237, without class weights). Since Σ_c p = Σ_c t = 1 at every
+    pixel it equals 1 − the mean probability of the true class: a class of few pixels weighs next
+    to nothing, which is how classes die under it.
+    """
+    p, t = _probabilities_and_target(logits, mask)
+    overlap, total = (p * t).sum(dim=(1, 2)), (p + t).sum(dim=(1, 2))
+    dice = torch.where(total > 0, 2 * overlap / total.clamp(min=1e-12), 1.0)
+    return 1 - dice.mean()
+
+
+def dice_per_class(logits: Tensor, mask: Tensor) -> Tensor:
+    """Soft Dice per class over the whole batch, averaged over the classes it shows; in [0, 1].
+
+    1 − mean_c 2·Σ_nk p·t / (Σ_nk p + Σ_nk t) (Sudre et al. 2017, "batch Dice"). Every class
+    weighs the same however few pixels it has. A class without a pixel in the batch's masks is
+    left out: its Dice is 0 for every prediction but an exact zero and would give no direction.
+    """
+    p, t = _probabilities_and_target(logits, mask)
+    overlap, total, true = (p * t).sum(dim=(0, 2)), (p + t).sum(dim=(0, 2)), t.sum(dim=(0, 2))
+    shown = true > 0
+    dice = torch.where(shown, 2 * overlap / total.clamp(min=1e-12), 0.0)
+    return 1 - dice.sum() / shown.sum() if shown.any() else 0 * p.sum()
+
+
+LOSSES = {
+    "cross_entropy": cross_entropy,
+    "dice_pooled": dice_pooled,
+    "dice_per_class": dice_per_class,
+}
+
+
+def weighted_loss(logits: Tensor, mask: Tensor, weights: dict[str, float]) -> Tensor:
+    """Weighted sum of losses.
+
+    Args:
+        logits: (N, C, H, W), any float dtype.
+        mask: (N, H, W) integer class indices, or `IGNORE`.
+        weights: weight of each loss by its name in `LOSSES`.
+
+    Returns:
+        Scalar, float32 (float64 if the logits are).
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        return sum(w * LOSSES[name](logits, mask) for name, w in weights.items())

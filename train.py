@@ -1,0 +1,295 @@
+"""Train one model. One loop, read from top to bottom, serves every experiment.
+
+    python train.py --config configs/tuned.yaml [--set key=value ...] [--data DIR]
+                    [--run-dir DIR] [--resume]
+
+Everything random in a step is a function of (seed, step), and in the order of the images of
+(seed, pass over the data): the same seed gives the same weights on the same machine, and a
+resumed run needs no saved random state to go on as if it had never stopped.
+"""
+
+import argparse
+import json
+import math
+import platform
+import resource
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from augment import augment, take_batch, to_float
+from checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from config import add_arguments, dump, load_config
+from data import colourise, load_split
+from device import autocast, pick_device, pick_precision
+from errors import UserError, run
+from losses import weighted_loss
+from metrics import confusion_matrix, evaluate, scores
+from model import build_model
+
+CURES = (
+    "what usually cures a dead class: a last decoder stage wider than `classes`, "
+    "loss: {cross_entropy: 1, dice_per_class: 1}, upsampling_init: bilinear, a lower learning_rate"
+)
+PICTURES = 4  # validation frames shown in TensorBoard, the same in every epoch
+
+
+def seeded(seed: int, number: int) -> int:
+    """A seed of its own for each number below 2**32 of each run."""
+    return (seed << 32) + number
+
+
+def epoch_order(epoch: int, per_epoch: int, total: int, seed: int) -> Tensor:
+    """(per_epoch,) int64: the images of an epoch, walking through one shuffled pass after another.
+
+    No image comes again before every other has come once, whatever the length of an epoch.
+    """
+    start, stop = epoch * per_epoch, (epoch + 1) * per_epoch
+    passes = []
+    for number in range(start // total, (stop - 1) // total + 1):
+        generator = torch.Generator().manual_seed(seeded(seed, 2**31 + number))
+        passes.append(torch.randperm(total, generator=generator))
+    return torch.cat(passes)[start % total :][:per_epoch]
+
+
+def environment(device: torch.device, dtype: torch.dtype, config: dict) -> dict:
+    """Where a run was made: commit, versions, device, precision, seed."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown: not a git checkout"
+    return {
+        "commit": commit,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "precision": str(dtype).removeprefix("torch."),
+        "seed": config["seed"],
+    }
+
+
+def prediction_pictures(model, images: Tensor, masks: Tensor, config: dict, dtype) -> Tensor:
+    """(3, H, W) uint8: one row per frame: image, truth, prediction."""
+    with torch.inference_mode(), autocast(images.device, dtype):
+        predictions = model(to_float(images)).argmax(dim=1)
+    rows = [
+        torch.cat(
+            [
+                image[:3].expand(3, -1, -1),
+                colourise(mask, config["classes"]),
+                colourise(prediction, config["classes"]),
+            ],
+            dim=2,
+        )
+        for image, mask, prediction in zip(
+            images.cpu(), masks.cpu(), predictions.cpu(), strict=True
+        )
+    ]
+    return torch.cat(rows, dim=1)
+
+
+def train(config: dict, run_dir: Path, resume: bool) -> None:
+    """Train the model of a config into a run directory.
+
+    Writes config.yaml, environment.json, metrics.jsonl (a line per epoch), TensorBoard events,
+    last.pt (to resume from), best.pt (highest validation mean IoU) and, at the very end,
+    summary.json.
+
+    Raises:
+        UserError: bad data or config; a loss that is not finite; a full disk.
+    """
+    device = pick_device(config["device"])
+    dtype = pick_precision(device, config["precision"])
+    torch.manual_seed(config["seed"])
+    classes = list(config["classes"])
+
+    # ---- data: resident as uint8, on the GPU where there is one
+    root = Path(config["data"])
+    training, validation = (
+        load_split(root, split, config["classes"], config["in_channels"])
+        for split in ("training", "validation")
+    )
+    images, masks, val_images, val_masks = (
+        array.to(device)
+        for array in (training.images, training.masks, validation.images, validation.masks)
+    )
+    per_epoch = config["images_per_epoch"] or len(images)
+    steps_per_epoch = math.ceil(per_epoch / config["batch_size"])
+    shown = torch.linspace(0, len(val_images) - 1, PICTURES).long()
+
+    # ---- model, optimizer, schedule
+    model = build_model(config).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"])
+    if config["schedule"] == "one_cycle":
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, config["learning_rate"], steps_per_epoch * config["epochs"], pct_start=0.2
+        )
+    else:
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+    # ---- start afresh, or where the last whole epoch ended
+    run_dir.mkdir(parents=True, exist_ok=True)
+    history: list[dict] = []  # the lines of metrics.jsonl
+    if resume and (run_dir / "last.pt").exists():
+        last = load_checkpoint(run_dir / "last.pt", device)
+        changed = [key for key in config if last["config"].get(key) != config[key]]
+        if changed:
+            raise UserError(
+                f"{run_dir / 'last.pt'}: was made with another config ({', '.join(changed)}); "
+                "resume with the old values or train without --resume"
+            )
+        model.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        scheduler.load_state_dict(last["scheduler"])
+        history = last["history"]
+        print(f"{run_dir}: resuming after epoch {len(history)} of {config['epochs']}")
+    else:
+        for old in ("last.pt", "best.pt", "summary.json", "metrics.jsonl"):
+            (run_dir / old).unlink(missing_ok=True)
+        for old in run_dir.glob("events.out.tfevents.*"):
+            old.unlink()
+    write_atomically(run_dir / "config.yaml", dump(config).encode())
+    where = json.dumps(environment(device, dtype, config), indent=2)
+    write_atomically(run_dir / "environment.json", where.encode())
+    writer = SummaryWriter(run_dir, purge_step=len(history))
+
+    # ---- the loop
+    for epoch in range(len(history), config["epochs"]):
+        started = time.perf_counter()
+        model.train()
+        order = epoch_order(epoch, per_epoch, len(images), config["seed"]).split(
+            config["batch_size"]
+        )
+        matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
+        loss_sum = torch.zeros((), device=device)
+        progress = tqdm(
+            order, f"{config['name']} epoch {epoch + 1}/{config['epochs']}", disable=None
+        )
+        for step, index in enumerate(progress, start=epoch * steps_per_epoch):
+            torch.manual_seed(seeded(config["seed"], step))
+            batch, mask = take_batch(
+                images, masks, index, config["crop"], config["crop_on_objects"]
+            )
+            batch, mask = augment(batch, mask, config)
+            with autocast(device, dtype):
+                logits = model(batch)
+            loss = weighted_loss(logits, mask, config["loss"])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            with torch.no_grad():
+                loss_sum += loss * len(index)
+                matrix += confusion_matrix(logits.argmax(dim=1), mask, len(classes))
+            # On a GPU looking at a value waits for it, so look seldom: the sum keeps a NaN.
+            if (device.type == "cpu" or step % 50 == 0) and not torch.isfinite(loss_sum):
+                raise UserError(
+                    f"{run_dir}: the loss is {loss.item()} at step {step} (epoch {epoch + 1}); "
+                    "lower learning_rate; last.pt and best.pt are those of the epoch before"
+                )
+        train_loss = loss_sum.item() / per_epoch  # waits for the device, so the clock is right
+        train_seconds = time.perf_counter() - started
+
+        # ---- validation, on the whole split
+        val_matrix, val_loss = evaluate(model, val_images, val_masks, config, dtype)
+        entry = {
+            "epoch": epoch + 1,
+            "images_seen": (epoch + 1) * per_epoch,
+            "learning_rate": scheduler.get_last_lr()[0],
+            "train_seconds": (history[-1]["train_seconds"] if history else 0) + train_seconds,
+            "images_per_s": per_epoch / train_seconds,
+            "training": {"loss": train_loss, **scores(matrix, classes)},
+            "validation": {"loss": val_loss, **scores(val_matrix, classes)},
+        }
+        is_best = entry["validation"]["mean_iou"] > max(
+            (old["validation"]["mean_iou"] for old in history), default=-1
+        )
+        history.append(entry)
+        pictures = prediction_pictures(model, val_images[shown], val_masks[shown], config, dtype)
+        log(writer, entry, pictures)
+        report(entry, config, is_best)
+
+        # ---- files, last.pt at the end: what it does not know of, a resumed run does again
+        state = {"config": config, "data_digest": training.digest, "model": model.state_dict()}
+        if is_best:
+            save_checkpoint(run_dir / "best.pt", {**state, **entry})
+        lines = "".join(json.dumps(line) + "\n" for line in history)
+        write_atomically(run_dir / "metrics.jsonl", lines.encode())
+        state |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        save_checkpoint(run_dir / "last.pt", {**state, "history": history})
+
+    # ---- done: what the run cost is what all of it cost, not what it took to the best epoch
+    writer.close()
+    best = max(history, key=lambda entry: entry["validation"]["mean_iou"])
+    cost = {key: history[-1][key] for key in ("images_seen", "train_seconds")}
+    checkpoint = load_checkpoint(run_dir / "best.pt", torch.device("cpu"))
+    save_checkpoint(run_dir / "best.pt", checkpoint | {"cost": cost})
+    summary = {
+        "name": config["name"],
+        **cost,
+        "best_epoch": best["epoch"],
+        "validation": best["validation"],
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    write_atomically(run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    print(
+        f"best epoch {best['epoch']}, validation mean IoU {best['validation']['mean_iou']:.4f}; "
+        f"next: python evaluate.py {run_dir / 'best.pt'}"
+    )
+
+
+def log(writer: SummaryWriter, entry: dict, pictures: Tensor) -> None:
+    """Write the scalars and pictures of an epoch for TensorBoard."""
+    for split in ("training", "validation"):
+        writer.add_scalar(f"loss/{split}", entry[split]["loss"], entry["epoch"])
+        writer.add_scalar(f"mean_iou/{split}", entry[split]["mean_iou"], entry["epoch"])
+        for name, iou in entry[split]["per_class_iou"].items():
+            if iou is not None:
+                writer.add_scalar(f"iou_{split}/{name}", iou, entry["epoch"])
+    writer.add_scalar("learning_rate", entry["learning_rate"], entry["epoch"])
+    writer.add_scalar("images_per_s", entry["images_per_s"], entry["epoch"])
+    writer.add_image("image | truth | prediction", pictures, entry["epoch"])
+    writer.flush()
+
+
+def report(entry: dict, config: dict, is_best: bool) -> None:
+    """Print the line of an epoch."""
+    training, validation = entry["training"], entry["validation"]
+    dead = validation["dead_classes"]
+    print(
+        f"{config['name']} epoch {entry['epoch']}/{config['epochs']}  "
+        f"loss {training['loss']:.4f} / {validation['loss']:.4f}  "
+        f"mean IoU {training['mean_iou']:.4f} / {validation['mean_iou']:.4f}  "
+        "(training / validation)  "
+        f"{entry['images_per_s']:.0f} images/s"
+        + ("  best" if is_best else "")
+        + (f"  dead: {', '.join(dead)}" if dead else ""),
+        flush=True,
+    )
+    if dead and entry["epoch"] in (1, config["epochs"]):
+        print(CURES)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--data", metavar="DIR", help="short for --set data=DIR")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where to write the run")
+    parser.add_argument("--resume", action="store_true", help="go on from last.pt if there is one")
+    args = parser.parse_args()
+    config = load_config(args.config, args.overrides + ([f"data={args.data}"] if args.data else []))
+    where = (Path(config["data"]).name, config["profile"], config["name"], f"seed{config['seed']}")
+    train(config, args.run_dir or Path("runs", *where), args.resume)
+
+
+if __name__ == "__main__":
+    run(main)
