@@ -1,0 +1,106 @@
+# Every step of the lab as a target. Files are the dependencies: a run that is there is not trained
+# again, a changed config is. Start with `make help`.
+
+DATA    ?= generated
+PROFILE ?= quick
+SEEDS   ?= 0
+DEVICE  ?= auto
+PYTHON  ?= python3
+AFO_ARCHIVE ?=
+
+MODELS := initial modified tuned best
+PY     := .venv/bin/python
+
+ifeq ($(filter $(DATA),generated afo),)
+$(error DATA=$(DATA): must be generated or afo)
+endif
+ifeq ($(filter $(PROFILE),quick full),)
+$(error PROFILE=$(PROFILE): must be quick or full)
+endif
+
+# The quick profile saves by fewer sequences; the full one has as many as the real data set.
+SEQUENCES := $(if $(filter quick,$(PROFILE)),100 12 24,300 60 60)
+DATA_DIR  := $(if $(filter afo,$(DATA)),data/afo,data/$(PROFILE)/generated)
+RUNS      := runs/$(DATA)/$(PROFILE)
+RESULTS    = $(foreach model,$(MODELS),$(call results,$(model)))
+# $(call results,tuned): the result files of an experiment, one a seed.
+results    = $(foreach seed,$(SEEDS),$(RUNS)/$(1)/seed$(seed)/testing.json)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SECONDARY:
+.PHONY: help setup data $(MODELS:%=train-%) report tensorboard bench test lint clean FORCE
+
+help:  ## list the targets
+	@echo "make TARGET [DATA=generated|afo] [AFO_ARCHIVE=file.zip] [PROFILE=quick|full] [SEEDS=\"0 1 2\"] [DEVICE=auto|cpu|cuda]"
+	@awk -F ':.*## ' '/^[a-z][a-z -]*:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  train-MODEL     train one of: $(MODELS)"
+
+# ---- set-up
+
+setup: .venv/installed  ## create .venv with everything the project needs
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: $(PYTHON) is missing or older than 3.10; install Python 3.10 or newer, or name one: make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: this Python has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
+	@echo "setting up .venv (PyTorch is large: a minute or more)"
+	@$(PYTHON) -m venv .venv
+	@$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@touch $@
+
+# ---- data
+
+data: $(DATA_DIR)  ## prepare the data of DATA and PROFILE
+
+data/$(PROFILE)/generated: | .venv/installed
+	$(PY) data.py generate --sequences $(SEQUENCES) --out $@
+
+data/afo: | .venv/installed
+	$(PY) data.py download --out $@ $(if $(AFO_ARCHIVE),--archive $(AFO_ARCHIVE))
+
+# ---- training
+
+# The resolved config of a run. It is written only when its content changes, so that a comment in a
+# config trains nothing again; a real change discards the run it no longer describes.
+$(RUNS)/%/config.yaml: FORCE | .venv/installed
+	@mkdir -p $(@D)
+	@$(PY) config.py --config configs/$(*D).yaml $(if $(filter quick,$(PROFILE)),configs/quick.yaml) \
+	  --set data=$(DATA_DIR) device=$(DEVICE) seed=$(patsubst seed%,%,$(*F)) > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else \
+	  rm -f $(@D)/last.pt $(@D)/summary.json; mv $@.new $@; fi
+FORCE:
+
+$(RUNS)/%/summary.json: $(RUNS)/%/config.yaml | $(DATA_DIR)
+	$(PY) train.py --config $< --run-dir $(@D) --resume
+
+$(RUNS)/%/testing.json: $(RUNS)/%/summary.json
+	@$(PY) evaluate.py $(@D)/best.pt --json $@ > $@.log && head -n 1 $@.log && rm $@.log
+
+define train_target
+train-$(1): $$(call results,$(1))  ## train the $(1) model and test it
+	@$$(PY) evaluate.py $$^
+endef
+$(foreach model,$(MODELS),$(eval $(call train_target,$(model))))
+
+report: $(RESULTS)  ## train and test the four models, print the comparison table
+	@$(PY) evaluate.py $^
+
+tensorboard: | .venv/installed  ## look at the runs in a browser
+	$(PY) -m tensorboard.main --logdir runs
+
+# ---- development
+
+bench: | $(DATA_DIR)  ## measure training speed beside a textbook loop, in one run
+	$(PY) bench.py --data $(DATA_DIR)
+
+test: | .venv/installed  ## run the tests
+	$(PY) -m pytest
+
+lint: | .venv/installed  ## check style
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+clean:  ## remove what make made here: runs, reports, generated data (not .venv, not data/afo)
+	rm -rf runs report data/quick data/full

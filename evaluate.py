@@ -1,0 +1,183 @@
+"""Score checkpoints on a whole split and print the comparison table.
+
+    python evaluate.py CHECKPOINT... [--data DIR] [--split testing] [--json FILE]
+
+A file of results that --json wrote can stand in the place of a checkpoint: it is read, not
+evaluated again, so a table of many runs costs nothing to print.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from checkpoint import load_checkpoint, restore_model, write_atomically
+from data import SPLITS, load_split
+from device import pick_device, pick_precision
+from errors import UserError, run
+from metrics import evaluate, scores
+from model import count_parameters
+
+NEEDED = ("name", "data", "split", "digest", "profile", "confusion_matrix", "mean_iou")
+
+
+def evaluate_checkpoint(path: Path, data: str | None, split: str, device_name: str) -> dict:
+    """Evaluate one checkpoint on a split.
+
+    Args:
+        path: best.pt or last.pt of a run.
+        data: folder of the data set; None: the one it was trained on.
+        split: "training", "validation" or "testing".
+        device_name: "auto", "cpu" or "cuda".
+
+    Returns:
+        The scores of `metrics.scores` and what the checkpoint says of itself, as plain data.
+
+    Raises:
+        UserError: the checkpoint or the data cannot be read.
+    """
+    device = pick_device(device_name)
+    checkpoint = load_checkpoint(path, device)
+    config = checkpoint["config"]
+    data = data or config["data"]
+    loaded = load_split(Path(data), split, config["classes"], config["in_channels"])
+    model = restore_model(checkpoint, device)
+    dtype = pick_precision(device, config["precision"])
+    started = time.perf_counter()
+    matrix, _ = evaluate(model, loaded.images, loaded.masks, config, dtype)
+    seconds = time.perf_counter() - started
+    print(f"{path}: {len(loaded.names)} images of {data}/{split} in {seconds:.1f} s", flush=True)
+    return {
+        "name": config["name"],
+        "checkpoint": str(path),
+        "data": data,
+        "split": split,
+        "images": len(loaded.names),
+        **scores(matrix, list(config["classes"])),
+        "seed": config["seed"],
+        "profile": config["profile"],
+        "parameters": count_parameters(model),
+        **checkpoint.get(
+            "cost", {key: checkpoint.get(key) for key in ("images_seen", "train_seconds")}
+        ),
+        "published_iou": config["published_iou"],
+        "digest": loaded.digest,
+        "confusion_matrix": matrix.tolist(),
+    }
+
+
+def read_results(path: Path) -> list[dict]:
+    """Read the rows that --json wrote; UserError if the file holds anything else."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such results; `make report` makes them") from None
+    except (OSError, ValueError):
+        raise UserError(f"{path}: cannot be read as JSON; remove it and run make again") from None
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and all(key in row for key in NEEDED) for row in rows
+    ):
+        raise UserError(f"{path}: is not a file of results; remove it and run make again")
+    return rows
+
+
+def background_only(row: dict) -> dict:
+    """The row of a model that predicts the first class everywhere, on the split of `row`."""
+    true = torch.tensor(row["confusion_matrix"]).sum(dim=1)
+    matrix = torch.zeros(len(true), len(true), dtype=torch.int64)
+    matrix[:, 0] = true
+    classes = list(row["per_class_iou"])
+    return {"name": f"{classes[0]} only", "parameters": 0, **scores(matrix, classes)}
+
+
+def comparison_table(rows: list[dict]) -> str:
+    """The table of the lab: one line a model, the mean ± standard deviation over its seeds.
+
+    Raises:
+        UserError: the rows were not made on the same data, split and profile.
+    """
+    first = rows[0]
+    for row in rows[1:]:
+        for key in ("split", "digest", "profile"):
+            if row[key] != first[key]:
+                raise UserError(
+                    f"{row['checkpoint']}: {key} is {row[key]}, that of {first['checkpoint']} is "
+                    f"{first[key]}; such rows cannot share a table, give them apart"
+                )
+    by_name: dict[str, list[dict]] = {}
+    for row in [background_only(first), *rows]:
+        by_name.setdefault(row["name"], []).append(row)
+    classes = list(first["per_class_iou"])
+    several = max(len(group) for group in by_name.values()) > 1
+    header = ["model", "parameters", "images seen", "training", "accuracy", "mean Dice", "mean IoU"]
+    header += [*classes, "dead classes", "lab IoU"] + (["n"] if several else [])
+    lines = [header]
+    for name, group in by_name.items():
+        dead = sorted({d for row in group for d in row["dead_classes"]}, key=classes.index)
+        published = group[0].get("published_iou")
+        lines.append(
+            [
+                name,
+                f"{group[0]['parameters']:,}",
+                _over_seeds(group, "images_seen", "{:,.0f}"),
+                _over_seeds(group, "train_seconds", "{:.0f} s"),
+                *(_over_seeds(group, k, "{:.4f}") for k in ("pixel_accuracy", "mean_dice")),
+                _over_seeds(group, "mean_iou", "{:.4f}", spread=True),
+                *(_over_seeds([r["per_class_iou"] for r in group], c, "{:.4f}") for c in classes),
+                ", ".join(dead) or "none",
+                f"{published:.4f}" if published is not None else "–",
+                *([str(len(group))] if several else []),
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    text = [
+        f"{first['data']}, {first['split']} split, {first['images']} images, "
+        f"{first['profile']} profile. IoU by class at the right."
+    ]
+    for line in lines:
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        text.append("  ".join(cells).rstrip())
+    text.append(
+        f"High accuracy is not good performance: predicting {classes[0]} everywhere has accuracy "
+        f"{by_name[lines[1][0]][0]['pixel_accuracy']:.3f} and mean IoU "
+        f"{by_name[lines[1][0]][0]['mean_iou']:.3f}."
+    )
+    return "\n".join(text)
+
+
+def _over_seeds(rows: list[dict], key: str, form: str, spread: bool = False) -> str:
+    """The mean of a value over the seeds, formatted; "–" where it is not defined for each."""
+    values = [row.get(key) for row in rows]
+    if any(value is None for value in values):
+        return "–"
+    text = form.format(statistics.fmean(values))
+    return text + (f" ±{statistics.stdev(values):.4f}" if spread and len(values) > 1 else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", type=Path, nargs="+", metavar="CHECKPOINT", help=".pt or .json")
+    parser.add_argument("--data", metavar="DIR", help="another data set than it was trained on")
+    parser.add_argument("--split", choices=SPLITS, default="testing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    args = parser.parse_args()
+    rows = []
+    for path in args.files:
+        if path.suffix == ".json":
+            rows += read_results(path)
+        else:
+            rows.append(evaluate_checkpoint(path, args.data, args.split, args.device))
+    table = comparison_table(rows)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(args.json, (json.dumps(rows, indent=2) + "\n").encode())
+    print(table)
+
+
+if __name__ == "__main__":
+    run(main)
