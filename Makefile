@@ -7,6 +7,7 @@ SEEDS   ?= 0
 DEVICE  ?= auto
 PYTHON  ?= python3
 AFO_ARCHIVE ?=
+SET     ?=
 
 MODELS := initial modified tuned best
 PY     := .venv/bin/python
@@ -21,7 +22,7 @@ endif
 # The quick profile saves by fewer sequences; the full one has as many as the real data set.
 SEQUENCES := $(if $(filter quick,$(PROFILE)),100 12 24,300 60 60)
 DATA_DIR  := $(if $(filter afo,$(DATA)),data/afo,data/$(PROFILE)/generated)
-RUNS      := runs/$(DATA)/$(PROFILE)
+RUNS      ?= runs/$(DATA)/$(PROFILE)
 RESULTS    = $(foreach model,$(MODELS),$(call results,$(model)))
 # $(call results,tuned): the result files of an experiment, one a seed.
 results    = $(foreach seed,$(SEEDS),$(RUNS)/$(1)/seed$(seed)/testing.json)
@@ -32,7 +33,7 @@ results    = $(foreach seed,$(SEEDS),$(RUNS)/$(1)/seed$(seed)/testing.json)
 .PHONY: help setup data $(MODELS:%=train-%) report tensorboard bench test lint clean FORCE
 
 help:  ## list the targets
-	@echo "make TARGET [DATA=generated|afo] [AFO_ARCHIVE=file.zip] [PROFILE=quick|full] [SEEDS=\"0 1 2\"] [DEVICE=auto|cpu|cuda]"
+	@echo "make TARGET [DATA=generated|afo] [AFO_ARCHIVE=file.zip] [PROFILE=quick|full] [SEEDS=\"0 1 2\"] [DEVICE=auto|cpu|cuda] [SET=\"key=value ...\"]"
 	@awk -F ':.*## ' '/^[a-z][a-z -]*:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  train-MODEL     train one of: $(MODELS)"
 
@@ -67,7 +68,7 @@ data/afo: | .venv/installed
 $(RUNS)/%/config.yaml: FORCE | .venv/installed
 	@mkdir -p $(@D)
 	@$(PY) config.py --config configs/$(*D).yaml $(if $(filter quick,$(PROFILE)),configs/quick.yaml) \
-	  --set data=$(DATA_DIR) device=$(DEVICE) seed=$(patsubst seed%,%,$(*F)) > $@.new
+	  --set data=$(DATA_DIR) device=$(DEVICE) seed=$(patsubst seed%,%,$(*F)) $(SET) > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else \
 	  rm -f $(@D)/last.pt $(@D)/summary.json; mv $@.new $@; fi
 FORCE:

@@ -26,20 +26,19 @@ def _corner(mask: Tensor, crop: int, on_objects: float) -> tuple[int, int]:
     return top, int(torch.randint(width - crop + 1, ()))
 
 
-def take_batch(
-    images: Tensor, masks: Tensor, index: Tensor, crop: int, on_objects: float
-) -> tuple[Tensor, Tensor]:
+def take_batch(images: Tensor, masks: Tensor, index: Tensor, config: dict) -> tuple[Tensor, Tensor]:
     """Copy a batch out of the resident arrays, whole or cropped.
 
     Args:
         images: (M, channels, H, W) uint8; masks: (M, H, W) uint8.
         index: (N,) int64, the images to take.
-        crop: side of a random crop in pixels; 0 or more than the image: the whole side.
-        on_objects: share of the crops placed around a random foreground pixel, in [0, 1].
+        config: for `crop`, the side of a random crop in pixels (0, or no less than the image: all
+            of it), and `crop_on_objects`, the share of crops around a random foreground pixel.
 
     Returns:
         (N, channels, h, w) and (N, h, w) uint8.
     """
+    crop, on_objects = config["crop"], config["crop_on_objects"]
     if crop == 0 or crop >= min(masks.shape[1:]):
         return images[index], masks[index]
     image_crops, mask_crops = [], []

@@ -24,9 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import DEFAULT, load_config
+from download import download
 from errors import UserError, run
+from generate import SPLITS, generate
 
-SPLITS = ("training", "validation", "testing")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of a colour space, by channels
 
 
@@ -299,17 +300,12 @@ def main() -> None:
     look.add_argument("--config", type=Path, default=DEFAULT, help="for classes and in_channels")
     args = parser.parse_args()
 
-    # Each command loads only what it needs: drawing starts without the network code.
     if args.command == "generate":
-        from generate import generate
-
         frames = generate(
             args.out, dict(zip(SPLITS, args.sequences, strict=True)), args.size, args.seed
         )
         print(f"{frames} frames in {args.out}; next: python data.py check {args.out}")
     elif args.command == "download":
-        from download import download
-
         source = {"url": args.url} if args.url else {}
         digest = download(args.out, args.archive, digest=args.digest, **source)
         print(f"data in {args.out}, SHA-256 {digest}; next: python data.py check {args.out}")

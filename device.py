@@ -1,4 +1,8 @@
-"""Where to compute and in which precision, decided at run time."""
+"""Where to compute and in which precision, decided at run time, and a record of it."""
+
+import platform
+import subprocess
+from pathlib import Path
 
 import torch
 
@@ -23,7 +27,7 @@ def pick_precision(device: torch.device, name: str) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # PyTorch before 2.11 cannot tell; precision=bfloat16 forces it there.
+        # Older releases of PyTorch cannot tell; precision=bfloat16 forces it there.
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
         native = any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
     if not native:
@@ -34,3 +38,22 @@ def pick_precision(device: torch.device, name: str) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """A context in which convolutions compute in `dtype`; none if it is float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def environment(device: torch.device, dtype: torch.dtype) -> dict:
+    """Where a run was made: commit, versions, device, precision."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown: not a git checkout"
+    return {
+        "commit": commit,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "precision": str(dtype).removeprefix("torch."),
+    }

@@ -11,23 +11,22 @@ resumed run needs no saved random state to go on as if it had never stopped.
 import argparse
 import json
 import math
-import platform
 import resource
-import subprocess
 import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from augment import augment, take_batch, to_float
+from augment import augment, take_batch
 from checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from config import add_arguments, dump, load_config
-from data import colourise, load_split
-from device import autocast, pick_device, pick_precision
+from data import load_split
+from device import autocast, environment, pick_device, pick_precision
 from errors import UserError, run
+from events import log, prediction_pictures
 from losses import weighted_loss
 from metrics import confusion_matrix, evaluate, scores
 from model import build_model
@@ -36,7 +35,6 @@ CURES = (
     "what usually cures a dead class: a last decoder stage wider than `classes`, "
     "loss: {cross_entropy: 1, dice_per_class: 1}, upsampling_init: bilinear, a lower learning_rate"
 )
-PICTURES = 4  # validation frames shown in TensorBoard, the same in every epoch
 
 
 def seeded(seed: int, number: int) -> int:
@@ -57,44 +55,31 @@ def epoch_order(epoch: int, per_epoch: int, total: int, seed: int) -> Tensor:
     return torch.cat(passes)[start % total :][:per_epoch]
 
 
-def environment(device: torch.device, dtype: torch.dtype, config: dict) -> dict:
-    """Where a run was made: commit, versions, device, precision, seed."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown: not a git checkout"
-    return {
-        "commit": commit,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "precision": str(dtype).removeprefix("torch."),
-        "seed": config["seed"],
-    }
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    masks: Tensor,
+    loss_weights: dict[str, float],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """One step of gradient descent on an augmented batch.
 
+    Args:
+        images: (N, channels, H, W) float in [0, 1]; masks: (N, H, W) uint8, on the same device.
+        loss_weights: see `losses.weighted_loss`.
+        dtype: autocast dtype.
 
-def prediction_pictures(model, images: Tensor, masks: Tensor, config: dict, dtype) -> Tensor:
-    """(3, H, W) uint8: one row per frame: image, truth, prediction."""
-    with torch.inference_mode(), autocast(images.device, dtype):
-        predictions = model(to_float(images)).argmax(dim=1)
-    rows = [
-        torch.cat(
-            [
-                image[:3].expand(3, -1, -1),
-                colourise(mask, config["classes"]),
-                colourise(prediction, config["classes"]),
-            ],
-            dim=2,
-        )
-        for image, mask, prediction in zip(
-            images.cpu(), masks.cpu(), predictions.cpu(), strict=True
-        )
-    ]
-    return torch.cat(rows, dim=1)
+    Returns:
+        The loss, a scalar, and the logits (N, C, H, W), both detached and before the step.
+    """
+    with autocast(images.device, dtype):
+        logits = model(images)
+    loss = weighted_loss(logits, masks, loss_weights)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), logits.detach()
 
 
 def train(config: dict, run_dir: Path, resume: bool) -> None:
@@ -124,7 +109,6 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
     )
     per_epoch = config["images_per_epoch"] or len(images)
     steps_per_epoch = math.ceil(per_epoch / config["batch_size"])
-    shown = torch.linspace(0, len(val_images) - 1, PICTURES).long()
 
     # ---- model, optimizer, schedule
     model = build_model(config).to(device, memory_format=torch.channels_last)
@@ -158,9 +142,9 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         for old in run_dir.glob("events.out.tfevents.*"):
             old.unlink()
     write_atomically(run_dir / "config.yaml", dump(config).encode())
-    where = json.dumps(environment(device, dtype, config), indent=2)
+    where = json.dumps(environment(device, dtype) | {"seed": config["seed"]}, indent=2)
     write_atomically(run_dir / "environment.json", where.encode())
-    writer = SummaryWriter(run_dir, purge_step=len(history))
+    events = SummaryWriter(run_dir, purge_step=len(history) + 1)
 
     # ---- the loop
     for epoch in range(len(history), config["epochs"]):
@@ -176,20 +160,12 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         )
         for step, index in enumerate(progress, start=epoch * steps_per_epoch):
             torch.manual_seed(seeded(config["seed"], step))
-            batch, mask = take_batch(
-                images, masks, index, config["crop"], config["crop_on_objects"]
-            )
+            batch, mask = take_batch(images, masks, index, config)
             batch, mask = augment(batch, mask, config)
-            with autocast(device, dtype):
-                logits = model(batch)
-            loss = weighted_loss(logits, mask, config["loss"])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            loss, logits = train_step(model, optimizer, batch, mask, config["loss"], dtype)
             scheduler.step()
-            with torch.no_grad():
-                loss_sum += loss * len(index)
-                matrix += confusion_matrix(logits.argmax(dim=1), mask, len(classes))
+            loss_sum += loss * len(index)
+            matrix += confusion_matrix(logits.argmax(dim=1), mask, len(classes))
             # On a GPU looking at a value waits for it, so look seldom: the sum keeps a NaN.
             if (device.type == "cpu" or step % 50 == 0) and not torch.isfinite(loss_sum):
                 raise UserError(
@@ -214,8 +190,7 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
             (old["validation"]["mean_iou"] for old in history), default=-1
         )
         history.append(entry)
-        pictures = prediction_pictures(model, val_images[shown], val_masks[shown], config, dtype)
-        log(writer, entry, pictures)
+        log(events, entry, prediction_pictures(model, val_images, val_masks, config, dtype))
         report(entry, config, is_best)
 
         # ---- files, last.pt at the end: what it does not know of, a resumed run does again
@@ -228,7 +203,7 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         save_checkpoint(run_dir / "last.pt", {**state, "history": history})
 
     # ---- done: what the run cost is what all of it cost, not what it took to the best epoch
-    writer.close()
+    events.close()
     best = max(history, key=lambda entry: entry["validation"]["mean_iou"])
     cost = {key: history[-1][key] for key in ("images_seen", "train_seconds")}
     checkpoint = load_checkpoint(run_dir / "best.pt", torch.device("cpu"))
@@ -245,20 +220,6 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         f"best epoch {best['epoch']}, validation mean IoU {best['validation']['mean_iou']:.4f}; "
         f"next: python evaluate.py {run_dir / 'best.pt'}"
     )
-
-
-def log(writer: SummaryWriter, entry: dict, pictures: Tensor) -> None:
-    """Write the scalars and pictures of an epoch for TensorBoard."""
-    for split in ("training", "validation"):
-        writer.add_scalar(f"loss/{split}", entry[split]["loss"], entry["epoch"])
-        writer.add_scalar(f"mean_iou/{split}", entry[split]["mean_iou"], entry["epoch"])
-        for name, iou in entry[split]["per_class_iou"].items():
-            if iou is not None:
-                writer.add_scalar(f"iou_{split}/{name}", iou, entry["epoch"])
-    writer.add_scalar("learning_rate", entry["learning_rate"], entry["epoch"])
-    writer.add_scalar("images_per_s", entry["images_per_s"], entry["epoch"])
-    writer.add_image("image | truth | prediction", pictures, entry["epoch"])
-    writer.flush()
 
 
 def report(entry: dict, config: dict, is_best: bool) -> None:

@@ -1,0 +1,31 @@
+"""What all test files share: a small data set and a way to run a script as a user does."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from generate import generate
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drawn data set of 3, 2 and 2 sequences at 32×32. Read-only: copy it to change it."""
+    root = tmp_path_factory.mktemp("data") / "set"
+    generate(root, {"training": 3, "validation": 2, "testing": 2}, size=32, seed=0, workers=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[..., subprocess.CompletedProcess]:
+    """`script("data.py", "check", folder)` runs a script of the project as a user does."""
+
+    def run(*args: object, timeout: float = 120) -> subprocess.CompletedProcess:
+        command = [sys.executable, *map(str, args)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+    return run
