@@ -20,7 +20,7 @@ $(error PROFILE=$(PROFILE): must be quick or full)
 endif
 
 # The quick profile saves by fewer sequences; the full one has as many as the real data set.
-SEQUENCES := $(if $(filter quick,$(PROFILE)),100 12 24,300 60 60)
+SEQUENCES := $(if $(filter quick,$(PROFILE)),200 16 24,300 60 60)
 DATA_DIR  := $(if $(filter afo,$(DATA)),data/afo,data/$(PROFILE)/generated)
 RUNS      ?= runs/$(DATA)/$(PROFILE)
 RESULTS    = $(foreach model,$(MODELS),$(call results,$(model)))

@@ -8,6 +8,7 @@ Layout: DIR/{training,validation,testing}/image/NAME.png with gt_image/gt_NAME.p
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -164,36 +165,36 @@ def load_split(root: Path, split: str, classes: dict[str, list[int]], channels: 
     for path in (path for pair in pairs for path in pair):
         status = path.stat()
         stamp.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    cache = root / ".cache" / f"{split}-{channels}"
+    # The name tells which files a cache was made of, so that a stale one is never opened.
+    cache = root / ".cache" / f"{split}-{channels}-{stamp.hexdigest()[:16]}"
     try:
-        meta = json.loads((cache / "meta.json").read_text())
-        fresh = meta["stamp"] == stamp.hexdigest()
-    except (OSError, ValueError, KeyError, TypeError):
-        fresh = False  # no cache yet, or not one of ours
-    if not fresh:
-        try:
-            meta = _build_cache(cache, pairs, classes, channels, stamp.hexdigest())
-        except OSError as error:
-            raise UserError(f"{cache}: cannot write the cache ({error.strerror})") from None
+        cache.parent.mkdir(exist_ok=True)
+        with open(cache.parent / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # runs that start together build it once
+            if not cache.is_dir():
+                for old in cache.parent.glob(f"{split}-{channels}-*"):
+                    shutil.rmtree(old)
+                _build_cache(cache, pairs, classes, channels)
+    except OSError as error:
+        raise UserError(
+            f"{cache}: the cache cannot be written ({error.strerror}); make room, or copy the data "
+            "to a folder that can be written to"
+        ) from None
     # Copy-on-write mapping: torch wants a writable array; nothing is ever written to it.
     images, masks = (
         torch.from_numpy(np.load(cache / f"{name}.npy", mmap_mode="c"))
         for name in ("images", "masks")
     )
-    return Split(images, masks, [image.name for image, _ in pairs], meta["digest"])
+    digest = (cache / "digest").read_text()
+    return Split(images, masks, [image.name for image, _ in pairs], digest)
 
 
 def _build_cache(
-    cache: Path,
-    pairs: list[tuple[Path, Path]],
-    classes: dict[str, list[int]],
-    channels: int,
-    stamp: str,
-) -> dict:
+    cache: Path, pairs: list[tuple[Path, Path]], classes: dict[str, list[int]], channels: int
+) -> None:
     """Decode all pairs into memory-mapped arrays; complete or not there at all."""
     partial = cache.with_name(cache.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     first, _ = read_pair(*pairs[0], classes, channels)
     height, width = first.shape[:2]
     images, masks = (
@@ -213,9 +214,7 @@ def _build_cache(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         decoded = pool.map(decode, pairs)
-        progress = tqdm(
-            decoded, f"caching {cache.parent.parent.name}/{cache.name}", len(pairs), disable=None
-        )
+        progress = tqdm(decoded, f"caching {pairs[0][0].parent.parent}", len(pairs), disable=None)
         for i, (image, mask, line) in enumerate(progress):
             if mask.shape != (height, width):
                 raise UserError(
@@ -225,11 +224,8 @@ def _build_cache(
             images[i], masks[i] = image.transpose(2, 0, 1), mask
             digest.update(line.encode())
     images.flush(), masks.flush()
-    meta = {"stamp": stamp, "digest": digest.hexdigest()}
-    (partial / "meta.json").write_text(json.dumps(meta))
-    shutil.rmtree(cache, ignore_errors=True)
+    (partial / "digest").write_text(digest.hexdigest())
     partial.rename(cache)
-    return meta
 
 
 def _problems_and_shares(

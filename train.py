@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.io import encode_png
 from tqdm import tqdm
 
 from augment import augment, take_batch
@@ -86,8 +87,8 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
     """Train the model of a config into a run directory.
 
     Writes config.yaml, environment.json, metrics.jsonl (a line per epoch), TensorBoard events,
-    last.pt (to resume from), best.pt (highest validation mean IoU) and, at the very end,
-    summary.json.
+    last.pt (to resume from), best.pt (highest validation mean IoU) with predictions.png (image,
+    truth and prediction of a few validation frames) and, at the very end, summary.json.
 
     Raises:
         UserError: bad data or config; a loss that is not finite; a full disk.
@@ -190,13 +191,16 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
             (old["validation"]["mean_iou"] for old in history), default=-1
         )
         history.append(entry)
-        log(events, entry, prediction_pictures(model, val_images, val_masks, config, dtype))
+        pictures = prediction_pictures(model, val_images, val_masks, config, dtype)
+        log(events, entry, pictures)
         report(entry, config, is_best)
 
         # ---- files, last.pt at the end: what it does not know of, a resumed run does again
         state = {"config": config, "data_digest": training.digest, "model": model.state_dict()}
         if is_best:
             save_checkpoint(run_dir / "best.pt", {**state, **entry})
+            png = encode_png(pictures).numpy().tobytes()
+            write_atomically(run_dir / "predictions.png", png)
         lines = "".join(json.dumps(line) + "\n" for line in history)
         write_atomically(run_dir / "metrics.jsonl", lines.encode())
         state |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}

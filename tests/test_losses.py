@@ -1,0 +1,283 @@
+"""Tests of losses.py against formulas written as loops in numpy, and of what they promise."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import config
+from losses import IGNORE, LOSSES, cross_entropy, dice_per_class, dice_pooled, weighted_loss
+
+NAMES = list(LOSSES)
+few = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+def batch(
+    seed: int = 0, shape: tuple[int, ...] = (3, 4, 5, 6), ignored: float = 0.2, scale: float = 3.0
+) -> tuple[Tensor, Tensor]:
+    """Float64 logits (N, C, H, W) and a uint8 mask (N, H, W), a share of it ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+    size = (shape[0], *shape[2:])
+    mask = torch.randint(shape[1], size, generator=generator, dtype=torch.uint8)
+    mask[torch.rand(size, generator=generator) < ignored] = IGNORE
+    return logits, mask
+
+
+# ---- the formulas, one pixel at a time
+
+
+def pixels(logits: Tensor, mask: Tensor) -> list[tuple[int, np.ndarray, int]]:
+    """(image, probabilities of the classes, true class) of each pixel that counts."""
+    found = []
+    for n in range(mask.shape[0]):
+        for y in range(mask.shape[1]):
+            for x in range(mask.shape[2]):
+                if mask[n, y, x] != 255:
+                    powers = np.exp(logits[n, :, y, x].numpy())
+                    found.append((n, powers / powers.sum(), int(mask[n, y, x])))
+    return found
+
+
+def loop_cross_entropy(logits: Tensor, mask: Tensor) -> float:
+    return float(np.mean([-math.log(p[true]) for _, p, true in pixels(logits, mask)]))
+
+
+def loop_dice_pooled(logits: Tensor, mask: Tensor) -> float:
+    per_image = []
+    for n in range(len(mask)):
+        overlap = total = 0.0
+        for image, p, true in pixels(logits, mask):
+            if image == n:
+                overlap += p[true]
+                total += p.sum() + 1
+        per_image.append(2 * overlap / total if total else 1.0)
+    return 1 - float(np.mean(per_image))
+
+
+def loop_dice_per_class(logits: Tensor, mask: Tensor) -> float:
+    per_class = []
+    for c in range(logits.shape[1]):
+        overlap = predicted = true_pixels = 0.0
+        for _, p, true in pixels(logits, mask):
+            overlap += p[c] * (true == c)
+            predicted += p[c]
+            true_pixels += true == c
+        if true_pixels:
+            per_class.append(2 * overlap / (predicted + true_pixels))
+    return 1 - float(np.mean(per_class))
+
+
+LOOPS = {
+    "cross_entropy": loop_cross_entropy,
+    "dice_pooled": loop_dice_pooled,
+    "dice_per_class": loop_dice_per_class,
+}
+
+
+def test_every_loss_is_known_to_the_config_and_tested_here() -> None:
+    assert set(LOSSES) == set(config.LOSSES) == set(LOOPS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+def test_loss_is_its_formula(name: str, ignored: float) -> None:
+    for seed in range(3):
+        logits, mask = batch(seed, ignored=ignored)
+        assert LOSSES[name](logits, mask).item() == pytest.approx(LOOPS[name](logits, mask))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_class_absent_from_the_batch(name: str) -> None:
+    logits, mask = batch()
+    mask[mask == 2] = 0
+    assert LOSSES[name](logits, mask).item() == pytest.approx(LOOPS[name](logits, mask))
+    mask[mask != IGNORE] = 0  # all pixels of one class
+    assert LOSSES[name](logits, mask).item() == pytest.approx(LOOPS[name](logits, mask))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_perfect_and_worst_prediction(name: str) -> None:
+    _, mask = batch(shape=(2, 4, 8, 8), ignored=0.1)
+    target = torch.stack([mask == c for c in range(4)], dim=1).double()
+    assert LOSSES[name](50 * target, mask).item() == pytest.approx(0, abs=1e-9)
+    worst = LOSSES[name](50 * target.roll(1, dims=1), mask).item()
+    assert worst == pytest.approx(50.0 if name == "cross_entropy" else 1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_opinion(name: str) -> None:
+    mask = torch.arange(4, dtype=torch.uint8).repeat(1, 8, 1)  # each class a quarter
+    # Dice of a class: overlap 1/4 · 1/4, total 1/4 + 1/4.
+    expected = math.log(4) if name == "cross_entropy" else 0.75
+    assert LOSSES[name](torch.zeros(1, 4, 8, 4), mask).item() == pytest.approx(expected)
+
+
+def test_dice_pooled_is_one_minus_the_mean_probability_of_the_true_class() -> None:
+    logits, mask = batch(ignored=0)
+    probability = np.mean([p[true] for _, p, true in pixels(logits, mask)])
+    assert dice_pooled(logits, mask).item() == pytest.approx(1 - probability)
+
+
+def test_dice_pooled_hardly_sees_a_small_class_and_dice_per_class_does() -> None:
+    mask = torch.zeros(1, 20, 20, dtype=torch.uint8)
+    mask[0, 0, 0] = 1
+    background = torch.stack([torch.full((1, 20, 20), 50.0), torch.zeros(1, 20, 20)], dim=1)
+    assert dice_pooled(background, mask).item() == pytest.approx(1 / 400, rel=1e-4)
+    # Background: 2·399 / (400 + 399); the class of one pixel: 0.
+    expected = 1 - 2 * 399 / (400 + 399) / 2
+    assert dice_per_class(background, mask).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_dice_per_class_pools_the_batch_and_dice_pooled_each_image() -> None:
+    logits, mask = batch(shape=(2, 3, 4, 4), ignored=0)
+    mask[1, 1:] = IGNORE  # images of unequal numbers of pixels
+    each = [dice_pooled(logits[i : i + 1], mask[i : i + 1]).item() for i in (0, 1)]
+    assert dice_pooled(logits, mask).item() == pytest.approx(sum(each) / 2)
+    side_by_side = torch.cat(list(logits), dim=2)[None], torch.cat(list(mask), dim=1)[None]
+    torch.testing.assert_close(dice_per_class(logits, mask), dice_per_class(*side_by_side))
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_is_the_slope(name: str) -> None:
+    logits, mask = batch(shape=(2, 4, 3, 2), ignored=0.3, scale=1.0)
+    mask[mask == 3] = 0  # a class that is absent
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: weighted_loss(x, mask, {name: 1.0}), (logits,))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ignored_pixels_count_in_neither_value_nor_gradient(name: str) -> None:
+    logits, mask = batch(ignored=0.4)
+    ignored = (mask == IGNORE)[:, None].expand_as(logits)
+    other = torch.where(ignored, -5 * logits + 7, logits)
+    gradients = []
+    for values in (logits, other):
+        values = values.clone().requires_grad_()
+        loss = LOSSES[name](values, mask)
+        loss.backward()
+        gradients.append((loss.detach(), values.grad))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=0)
+    assert (gradients[0][1][ignored] == 0).all()
+    assert (gradients[0][1][~ignored] != 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_all_ignored_batch_is_zero_with_zero_gradient(name: str, dtype: torch.dtype) -> None:
+    logits = batch()[0].to(dtype).requires_grad_()
+    loss = weighted_loss(logits, torch.full((3, 5, 6), IGNORE, dtype=torch.uint8), {name: 1.0})
+    loss.backward()
+    assert loss.item() == 0
+    assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_huge_logits_stay_finite(name: str) -> None:
+    logits, mask = batch(scale=1e4)
+    logits = logits.float().requires_grad_()
+    loss = weighted_loss(logits, mask, {name: 1.0})
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(logits.grad).all()
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_whatever_autocast_does(name: str) -> None:
+    logits, mask = batch(shape=(2, 4, 64, 64))
+    half = logits.bfloat16()
+    outside = weighted_loss(half.float(), mask, {name: 1.0})
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = weighted_loss(half, mask, {name: 1.0})
+        inside32 = weighted_loss(half.float(), mask, {name: 1.0})
+    assert inside.dtype == inside32.dtype == outside.dtype == torch.float32
+    assert torch.equal(inside, outside) and torch.equal(inside32, outside)
+    exact = LOSSES[name](half.double(), mask).item()
+    assert inside.item() == pytest.approx(exact, rel=1e-5)  # bfloat16 has 3 decimal digits
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_double_stays_double(name: str) -> None:
+    assert weighted_loss(*batch(), {name: 1.0}).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mask_of_any_integer_type(name: str) -> None:
+    logits, mask = batch()
+    assert torch.equal(LOSSES[name](logits, mask), LOSSES[name](logits, mask.long()))
+
+
+# ---- weights
+
+
+@few
+@given(weights=st.dictionaries(st.sampled_from(NAMES), st.floats(0, 10), min_size=1))
+def test_weighted_sum(weights: dict[str, float]) -> None:
+    logits, mask = batch()
+    expected = sum(weight * LOOPS[name](logits, mask) for name, weight in weights.items())
+    assert weighted_loss(logits, mask, weights).item() == pytest.approx(expected)
+
+
+# ---- properties
+
+shapes = st.tuples(st.integers(1, 3), st.integers(2, 6), st.integers(1, 5), st.integers(1, 5))
+seeds = st.integers(0, 10_000)
+
+
+@few
+@given(seeds, shapes, st.floats(0, 1), st.floats(0.01, 30))
+def test_bounds(seed: int, shape: tuple, ignored: float, scale: float) -> None:
+    logits, mask = batch(seed, shape, ignored, scale)
+    assert cross_entropy(logits, mask) >= 0
+    for dice in (dice_pooled, dice_per_class):
+        assert -1e-12 <= dice(logits, mask) <= 1 + 1e-12
+
+
+@few
+@given(seeds, shapes)
+def test_names_of_the_classes_do_not_matter(seed: int, shape: tuple) -> None:
+    logits, mask = batch(seed, shape)
+    order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(seed))
+    renamed = torch.full_like(mask, IGNORE)
+    for new, old in enumerate(order.tolist()):
+        renamed[mask == old] = new
+    for loss in LOSSES.values():
+        torch.testing.assert_close(loss(logits[:, order], renamed), loss(logits, mask))
+
+
+@few
+@given(seeds, shapes)
+def test_order_of_pixels_and_images_does_not_matter(seed: int, shape: tuple) -> None:
+    logits, mask = batch(seed, shape)
+    moved = logits.flip(0, 2).transpose(2, 3), mask.flip(0, 1).transpose(1, 2)
+    for loss in LOSSES.values():
+        torch.testing.assert_close(loss(*moved), loss(logits, mask))
+
+
+@few
+@given(seeds, st.floats(-50, 50))
+def test_a_constant_on_all_logits_changes_nothing(seed: int, constant: float) -> None:
+    logits, mask = batch(seed)
+    for loss in LOSSES.values():
+        torch.testing.assert_close(loss(logits + constant, mask), loss(logits, mask))
+
+
+@few
+@given(seeds)
+def test_a_small_step_down_the_gradient_lowers_the_loss(seed: int) -> None:
+    logits, mask = batch(seed, scale=1.0)
+    for loss in LOSSES.values():
+        start = logits.clone().requires_grad_()
+        before = loss(start, mask)
+        before.backward()
+        assert loss(logits - 1e-2 * start.grad / start.grad.norm(), mask) < before

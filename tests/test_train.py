@@ -1,0 +1,380 @@
+"""Tests of train.py: what a run leaves, that it repeats and resumes exactly, how it fails."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+import train as script_module
+from config import load_config
+from data import load_split
+from errors import UserError
+from metrics import confusion_matrix, scores
+from model import build_model
+from train import epoch_order, seeded, train
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "name": "tiny",
+    "encoder": [[4, 3], [8, 3]],
+    "decoder": [[8, 3], [6, 3]],
+    "loss": {"cross_entropy": 1.0},
+    "images_per_epoch": 24,
+    "batch_size": 8,
+    "learning_rate": 0.01,
+    "epochs": 3,
+    "device": "cpu",
+    "precision": "float32",
+}
+RANDOM = {  # everything that draws random numbers
+    "schedule": "one_cycle",
+    "dropout": 0.3,
+    "crop": 16,
+    "crop_on_objects": 0.5,
+    "horizontal_flip": 0.5,
+    "vertical_flip": 0.5,
+    "blur": 0.5,
+    "jitter": 0.5,
+}
+CLOCK = ("train_seconds", "images_per_s")
+
+
+def tiny(data: Path, **changes: object) -> dict:
+    return load_config([ROOT / "configs/default.yaml"], []) | TINY | {"data": str(data)} | changes
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def plain(value: object) -> object:
+    """To be compared with ==, bit for bit; without what a clock says."""
+    if isinstance(value, Tensor):
+        return str(value.dtype), value.tolist()
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items() if key not in CLOCK}
+    return [plain(v) for v in value] if isinstance(value, list) else value
+
+
+def tensorboard(run: Path) -> EventAccumulator:
+    return EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+
+# ---- the order of the images
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 40), st.integers(1, 90), st.integers(1, 8), st.integers(0, 2**31 - 1))
+def test_every_pass_shows_every_image_once(
+    total: int, per_epoch: int, epochs: int, seed: int
+) -> None:
+    parts = [epoch_order(epoch, per_epoch, total, seed) for epoch in range(epochs)]
+    assert all(part.shape == (per_epoch,) and part.dtype == torch.int64 for part in parts)
+    walk = torch.cat(parts)
+    for one_pass in walk.split(total):
+        images = one_pass.tolist()
+        assert len(set(images)) == len(images) and set(images) <= set(range(total))
+        if len(images) == total:
+            assert set(images) == set(range(total))
+
+
+def test_order_depends_on_pass_and_seed_and_not_on_the_length_of_epochs() -> None:
+    orders = [epoch_order(epoch, 50, 50, seed) for epoch in (0, 1) for seed in (0, 1)]
+    assert len({tuple(order.tolist()) for order in [torch.arange(50), *orders]}) == 5
+    short = torch.cat([epoch_order(epoch, 12, 17, seed=3) for epoch in range(5)])
+    assert torch.equal(epoch_order(0, 60, 17, seed=3), short)
+
+
+def test_every_step_of_every_seed_draws_other_numbers() -> None:
+    draws = set()
+    for seed in (0, 1, 2, 2**31 - 1):
+        for step in range(50):
+            torch.manual_seed(seeded(seed, step))
+            draws.add(tuple(torch.rand(4).tolist()))
+    assert len(draws) == 4 * 50
+
+
+# ---- a run from the command line
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Batches so small gain nothing from threads, and a subprocess must count as this process."""
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def run(dataset: Path, script: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of three epochs, everything random on, as a user starts it."""
+    folder = tmp_path_factory.mktemp("train") / "deep" / "run"
+    values = [f"{key}={json.dumps(value)}" for key, value in (TINY | RANDOM).items()]
+    arguments = ("--config", "configs/tuned.yaml", "--data", dataset, "--run-dir", folder)
+    done = script("train.py", *arguments, "--set", *values)
+    assert done.returncode == 0, done.stderr
+    assert all(f"tiny epoch {epoch}/3  loss " in done.stdout for epoch in (1, 2, 3))
+    return folder
+
+
+def test_run_leaves_its_files(run: Path, dataset: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    [events] = [name for name in names if name.startswith("events.out.tfevents")]
+    files = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json", "predictions.png"}
+    assert names == files | {"best.pt", "last.pt", events}
+    expected = load_config([ROOT / "configs/tuned.yaml"], []) | TINY | RANDOM
+    assert load_config([run / "config.yaml"], []) == expected | {"data": str(dataset)}
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert (environment["seed"], environment["precision"]) == (0, "float32")
+    assert {"commit", "python", "device"} <= set(environment)
+
+
+def test_metrics_have_a_line_per_epoch(run: Path) -> None:
+    history = lines(run)
+    assert [entry["epoch"] for entry in history] == [1, 2, 3]
+    assert [entry["images_seen"] for entry in history] == [24, 48, 72]
+    seconds = [entry["train_seconds"] for entry in history]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]  # adds up
+    rates = [entry["learning_rate"] for entry in history]
+    assert 0.01 >= rates[0] > rates[1] > rates[2] == pytest.approx(0.01 / 25 / 1e4)  # of one-cycle
+    for part in (entry[split] for entry in history for split in ("training", "validation")):
+        assert math.isfinite(part["loss"])
+        assert 0 <= part["mean_iou"] <= 1 and 0 <= part["pixel_accuracy"] <= 1
+        assert list(part["per_class_iou"]) == ["background", "square", "triangle", "circle"]
+    summary = json.loads((run / "summary.json").read_text())
+    best = max(history, key=lambda entry: entry["validation"]["mean_iou"])
+    assert (summary["name"], summary["images_seen"]) == ("tiny", 72)
+    assert summary["best_epoch"] == best["epoch"]
+    assert summary["validation"] == best["validation"]
+    assert summary["train_seconds"] == history[-1]["train_seconds"]
+
+
+def test_best_checkpoint_describes_itself_and_scores_what_it_says(run: Path, dataset: Path) -> None:
+    best, last = load(run / "best.pt"), load(run / "last.pt")
+    config = load_config([run / "config.yaml"], [])
+    assert best["config"] == last["config"] == config
+    assert best["epoch"] == json.loads((run / "summary.json").read_text())["best_epoch"]
+    assert best["cost"]["images_seen"] == 72
+    assert plain(last["history"]) == plain(lines(run))
+    model = build_model(config).eval()
+    model.load_state_dict(best["model"])
+    split = load_split(dataset, "validation", config["classes"], 3)
+    prediction = model(split.images / 255).argmax(dim=1)
+    again = scores(confusion_matrix(prediction, split.masks, 4), list(config["classes"]))
+    assert again["mean_iou"] == pytest.approx(best["validation"]["mean_iou"], abs=1e-4)
+
+
+def test_tensorboard_shows_both_splits_and_pictures(run: Path) -> None:
+    board, history = tensorboard(run), lines(run)
+    for key in ("loss", "mean_iou"):
+        for split in ("training", "validation"):
+            scalars = board.Scalars(f"{key}/{split}")
+            assert [scalar.step for scalar in scalars] == [1, 2, 3]
+            expected = [entry[split][key] for entry in history]
+            assert [scalar.value for scalar in scalars] == pytest.approx(expected, rel=1e-5)
+    [tag] = board.Tags()["images"]
+    pictures = board.Images(tag)
+    assert [picture.step for picture in pictures] == [1, 2, 3]
+    # Three pictures of 32 pixels beside each other: image, truth, prediction.
+    assert {(picture.width, picture.height % 32) for picture in pictures} == {(96, 0)}
+
+
+def test_resume_with_another_config_is_refused(run: Path, script: Callable) -> None:
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    arguments = ("--config", run / "config.yaml", "--run-dir", run, "--resume")
+    done = script("train.py", *arguments, "--set", "batch_size=4", "dropout=0.1")
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "last.pt" in line and "batch_size" in line and "dropout" in line
+    assert "learning_rate" not in line
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+# ---- the same again
+
+
+def test_seed_decides_the_weights(dataset: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        torch.manual_seed(ord(name))  # the state before does not matter
+        train(tiny(dataset, **RANDOM, epochs=2, seed=seed), tmp_path / name, resume=False)
+    a, b, c = (plain(load(tmp_path / name / "last.pt")) for name in "abc")
+    assert a == b
+    assert a["model"] != c["model"]
+
+
+def stop_at(patch: pytest.MonkeyPatch, name: str, call: int, file: str = "") -> None:
+    """Let the `call`-th call of a function in train.py (for a file) end the run at its start."""
+    original, calls = getattr(script_module, name), []
+
+    def stopping(*args: object) -> object:
+        calls.extend(args[:1] if not file or args[0].name == file else ())
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    patch.setattr(script_module, name, stopping)
+
+
+@pytest.mark.parametrize(
+    ("stop", "whole_epochs"),
+    [
+        (("weighted_loss", 5), 1),  # within the second epoch
+        (("save_checkpoint", 2, "last.pt"), 1),  # between the files of the second epoch
+        (("evaluate", 1), 0),  # before anything is saved
+    ],
+)
+def test_resumed_run_is_the_uninterrupted_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple, whole_epochs: int
+) -> None:
+    config = load_config([run / "config.yaml"], [])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, *stop)
+        train(config, tmp_path, resume=False)
+    assert not (tmp_path / "summary.json").exists()
+    if whole_epochs:
+        assert len(load(tmp_path / "last.pt")["history"]) == whole_epochs
+    torch.manual_seed(99)
+    train(config, tmp_path, resume=True)
+
+    for file in ("last.pt", "best.pt"):
+        assert plain(load(tmp_path / file)) == plain(load(run / file)), file
+    assert plain(lines(tmp_path)) == plain(lines(run))
+    seconds = [entry["train_seconds"] for entry in lines(tmp_path)]
+    assert seconds == sorted(seconds)
+    steps = [scalar.step for scalar in tensorboard(tmp_path).Scalars("mean_iou/validation")]
+    assert steps == [1, 2, 3]  # none missing, none twice
+
+
+def test_finished_run_is_left_alone_or_begun_anew(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny(dataset, epochs=2), tmp_path, resume=False)
+    before = [plain(load(tmp_path / name)) for name in ("last.pt", "best.pt")]
+    with monkeypatch.context() as patch:
+        stop_at(patch, "weighted_loss", 1)  # it trains nothing, so does not come that far
+        train(tiny(dataset, epochs=2), tmp_path, resume=True)
+    assert [plain(load(tmp_path / name)) for name in ("last.pt", "best.pt")] == before
+
+    train(tiny(dataset, epochs=1, seed=1), tmp_path, resume=False)
+    assert [entry["epoch"] for entry in lines(tmp_path)] == [1]
+    assert load(tmp_path / "best.pt")["config"]["seed"] == 1
+    assert [s.step for s in tensorboard(tmp_path).Scalars("loss/training")] == [1]
+
+
+# ---- what goes wrong
+
+
+def test_loss_that_is_not_finite_stops_the_run(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, losses = script_module.weighted_loss, []
+
+    def bad(*args: object) -> Tensor:
+        losses.append(original(*args))
+        return losses[-1] * (math.nan if len(losses) == 5 else 1)  # the second step of epoch 2
+
+    monkeypatch.setattr(script_module, "weighted_loss", bad)
+    with pytest.raises(UserError) as caught:
+        train(tiny(dataset), tmp_path, resume=False)
+    [message] = str(caught.value).splitlines()
+    for part in (str(tmp_path), "nan", "step 4", "epoch 2", "learning_rate"):
+        assert part in message
+    for name in ("last.pt", "best.pt"):
+        assert all(torch.isfinite(value).all() for value in load(tmp_path / name)["model"].values())
+    assert len(load(tmp_path / "last.pt")["history"]) == len(lines(tmp_path)) == 1
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_weights_lost_in_the_last_step_of_an_epoch_are_not_kept(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses of the epoch were finite still; the checkpoint to resume from must be, too."""
+
+    class Poisoned(torch.optim.Adam):
+        steps = 0
+
+        def step(self) -> None:
+            super().step()
+            self.steps += 1
+            if self.steps == 6:  # the last one of the second epoch
+                self.param_groups[0]["params"][0].data.fill_(math.nan)
+
+    monkeypatch.setattr(torch.optim, "Adam", Poisoned)
+    with pytest.raises(UserError, match="epoch"):
+        train(tiny(dataset), tmp_path, resume=False)
+    assert len(lines(tmp_path)) == 1
+    assert all(torch.isfinite(v).all() for v in load(tmp_path / "last.pt")["model"].values())
+
+
+def test_dead_classes_are_named_with_their_cures(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def blind(config: dict) -> torch.nn.Module:
+        model = build_model(config)
+        with torch.no_grad():
+            model.up[-1].bias[:] = torch.tensor([1e3, 0, 0, 0])
+        return model
+
+    monkeypatch.setattr(script_module, "build_model", blind)
+    train(tiny(dataset, epochs=1, learning_rate=1e-12), tmp_path, resume=False)
+    [entry] = lines(tmp_path)
+    assert entry["validation"]["dead_classes"] == ["square", "triangle", "circle"]
+    output = capsys.readouterr().out
+    assert "dead: square, triangle, circle" in output
+    for cure in ("dice_per_class", "upsampling_init", "learning_rate", "decoder"):
+        assert cure in output
+
+
+@pytest.mark.parametrize("epochs", [1, 5])
+def test_one_cycle_of_any_number_of_steps(dataset: Path, tmp_path: Path, epochs: int) -> None:
+    changes = {"schedule": "one_cycle", "images_per_epoch": 8, "epochs": epochs}
+    train(tiny(dataset, **changes), tmp_path, resume=False)
+    assert len(lines(tmp_path)) == epochs
+
+
+# ---- what is kept, and whether anything is learnt
+
+
+def test_best_is_the_first_of_the_highest_validation_mean_iou(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, wrong = [], [30, 5, 20, 5]  # best in the epochs 2 and 4
+
+    def staged(model: torch.nn.Module, *_args: object) -> tuple[Tensor, float]:
+        weights.append({key: value.clone() for key, value in model.state_dict().items()})
+        model.eval()  # as evaluate does
+        matrix = torch.diag(torch.tensor([100] * 4))
+        matrix[0, 1] = wrong[len(weights) - 1]
+        return matrix, 1.0
+
+    monkeypatch.setattr(script_module, "evaluate", staged)
+    train(tiny(dataset, epochs=4), tmp_path, resume=False)
+    best = load(tmp_path / "best.pt")
+    means = [entry["validation"]["mean_iou"] for entry in lines(tmp_path)]
+    assert (best["epoch"], best["validation"]["mean_iou"]) == (2, max(means))
+    assert plain(best["model"]) == plain(weights[1])
+    assert plain(load(tmp_path / "last.pt")["model"]) == plain(weights[3])
+
+
+def test_it_learns(dataset: Path, tmp_path: Path) -> None:
+    train(tiny(dataset, images_per_epoch=0, epochs=5), tmp_path, resume=False)
+    first, *_, final = lines(tmp_path)
+    assert final["images_seen"] == 5 * len(list((dataset / "training/image").glob("*.png")))
+    assert final["training"]["loss"] < 0.4 * first["training"]["loss"]
+    assert final["validation"]["loss"] < 0.7 * first["validation"]["loss"]
