@@ -70,7 +70,7 @@ $(RUNS)/%/config.yaml: FORCE | .venv/installed
 	@$(PY) config.py --config configs/$(*D).yaml $(if $(filter quick,$(PROFILE)),configs/quick.yaml) \
 	  --set data=$(DATA_DIR) device=$(DEVICE) seed=$(patsubst seed%,%,$(*F)) $(SET) > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else \
-	  rm -f $(@D)/last.pt $(@D)/summary.json; mv $@.new $@; fi
+	  rm -f $(@D)/last.pt $(@D)/previous.pt $(@D)/summary.json; mv $@.new $@; fi
 FORCE:
 
 $(RUNS)/%/summary.json: $(RUNS)/%/config.yaml | $(DATA_DIR)

@@ -1,8 +1,11 @@
 """Checkpoints: plain data, written atomically, that describe themselves."""
 
+import fcntl
+import hashlib
 import os
 import pickle
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import nn
@@ -27,23 +30,54 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}); make room") from None
 
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
+def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None) -> None:
     """Write a checkpoint atomically.
 
     Args:
         path: the .pt file.
         checkpoint: `config`, `model` (a state dict) and whatever else, as plain data and tensors.
+        keep: where the file that was there before is kept; None: it is replaced.
+
+    Raises:
+        UserError: the disk is full or the folder read-only; the file that was there is left.
     """
     partial = path.with_name(path.name + ".partial")
+    checkpoint = {"format": FORMAT, **checkpoint}
     try:
-        torch.save({"format": FORMAT, **checkpoint}, partial)
+        torch.save(checkpoint | {"digest": _digest(checkpoint)}, partial)
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
+        if keep and path.exists():
+            path.replace(keep)
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
         partial.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{path}: the checkpoint cannot be written ({reason}); make room") from None
+
+
+def _digest(value: object) -> str:
+    """SHA-256 of nested dicts, lists, tensors and plain values, whatever device they are on."""
+    sha = hashlib.sha256()
+
+    def add(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            tensor = value.detach().cpu().contiguous()
+            sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                sha.update(f"{key!r}:".encode())
+                add(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                sha.update(b",")
+                add(item)
+        else:
+            sha.update(repr(value).encode())
+
+    add(value)
+    return sha.hexdigest()
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict:
@@ -62,7 +96,48 @@ def load_checkpoint(path: Path, device: torch.device) -> dict:
         ) from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path}: is not a checkpoint of this project; give a best.pt or last.pt")
+    if checkpoint.pop("digest", None) != _digest(checkpoint):
+        raise UserError(f"{path}: damaged (its digest does not match); train it again")
     return checkpoint
+
+
+def load_last(run_dir: Path, device: torch.device) -> dict | None:
+    """What a run resumes from: last.pt, or previous.pt if that is damaged; None if there is none.
+
+    Raises:
+        UserError: both are damaged.
+    """
+    last, previous = run_dir / "last.pt", run_dir / "previous.pt"
+    if not last.exists() and not previous.exists():
+        return None
+    try:
+        return load_checkpoint(last, device)
+    except UserError as error:
+        if not previous.exists():
+            raise
+        print(f"{error}: falling back to {previous}")
+        return load_checkpoint(previous, device)
+
+
+def lock_run(run_dir: Path) -> TextIO:
+    """Take a run directory for this process; UserError if another has it or it is read-only."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / "lock", "w")  # noqa: SIM115 (open as long as it is held)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{run_dir}: another process trains here; give another --run-dir") from None
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot be written ({error.strerror})") from None
+    return lock
+
+
+def clear_run(run_dir: Path) -> None:
+    """Remove what an earlier run left in its directory."""
+    for name in ("last.pt", "previous.pt", "best.pt", "summary.json", "metrics.jsonl"):
+        (run_dir / name).unlink(missing_ok=True)
+    for events in run_dir.glob("events.out.tfevents.*"):
+        events.unlink()
 
 
 def restore_model(checkpoint: dict, device: torch.device) -> nn.Module:

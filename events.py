@@ -1,4 +1,4 @@
-"""What a run writes for TensorBoard."""
+"""What a run shows of itself: events for TensorBoard, a line an epoch for the terminal."""
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,10 @@ from data import colourise
 from device import autocast
 
 PICTURES = 4  # frames
+CURES = (
+    "what usually cures a dead class: a last decoder stage wider than `classes`, "
+    "loss: {cross_entropy: 1, dice_per_class: 1}, upsampling_init: bilinear, a lower learning_rate"
+)
 
 
 def prediction_pictures(
@@ -54,3 +58,21 @@ def log(events: SummaryWriter, entry: dict, pictures: Tensor) -> None:
     events.add_scalar("images_per_s", entry["images_per_s"], entry["epoch"])
     events.add_image("image | truth | prediction", pictures, entry["epoch"])
     events.flush()
+
+
+def report(entry: dict, config: dict, is_best: bool) -> None:
+    """Print the line of an epoch."""
+    training, validation = entry["training"], entry["validation"]
+    dead = validation["dead_classes"]
+    print(
+        f"{config['name']} epoch {entry['epoch']}/{config['epochs']}  "
+        f"loss {training['loss']:.4f} / {validation['loss']:.4f}  "
+        f"mean IoU {training['mean_iou']:.4f} / {validation['mean_iou']:.4f}  "
+        "(training / validation)  "
+        f"{entry['images_per_s']:.0f} images/s"
+        + ("  best" if is_best else "")
+        + (f"  dead: {', '.join(dead)}" if dead else ""),
+        flush=True,
+    )
+    if dead and entry["epoch"] in (1, config["epochs"]):
+        print(CURES)

@@ -12,6 +12,8 @@ import argparse
 import json
 import math
 import resource
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -22,20 +24,22 @@ from torchvision.io import encode_png
 from tqdm import tqdm
 
 from augment import augment, take_batch
-from checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from checkpoint import (
+    clear_run,
+    load_checkpoint,
+    load_last,
+    lock_run,
+    save_checkpoint,
+    write_atomically,
+)
 from config import add_arguments, dump, load_config
 from data import load_split
 from device import autocast, environment, pick_device, pick_precision
 from errors import UserError, run
-from events import log, prediction_pictures
+from events import log, prediction_pictures, report
 from losses import weighted_loss
 from metrics import confusion_matrix, evaluate, scores
 from model import build_model
-
-CURES = (
-    "what usually cures a dead class: a last decoder stage wider than `classes`, "
-    "loss: {cross_entropy: 1, dice_per_class: 1}, upsampling_init: bilinear, a lower learning_rate"
-)
 
 
 def seeded(seed: int, number: int) -> int:
@@ -54,6 +58,22 @@ def epoch_order(epoch: int, per_epoch: int, total: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seeded(seed, 2**31 + number))
         passes.append(torch.randperm(total, generator=generator))
     return torch.cat(passes)[start % total :][:per_epoch]
+
+
+def catch_signals() -> list[int]:
+    """Let SIGINT and SIGTERM add their number to the list returned instead of ending the process.
+
+    A second one ends it at once, as without this.
+    """
+    caught: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return caught
 
 
 def train_step(
@@ -121,58 +141,82 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
     else:
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
-    # ---- start afresh, or where the last whole epoch ended
-    run_dir.mkdir(parents=True, exist_ok=True)
+    # ---- start afresh, or where the run stopped: between two epochs, or after a step of one
+    lock = lock_run(run_dir)  # held until the process ends
+    step = 0  # steps done
     history: list[dict] = []  # the lines of metrics.jsonl
-    if resume and (run_dir / "last.pt").exists():
-        last = load_checkpoint(run_dir / "last.pt", device)
-        changed = [key for key in config if last["config"].get(key) != config[key]]
+    matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
+    loss_sum, seconds = torch.zeros((), device=device), 0.0  # of the epoch so far
+    last = load_last(run_dir, device) if resume else None
+    if last:
+        now = config | {"data_digest": training.digest}
+        then = last["config"] | {"data_digest": last["data_digest"]}
+        changed = [key for key in now if then.get(key) != now[key]]
         if changed:
             raise UserError(
-                f"{run_dir / 'last.pt'}: was made with another config ({', '.join(changed)}); "
-                "resume with the old values or train without --resume"
+                f"{run_dir}: was trained with another {', '.join(changed)}; go back to that, or "
+                "train without --resume, which starts over"
             )
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         scheduler.load_state_dict(last["scheduler"])
-        history = last["history"]
-        print(f"{run_dir}: resuming after epoch {len(history)} of {config['epochs']}")
+        step, history = last["step"], last["history"]
+        matrix, loss_sum, seconds = last["matrix"], last["loss_sum"], last["seconds"]
+        print(f"{run_dir}: resuming after step {step}, {len(history)} epochs of {config['epochs']}")
     else:
-        for old in ("last.pt", "best.pt", "summary.json", "metrics.jsonl"):
-            (run_dir / old).unlink(missing_ok=True)
-        for old in run_dir.glob("events.out.tfevents.*"):
-            old.unlink()
+        clear_run(run_dir)
     write_atomically(run_dir / "config.yaml", dump(config).encode())
     where = json.dumps(environment(device, dtype) | {"seed": config["seed"]}, indent=2)
     write_atomically(run_dir / "environment.json", where.encode())
+    # What an interrupted run logged of an epoch that is done again is purged from its charts.
     events = SummaryWriter(run_dir, purge_step=len(history) + 1)
 
+    def save_last() -> None:
+        """Save all that a resumed run needs to go on as if it had not stopped."""
+        save_checkpoint(
+            run_dir / "last.pt",
+            state
+            | {
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "step": step,
+                "history": history,
+                "matrix": matrix,
+                "loss_sum": loss_sum,
+                "seconds": seconds,
+            },
+            keep=run_dir / "previous.pt",
+        )
+
     # ---- the loop
+    state = {"config": config, "data_digest": training.digest, "model": model.state_dict()}
+    signals = catch_signals()
     for epoch in range(len(history), config["epochs"]):
-        started = time.perf_counter()
+        started = time.perf_counter() - seconds
         model.train()
-        order = epoch_order(epoch, per_epoch, len(images), config["seed"]).split(
-            config["batch_size"]
-        )
-        matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
-        loss_sum = torch.zeros((), device=device)
-        progress = tqdm(
-            order, f"{config['name']} epoch {epoch + 1}/{config['epochs']}", disable=None
-        )
-        for step, index in enumerate(progress, start=epoch * steps_per_epoch):
+        order = epoch_order(epoch, per_epoch, len(images), config["seed"])
+        batches = order.split(config["batch_size"])[step - epoch * steps_per_epoch :]
+        title = f"{config['name']} epoch {epoch + 1}/{config['epochs']}"
+        for index in tqdm(batches, title, disable=None):
             torch.manual_seed(seeded(config["seed"], step))
             batch, mask = take_batch(images, masks, index, config)
             batch, mask = augment(batch, mask, config)
             loss, logits = train_step(model, optimizer, batch, mask, config["loss"], dtype)
             scheduler.step()
+            step += 1
             loss_sum += loss * len(index)
             matrix += confusion_matrix(logits.argmax(dim=1), mask, len(classes))
             # On a GPU looking at a value waits for it, so look seldom: the sum keeps a NaN.
             if (device.type == "cpu" or step % 50 == 0) and not torch.isfinite(loss_sum):
                 raise UserError(
                     f"{run_dir}: the loss is {loss.item()} at step {step} (epoch {epoch + 1}); "
-                    "lower learning_rate; last.pt and best.pt are those of the epoch before"
+                    "lower learning_rate; the checkpoints are those of the epoch before"
                 )
+            if signals:
+                seconds = time.perf_counter() - started
+                save_last()
+                print(f"{run_dir}: stopped after step {step}; --resume goes on from here")
+                sys.exit(128 + signals[0])
         train_loss = loss_sum.item() / per_epoch  # waits for the device, so the clock is right
         train_seconds = time.perf_counter() - started
 
@@ -196,18 +240,19 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         report(entry, config, is_best)
 
         # ---- files, last.pt at the end: what it does not know of, a resumed run does again
-        state = {"config": config, "data_digest": training.digest, "model": model.state_dict()}
         if is_best:
             save_checkpoint(run_dir / "best.pt", {**state, **entry})
             png = encode_png(pictures).numpy().tobytes()
             write_atomically(run_dir / "predictions.png", png)
         lines = "".join(json.dumps(line) + "\n" for line in history)
         write_atomically(run_dir / "metrics.jsonl", lines.encode())
-        state |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        save_checkpoint(run_dir / "last.pt", {**state, "history": history})
+        matrix.zero_(), loss_sum.zero_()
+        seconds = 0.0
+        save_last()
 
     # ---- done: what the run cost is what all of it cost, not what it took to the best epoch
     events.close()
+    lock.close()
     best = max(history, key=lambda entry: entry["validation"]["mean_iou"])
     cost = {key: history[-1][key] for key in ("images_seen", "train_seconds")}
     checkpoint = load_checkpoint(run_dir / "best.pt", torch.device("cpu"))
@@ -224,24 +269,6 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         f"best epoch {best['epoch']}, validation mean IoU {best['validation']['mean_iou']:.4f}; "
         f"next: python evaluate.py {run_dir / 'best.pt'}"
     )
-
-
-def report(entry: dict, config: dict, is_best: bool) -> None:
-    """Print the line of an epoch."""
-    training, validation = entry["training"], entry["validation"]
-    dead = validation["dead_classes"]
-    print(
-        f"{config['name']} epoch {entry['epoch']}/{config['epochs']}  "
-        f"loss {training['loss']:.4f} / {validation['loss']:.4f}  "
-        f"mean IoU {training['mean_iou']:.4f} / {validation['mean_iou']:.4f}  "
-        "(training / validation)  "
-        f"{entry['images_per_s']:.0f} images/s"
-        + ("  best" if is_best else "")
-        + (f"  dead: {', '.join(dead)}" if dead else ""),
-        flush=True,
-    )
-    if dead and entry["epoch"] in (1, config["epochs"]):
-        print(CURES)
 
 
 def main() -> None:
