@@ -9,7 +9,11 @@ PYTHON  ?= python3
 AFO_ARCHIVE ?=
 SET     ?=
 
-MODELS := initial modified tuned best
+MODELS  := initial modified tuned best
+OVERFIT := one-batch-initial one-batch-modified one-batch-tuned few-frames-tuned
+TUNE    := $(sort $(patsubst configs/tune/%.yaml,%,$(wildcard configs/tune/*.yaml)))
+AUGMENT := none flip-0.3 flip-0.5 flip-0.8 blur-0.3 blur-0.5 blur-0.8 \
+           flip-blur-0.5 flip-blur-0.3 flip-blur-0.8 jitter
 PY     := .venv/bin/python
 
 ifeq ($(filter $(DATA),generated afo),)
@@ -23,14 +27,19 @@ endif
 SEQUENCES := $(if $(filter quick,$(PROFILE)),200 16 24,300 60 60)
 DATA_DIR  := $(if $(filter afo,$(DATA)),data/afo,data/$(PROFILE)/generated)
 RUNS      ?= runs/$(DATA)/$(PROFILE)
-RESULTS    = $(foreach model,$(MODELS),$(call results,$(model)))
-# $(call results,tuned): the result files of an experiment, one a seed.
-results    = $(foreach seed,$(SEEDS),$(RUNS)/$(1)/seed$(seed)/testing.json)
+# $(call results,initial tuned): the test results of experiments, a file a seed; summaries likewise,
+# which say how validation went.
+results   = $(foreach name,$(1),$(foreach seed,$(SEEDS),$(RUNS)/$(name)/seed$(seed)/testing.json))
+summaries = $(foreach name,$(1),$(foreach seed,$(SEEDS),$(RUNS)/$(name)/seed$(seed)/summary.json))
+# The quick profile's overlay for an experiment: its own, or the common one. Overfitting has its own
+# budget in either profile.
+quick     = $(or $(wildcard configs/quick/$(1).yaml),$(if $(filter overfit/%,$(1)),,configs/quick.yaml))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help setup data $(MODELS:%=train-%) report tensorboard bench test lint clean FORCE
+.PHONY: help setup data $(MODELS:%=train-%) report overfit tune augment final \
+        tensorboard bench test lint clean FORCE
 
 help:  ## list the targets
 	@echo "make TARGET [DATA=generated|afo] [AFO_ARCHIVE=file.zip] [PROFILE=quick|full] [SEEDS=\"0 1 2\"] [DEVICE=auto|cpu|cuda] [SET=\"key=value ...\"]"
@@ -67,8 +76,9 @@ data/afo: | .venv/installed
 # config trains nothing again; a real change discards the run it no longer describes.
 $(RUNS)/%/config.yaml: FORCE | .venv/installed
 	@mkdir -p $(@D)
-	@$(PY) config.py --config configs/$(*D).yaml $(if $(filter quick,$(PROFILE)),configs/quick.yaml) \
-	  --set data=$(DATA_DIR) device=$(DEVICE) seed=$(patsubst seed%,%,$(*F)) $(SET) > $@.new
+	@$(PY) config.py --config configs/$(*D).yaml $(if $(filter quick,$(PROFILE)),$(call quick,$(*D))) \
+	  --set data=$(DATA_DIR) profile=$(PROFILE) device=$(DEVICE) seed=$(patsubst seed%,%,$(*F)) \
+	  $(SET) > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else \
 	  rm -f $(@D)/last.pt $(@D)/previous.pt $(@D)/summary.json; mv $@.new $@; fi
 FORCE:
@@ -85,7 +95,20 @@ train-$(1): $$(call results,$(1))  ## train the $(1) model and test it
 endef
 $(foreach model,$(MODELS),$(eval $(call train_target,$(model))))
 
-report: $(RESULTS)  ## train and test the four models, print the comparison table
+# Nothing but a row of its own waits for a run: one that crashes stops no other under `make -k`.
+overfit: $(call summaries,$(OVERFIT:%=overfit/%))  ## force the models to overfit; how bad it gets elsewhere
+	@$(PY) evaluate.py $^
+
+tune: $(call summaries,tuned $(TUNE:%=tune/%))  ## learning rate, dropout, width, kernel of tuned, on validation
+	@$(PY) evaluate.py $^
+
+augment: $(call results,$(AUGMENT:%=augment/%))  ## flips, blur, jitter: the lab's nine runs and ours
+	@$(PY) evaluate.py $^
+
+final: $(call results,final)  ## tuned with flips and twice the epochs
+	@$(PY) evaluate.py $^
+
+report: $(call results,$(MODELS))  ## train and test the four models, print the comparison table
 	@$(PY) evaluate.py $^
 
 tensorboard: | .venv/installed  ## look at the runs in a browser

@@ -108,12 +108,14 @@ def load_last(run_dir: Path, device: torch.device) -> dict | None:
         UserError: both are damaged.
     """
     last, previous = run_dir / "last.pt", run_dir / "previous.pt"
-    if not last.exists() and not previous.exists():
+    if not last.exists():  # killed between the two renames of `save_checkpoint`
+        last = previous
+    if not last.exists():
         return None
     try:
         return load_checkpoint(last, device)
     except UserError as error:
-        if not previous.exists():
+        if last == previous or not previous.exists():
             raise
         print(f"{error}: falling back to {previous}")
         return load_checkpoint(previous, device)

@@ -34,6 +34,8 @@ RANGES = {
     "learning_rate": (1e-12, 1e3),
     "epochs": (1, 1_000_000),
     "images_per_epoch": (0, 1_000_000_000),
+    "limit_sequences": (0, 1_000_000_000),
+    "limit_images": (0, 1_000_000_000),
     "batch_size": (1, 1_000_000),
     "seed": (0, 2**31 - 1),
     "crop": (0, 1_000_000),

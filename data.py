@@ -189,6 +189,21 @@ def load_split(root: Path, split: str, classes: dict[str, list[int]], channels: 
     return Split(images, masks, [image.name for image, _ in pairs], digest)
 
 
+def limit(split: Split, sequences: int, images: int) -> Split:
+    """The first so many sequences of a split, and so many of their images, evenly spaced.
+
+    A sequence is what shares the first six characters of its file names. 0 means no limit.
+    """
+    first = sorted({name[:6] for name in split.names})[: sequences or None]
+    chosen = torch.tensor([i for i, name in enumerate(split.names) if name[:6] in first])
+    if 0 < images < len(chosen):
+        chosen = chosen[torch.linspace(0, len(chosen) - 1, images).long()]
+    if len(chosen) == len(split.names):
+        return split  # still memory-mapped
+    names = [split.names[i] for i in chosen.tolist()]
+    return Split(split.images[chosen], split.masks[chosen], names, split.digest)
+
+
 def _build_cache(
     cache: Path, pairs: list[tuple[Path, Path]], classes: dict[str, list[int]], channels: int
 ) -> None:

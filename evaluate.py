@@ -3,7 +3,8 @@
     python evaluate.py CHECKPOINT... [--data DIR] [--split testing] [--json FILE]
 
 A file of results that --json wrote can stand in the place of a checkpoint: it is read, not
-evaluated again, so a table of many runs costs nothing to print.
+evaluated again, so a table of many runs costs nothing to print. The summary.json of runs gives a
+table of their validation instead.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from errors import UserError, run
 from metrics import evaluate, scores
 from model import count_parameters
 
-NEEDED = ("name", "data", "split", "digest", "profile", "confusion_matrix", "mean_iou")
+RESULT_KEYS = ("name", "data", "split", "digest", "profile", "confusion_matrix", "mean_iou")
+SUMMARY_KEYS = ("name", "images_seen", "training", "validation")
 
 
 def evaluate_checkpoint(path: Path, data: str | None, split: str, device_name: str) -> dict:
@@ -69,17 +71,21 @@ def evaluate_checkpoint(path: Path, data: str | None, split: str, device_name: s
     }
 
 
-def read_results(path: Path) -> list[dict]:
-    """Read the rows that --json wrote; UserError if the file holds anything else."""
+def read_json(path: Path) -> object:
+    """Parse a JSON file that this project wrote; UserError if it is missing or damaged."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such results; `make report` makes them") from None
     except (OSError, ValueError):
         raise UserError(f"{path}: cannot be read as JSON; remove it and run make again") from None
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and all(key in row for key in NEEDED) for row in rows
-    ):
+
+
+def read_results(path: Path, needed: tuple[str, ...] = RESULT_KEYS) -> list[dict]:
+    """Read the rows that --json wrote, or a summary; UserError if the file holds anything else."""
+    rows = read_json(path)
+    rows = rows if isinstance(rows, list) else [rows]
+    if not all(isinstance(row, dict) and all(key in row for key in needed) for row in rows):
         raise UserError(f"{path}: is not a file of results; remove it and run make again")
     return rows
 
@@ -125,22 +131,18 @@ def comparison_table(rows: list[dict]) -> str:
                 _over_seeds(group, "images_seen", "{:,.0f}"),
                 _over_seeds(group, "train_seconds", "{:.0f} s"),
                 *(_over_seeds(group, k, "{:.4f}") for k in ("pixel_accuracy", "mean_dice")),
-                _over_seeds(group, "mean_iou", "{:.4f}", spread=True),
+                _spread([row["mean_iou"] for row in group]),
                 *(_over_seeds([r["per_class_iou"] for r in group], c, "{:.4f}") for c in classes),
                 ", ".join(dead) or "none",
                 f"{published:.4f}" if published is not None else "–",
                 *([str(len(group))] if several else []),
             ]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = [
         f"{first['data']}, {first['split']} split, {first['images']} images, "
-        f"{first['profile']} profile. IoU by class at the right."
+        f"{first['profile']} profile. IoU by class at the right.",
+        align(lines),
     ]
-    for line in lines:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        text.append("  ".join(cells).rstrip())
     text.append(
         f"High accuracy is not good performance: predicting {classes[0]} everywhere has accuracy "
         f"{by_name[lines[1][0]][0]['pixel_accuracy']:.3f} and mean IoU "
@@ -149,23 +151,81 @@ def comparison_table(rows: list[dict]) -> str:
     return "\n".join(text)
 
 
-def _over_seeds(rows: list[dict], key: str, form: str, spread: bool = False) -> str:
+def validation_table(summaries: list[dict]) -> str:
+    """Runs by validation mean IoU, best first: mean ± standard deviation over the seeds.
+
+    Args:
+        summaries: what train.py writes as summary.json; the test split has no part in them.
+    """
+    by_name: dict[str, list[dict]] = {}
+    for summary in summaries:
+        by_name.setdefault(summary["name"], []).append(summary)
+    lines = [["experiment", "images seen", "training IoU", "validation IoU", "gap", "dead", "n"]]
+    rows = []
+    for name, group in by_name.items():
+        train, val = ([g[split]["mean_iou"] for g in group] for split in ("training", "validation"))
+        dead = sorted({d for g in group for d in g["validation"]["dead_classes"]})
+        rows.append(
+            (
+                statistics.fmean(val),
+                [
+                    name,
+                    f"{group[0]['images_seen']:,}",
+                    _spread(train),
+                    _spread(val),
+                    f"{statistics.fmean(train) - statistics.fmean(val):+.4f}",
+                    ", ".join(dead) or "none",
+                    str(len(group)),
+                ],
+            )
+        )
+    lines += [line for _, line in sorted(rows, key=lambda row: -row[0])]
+    return align(lines)
+
+
+def align(lines: list[list[str]]) -> str:
+    """Cells as text in columns, the first flush left, the others flush right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            [line[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _spread(values: list[float]) -> str:
+    """Mean, and ± standard deviation where there are several values."""
+    text = f"{statistics.fmean(values):.4f}"
+    return text + (f" ±{statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def _over_seeds(rows: list[dict], key: str, form: str) -> str:
     """The mean of a value over the seeds, formatted; "–" where it is not defined for each."""
     values = [row.get(key) for row in rows]
     if any(value is None for value in values):
         return "–"
-    text = form.format(statistics.fmean(values))
-    return text + (f" ±{statistics.stdev(values):.4f}" if spread and len(values) > 1 else "")
+    return form.format(statistics.fmean(values))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", type=Path, nargs="+", metavar="CHECKPOINT", help=".pt or .json")
+    parser.add_argument(
+        "files",
+        type=Path,
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="best.pt, testing.json or summary.json",
+    )
     parser.add_argument("--data", metavar="DIR", help="another data set than it was trained on")
     parser.add_argument("--split", choices=SPLITS, default="testing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args()
+    if all(path.name == "summary.json" for path in args.files):
+        print(validation_table([read_results(path, SUMMARY_KEYS)[0] for path in args.files]))
+        return
     rows = []
     for path in args.files:
         if path.suffix == ".json":

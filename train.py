@@ -33,7 +33,7 @@ from checkpoint import (
     write_atomically,
 )
 from config import add_arguments, dump, load_config
-from data import load_split
+from data import limit, load_split
 from device import autocast, environment, pick_device, pick_precision
 from errors import UserError, run
 from events import log, prediction_pictures, report
@@ -124,6 +124,7 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         load_split(root, split, config["classes"], config["in_channels"])
         for split in ("training", "validation")
     )
+    training = limit(training, config["limit_sequences"], config["limit_images"])
     images, masks, val_images, val_masks = (
         array.to(device)
         for array in (training.images, training.masks, validation.images, validation.masks)
@@ -261,6 +262,7 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         "name": config["name"],
         **cost,
         "best_epoch": best["epoch"],
+        "training": best["training"],
         "validation": best["validation"],
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }

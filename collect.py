@@ -1,0 +1,221 @@
+"""The finished runs below a folder, which of them may share a table, and statistics over seeds."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from checkpoint import load_checkpoint
+from config import load_config
+from errors import UserError
+from evaluate import read_results
+
+UNTESTED = ("tune", "overfit")  # folders of experiments that never read the test split
+MODELS = ("initial", "modified", "tuned", "best")
+# What a report is made of: ("h2" | "h3" | "p", text), ("list", texts), ("table", header, rows) or
+# ("figure", file, caption); texts may hold **strong** and `code`.
+Blocks = list[tuple]
+BUDGET = ("epochs", "images_per_epoch", "batch_size")
+
+
+class Run(NamedTuple):
+    """A finished run. `history` holds the lines of metrics.jsonl, `test` the row of testing.json
+    (None in an experiment that never reads the test split), `digest` that of the training data."""
+
+    experiment: str
+    seed: int
+    folder: Path
+    config: dict
+    environment: dict
+    history: list[dict]
+    summary: dict
+    test: dict | None
+    digest: str
+
+
+# ---- reading
+
+
+def read_json(path: Path, needed: tuple[str, ...], lines: bool = False) -> list[dict]:
+    """The JSON objects of a file, one or one a line; UserError if it is damaged or lacks a key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        objects = [json.loads(part) for part in (text.splitlines() if lines else [text])]
+        if not objects or not all(key in entry for entry in objects for key in needed):
+            raise ValueError
+    except (OSError, ValueError, TypeError):
+        raise UserError(
+            f"{path}: cannot be read as JSON with {', '.join(needed)}; remove its folder and make "
+            "that run again"
+        ) from None
+    return objects
+
+
+def find_runs(root: Path) -> tuple[dict[str, list[Run]], list[str]]:
+    """Read every run below a folder.
+
+    Returns:
+        experiment ("tuned", "augment/flip-0.3") → its finished runs by seed, and a line for each
+        run that did not finish.
+
+    Raises:
+        UserError: a file is damaged, or the seeds of an experiment were not trained alike.
+    """
+    found: dict[str, list[Run]] = {}
+    unfinished = []
+    folders = [f for f in root.rglob("seed*") if f.is_dir() and f.name[4:].isdigit()]
+    for folder in sorted(folders, key=lambda f: (f.parent, int(f.name[4:]))):
+        experiment = folder.parent.relative_to(root).as_posix()
+        if not (folder / "summary.json").exists():
+            unfinished.append(f"{folder} (no summary.json: crashed, interrupted or still running)")
+            continue
+        untested = experiment.split("/")[0] in UNTESTED
+        if not untested and not (folder / "testing.json").exists():
+            unfinished.append(f"{folder} (no testing.json: trained but not tested)")
+            continue
+        run = Run(
+            experiment,
+            int(folder.name[4:]),
+            folder,
+            load_config([folder / "config.yaml"], []),
+            read_json(folder / "environment.json", ("device", "threads", "precision", "torch"))[0],
+            read_json(folder / "metrics.jsonl", ("epoch", "training", "validation"), lines=True),
+            read_json(folder / "summary.json", ("images_seen", "train_seconds", "validation"))[0],
+            None if untested else read_results(folder / "testing.json")[0],
+            load_checkpoint(folder / "best.pt", torch.device("cpu")).get("data_digest", "unknown"),
+        )
+        found.setdefault(experiment, []).append(run)
+    for runs in found.values():
+        for other in runs[1:]:
+            keys = [k for k in runs[0].config if k not in ("seed", "device", "data")]
+            changed = [k for k in keys if other.config[k] != runs[0].config[k]]
+            if changed:
+                refuse(runs[0], other, changed)
+    return found, unfinished
+
+
+def refuse(first: Run, other: Run, differ: list[str]) -> None:
+    """Raise the UserError of two runs that must not share a table."""
+    raise UserError(
+        f"{other.folder} and {first.folder} differ in {', '.join(differ)}; such runs cannot share "
+        "a table: train them alike or report them apart"
+    )
+
+
+def differences(first: Run, other: Run, budget: bool) -> list[str]:
+    """What keeps two runs out of one table: data, split, profile and, if `budget`, the budget."""
+
+    def terms(run: Run) -> dict:
+        made = {"profile": run.config["profile"], "training data (digest)": run.digest}
+        if run.test:
+            made |= {"split": run.test["split"], "test data (digest)": run.test["digest"]}
+        if budget:
+            made |= {key: run.config[key] for key in BUDGET}
+            made["images seen"] = run.summary["images_seen"]
+        return made
+
+    a, b = terms(first), terms(other)
+    return [
+        key if "digest" in key else f"{key} ({b[key]}, not {a[key]})"
+        for key in a
+        if key in b and a[key] != b[key]
+    ]
+
+
+def must_agree(groups: dict[str, list[Run]], budget: bool) -> None:
+    """Refuse experiments that cannot share a table, see `differences`."""
+    runs = [run for group in groups.values() for run in group]
+    for other in runs[1:]:
+        if differ := differences(runs[0], other, budget):
+            refuse(runs[0], other, differ)
+
+
+# ---- groups
+
+
+def folder_of(groups: dict[str, list[Run]], folder: str) -> dict[str, list[Run]]:
+    """The experiments of a folder under their own names."""
+    return {n.split("/")[1]: r for n, r in groups.items() if n.startswith(folder + "/")}
+
+
+def with_base(groups: dict[str, list[Run]], folder: str, base: str) -> dict[str, list[Run]]:
+    """The experiments of a folder and, as `base`, what they vary: the tuned model.
+
+    The runs of `tuned` stand for it where the folder has none and their budget is the same.
+    """
+    mine, tuned = folder_of(groups, folder), groups.get("tuned")
+    if mine and base not in mine and tuned:
+        first = next(iter(mine.values()))[0]
+        if not differences(first, tuned[0], budget=True):
+            mine = {base: tuned, **mine}
+    return mine
+
+
+def missing_runs(groups: dict[str, list[Run]]) -> dict[str, list[str]]:
+    """`make` target → the experiments it makes of which no finished run was found."""
+    configs = Path(__file__).parent / "configs"
+    missing = {f"train-{name}": [name] for name in MODELS if name not in groups}
+    missing |= {"final": ["final"]} if "final" not in groups else {}
+    for folder in ("augment", "tune", "overfit"):
+        names = sorted(path.stem for path in (configs / folder).glob("*.yaml"))
+        names = [name for name in names if f"{folder}/{name}" not in groups]
+        missing |= {folder: names} if names else {}
+    return missing
+
+
+# ---- statistics
+
+
+def over_seeds(values: list[float | None]) -> dict | None:
+    """Mean and sample standard deviation (None if n = 1); None where a value is not defined."""
+    if any(value is None for value in values):
+        return None
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std, "n": len(values), "values": values}
+
+
+def standard_error(a: dict, b: dict) -> float | None:
+    """Of the difference of two means (Welch 1947); None if either has one seed only."""
+    if a["std"] is None or b["std"] is None:
+        return None
+    return math.sqrt(a["std"] ** 2 / a["n"] + b["std"] ** 2 / b["n"])
+
+
+def judge(a: dict, b: dict) -> str:
+    """ "more", "less", "noise" or "one seed": how the mean of `a` compares to that of `b`."""
+    error = standard_error(a, b)
+    if error is None:
+        return "one seed"
+    difference = a["mean"] - b["mean"]
+    return "noise" if abs(difference) <= 2 * error else "more" if difference > 0 else "less"
+
+
+def best_of(stats: dict[str, dict]) -> str | None:
+    """The name whose mean lies beyond seed noise above the runner-up's; None if there is none."""
+    ranked = sorted(stats, key=lambda name: -stats[name]["mean"])
+    if len(ranked) < 2 or judge(stats[ranked[0]], stats[ranked[1]]) != "more":
+        return None
+    return ranked[0]
+
+
+def show(stat: dict | None, form: str = "{:.4f}") -> str:
+    """A statistic as text: mean ± standard deviation."""
+    if stat is None:
+        return "–"
+    spread = "" if stat["std"] is None else " ± " + form.format(stat["std"])
+    return form.format(stat["mean"]) + spread
+
+
+def of(runs: list[Run], score: str, split: str = "testing") -> dict | None:
+    """A score of `metrics.scores` over the seeds of an experiment."""
+    rows = [run.test if split == "testing" else run.summary["validation"] for run in runs]
+    return over_seeds([row[score] for row in rows])
+
+
+def published(runs: list[Run]) -> str:
+    """The test IoU in the lab's report, as text."""
+    value = runs[0].config["published_iou"]
+    return "–" if value is None else f"{value:.4f}"

@@ -1,0 +1,469 @@
+"""Write the report of all runs below a folder: tables, figures, answers to the lab's questions.
+
+    python report.py --runs runs/generated/quick --out report [--device auto]
+
+Writes OUT/report.md, OUT/report.html (one file that needs no other), OUT/results.json (every
+number) and OUT/figures/. Nothing is trained; the checkpoints of the models compared are run once
+over the test split. What is missing is named; unfinished runs are left out, named in the report
+and once more at the end, with exit code 2.
+"""
+
+import argparse
+import base64
+import html
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import figures
+from answers import answers, explanations
+from checkpoint import load_checkpoint, restore_model, write_atomically
+from collect import (
+    MODELS,
+    Blocks,
+    Run,
+    best_of,
+    find_runs,
+    folder_of,
+    missing_runs,
+    must_agree,
+    of,
+    over_seeds,
+    published,
+    show,
+    with_base,
+)
+from data import load_split
+from device import pick_device, pick_precision
+from errors import UserError, run
+from evaluate import background_only
+
+OVERFIT = {
+    "one-batch": "Forced to overfit: one batch, no augmentation.",
+    "few-frames": "Overfitting on 32 frames of few sequences.",
+}
+FRAMES = 4  # rows of a panel
+PERFECT = 0.9995  # rounds to 1.000
+SCORES = ("pixel_accuracy", "mean_iou", "mean_iou_foreground", "mean_dice")
+CSS = """
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; background: #fff; color: #1a1a1a;
+  font: 16px/1.55 system-ui, sans-serif; }
+h1, h2, h3 { line-height: 1.25; margin: 2em 0 .5em; } h1 { margin-top: 0; }
+h2 { border-bottom: 1px solid #ccc; padding-bottom: .2em; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; }
+th, td { padding: .3em .7em; text-align: right; border-bottom: 1px solid #ddd;
+  white-space: nowrap; font-variant-numeric: tabular-nums; }
+th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child { text-align: left; }
+figure { margin: 1.5em 0; break-inside: avoid; } img { max-width: 100%; height: auto; }
+figcaption { color: #444; font-size: 14px; } code { background: #f2f2f2; padding: 0 .2em; }
+@media print { body { max-width: none; font-size: 11pt; } h2, h3 { break-after: avoid; }
+  tr { break-inside: avoid; } .wide { overflow: visible; } table { font-size: 8pt; } }
+"""
+RULE = (
+    "A row is marked **best** if its mean exceeds that of the runner-up by more than "
+    "2·√(s₁²/n₁ + s₂²/n₂), twice the standard error of the difference of two means (Welch 1947), "
+    "with s the standard deviation over n seeds. With one seed there is no s, and no mark."
+)
+
+
+# ---- tables
+
+
+def table(groups: dict[str, list[Run]], split: str, columns: dict[str, object]) -> tuple:
+    """A table with a row per experiment: cost, the given columns, mean IoU, n and the mark.
+
+    Args:
+        groups: label → runs.
+        split: "testing" or "validation": whose mean IoU is shown.
+        columns: header → function of the runs of an experiment to the text of a cell.
+    """
+    stats = {name: of(runs, "mean_iou", split) for name, runs in groups.items()}
+    best = best_of(stats)
+    header = ["", "images seen", "training", *columns, f"{split} mean IoU", "n", "mark"]
+    rows = []
+    for name, runs in groups.items():
+        seen, seconds = (
+            over_seeds([run.summary[key] for run in runs])
+            for key in ("images_seen", "train_seconds")
+        )
+        cells = [name, f"{seen['mean']:,.0f}", f"{seconds['mean']:.0f} s"]
+        cells += [column(runs) for column in columns.values()]
+        rows.append([*cells, show(stats[name]), str(len(runs)), "**best**" if name == best else ""])
+    return ("table", header, rows)
+
+
+def dead(runs: list[Run]) -> str:
+    return ", ".join(sorted({c for run in runs for c in run.test["dead_classes"]})) or "none"
+
+
+def experiments(groups: dict[str, list[Run]], pictures: Path) -> Blocks:
+    """The tables of the experiments besides the models compared, of those that were run."""
+    blocks: Blocks = [("h2", "The other experiments")]
+    augment = with_base(groups, "augment", "none")
+    tune = with_base(groups, "tune", "base")
+    rest = {n: r for n, r in groups.items() if "/" not in n and n not in MODELS}
+    if augment:
+        must_agree(augment, budget=True)
+        none = {"none": augment.pop("none")} if "none" in augment else {}
+        blocks += [
+            ("h3", "Augmentation of the tuned model"),
+            (
+                "p",
+                "The number in a name is the probability; the lab's blurs differ in strength as "
+                "well. The lab tested on one batch of 50 images and blurred its masks.",
+            ),
+            table({**none, **augment}, "testing", {"lab IoU": published}),
+        ]
+    if tune:
+        must_agree(tune, budget=True)
+        tune = dict(
+            sorted(tune.items(), key=lambda item: -of(item[1], "mean_iou", "validation")["mean"])
+        )
+        blocks += [
+            ("h3", "Tuning, one factor at a time and a small grid"),
+            (
+                "p",
+                "`base` is the tuned model. Sorted by the score on the validation split; the test "
+                "split is not read for choices.",
+            ),
+            table(tune, "validation", {}),
+        ]
+    for half, text in OVERFIT.items():
+        part = {n: r for n, r in folder_of(groups, "overfit").items() if n.startswith(half)}
+        if not part:
+            continue
+        must_agree(part, budget=False)
+        rows, lines = [], {}
+        for name, runs in part.items():
+            lines[name.removeprefix(half + "-")] = [run.history for run in runs]
+            train, val = (
+                over_seeds([run.history[-1][split]["mean_iou"] for run in runs])
+                for split in ("training", "validation")
+            )
+            hit = [
+                [e["epoch"] for e in r.history if e["training"]["mean_iou"] >= PERFECT]
+                for r in runs
+            ]
+            reached = ", ".join(str(epochs[0]) if epochs else "never" for epochs in hit)
+            gap = f"{train['mean'] - val['mean']:.4f}"
+            frames = str(runs[0].config.get("limit_images") or "all")
+            rows.append([name, frames, reached, show(train), show(val), gap, str(len(runs))])
+        header = [
+            "",
+            "frames",
+            "1.000 in epoch",
+            "training mean IoU",
+            "validation mean IoU",
+            "gap",
+            "n",
+        ]
+        figures.curves(pictures / f"overfit-{half}.png", lines)
+        blocks += [("h3", text), ("table", header, rows)]
+        blocks += [("figure", f"overfit-{half}.png", f"{text} Training and validation per epoch.")]
+    if rest:
+        must_agree(rest, budget=False)
+        blocks += [
+            ("h3", "Final run and others"),
+            ("p", "Budgets differ between these rows: see images seen."),
+            table(rest, "testing", {"lab IoU": published}),
+        ]
+    return blocks if len(blocks) > 1 else [*blocks, ("p", "None has been run yet.")]
+
+
+# ---- the models compared
+
+
+def run_models(models: dict[str, list[Run]], device_name: str) -> dict:
+    """Run the checkpoints of the models compared once over the test split.
+
+    Returns:
+        images (M, channels, H, W), masks (M, H, W), names and classes of the split; by model
+        `predictions` (M, H, W) uint8 and `frames` (M, C, C) of the lowest seed and `boundary`, the
+        boundary IoU over the seeds; `recheck`, the largest difference between a mean IoU found
+        here and the one in testing.json.
+    """
+    device = pick_device(device_name)
+    made: dict = {"predictions": {}, "frames": {}, "boundary": {}, "recheck": 0.0}
+    for name, runs in models.items():
+        boundary = []
+        for one in runs:
+            config, classes = one.config, list(one.config["classes"])
+            root, channels = Path(config["data"]), config["in_channels"]
+            split = load_split(root, one.test["split"], config["classes"], channels)
+            if split.digest != one.test["digest"]:
+                raise UserError(
+                    f"{root}: is not the data that {one.folder} was tested on; restore it, or "
+                    "remove that run's testing.json and run make again"
+                )
+            model = restore_model(load_checkpoint(one.folder / "best.pt", device), device)
+            dtype = pick_precision(device, config["precision"])
+            predicted = figures.predict(model, split.images, dtype)
+            frames = figures.frame_matrices(predicted, split.masks, len(classes))
+            off = abs(float(figures.mean_iou(frames.sum(axis=0))) - one.test["mean_iou"])
+            made["recheck"] = max(made["recheck"], off)
+            boundary.append(figures.boundary_iou(predicted, split.masks, len(classes))[0])
+            if one is runs[0]:
+                made["predictions"][name], made["frames"][name] = predicted, frames
+                made |= {"images": split.images, "masks": split.masks}
+                made |= {"names": split.names, "classes": classes}
+        made["boundary"][name] = over_seeds(boundary)
+        print(f"{name}: {len(runs)} checkpoints, {len(split.names)} test images each", flush=True)
+    return made
+
+
+def comparison(models: dict[str, list[Run]], tested: dict, pictures: Path) -> Blocks:
+    """The comparison table, curves, panels, confusion matrices and bars of the models."""
+    classes = tested["classes"]
+    background = background_only(next(iter(models.values()))[0].test)
+    _, header, rows = table(
+        models,
+        "testing",
+        {
+            "accuracy": lambda runs: f"{of(runs, 'pixel_accuracy')['mean']:.4f}",
+            "mean Dice": lambda runs: f"{of(runs, 'mean_dice')['mean']:.4f}",
+            "boundary IoU": lambda runs: show(tested["boundary"][runs[0].experiment]),
+            "dead classes": dead,
+            "lab IoU": published,
+        },
+    )
+    accuracy, dice, iou = (background[k] for k in ("pixel_accuracy", "mean_dice", "mean_iou"))
+    top = [background["name"], "0", "–", f"{accuracy:.4f}", f"{dice:.4f}", "–"]
+    top += [", ".join(background["dead_classes"]), "–", f"{iou:.4f}", "–", ""]
+    blocks: Blocks = [("h2", "The models compared"), ("table", header, [top, *rows]), ("p", RULE)]
+    if not any(row[-1] for row in rows):
+        blocks.append(("p", "No row is marked: no lead here lies beyond seed noise as defined."))
+
+    def draw(function: object, file: str, caption: str, *args: object) -> None:
+        function(pictures / file, *args)
+        blocks.append(("figure", file, caption))
+
+    draw(
+        figures.curves,
+        "curves.png",
+        "Mean IoU and loss by epoch: the mean over the seeds, and from the lowest to the highest. "
+        "The models minimise different losses: compare the shape of those curves, not their height.",
+        {name: [one.history for one in runs] for name, runs in models.items()},
+    )
+    even = np.linspace(0, len(tested["names"]) - 1, FRAMES).astype(int)
+    judged = next(name for name in reversed(MODELS) if name in models)
+    single = figures.mean_iou(tested["frames"][judged])
+    worst: dict[str, int] = {}  # sequence → its worst frame, sequences from the worst
+    for i in np.argsort(single, kind="stable"):
+        worst.setdefault(tested["names"][i][: figures.SEQUENCE], int(i))
+    for file, chosen, caption in (
+        ("frames.png", even, "Evenly spaced test frames, the same for every model."),
+        (
+            "worst.png",
+            list(worst.values())[:FRAMES],
+            "The worst test frames: lowest mean IoU of "
+            f"`{judged}` in one frame, one frame a sequence.",
+        ),
+    ):
+        captions = [
+            {"image": tested["names"][i].removesuffix(".png")}
+            | {n: f"IoU {figures.mean_iou(f[i]):.4f}" for n, f in tested["frames"].items()}
+            for i in chosen
+        ]
+        predictions = {n: p[chosen] for n, p in tested["predictions"].items()}
+        images, masks = tested["images"][chosen], tested["masks"][chosen]
+        draw(figures.panels, file, caption, images, masks, predictions, captions, classes)
+    draw(
+        figures.confusion,
+        "confusion.png",
+        "Confusion matrices, all test pixels and seeds: of each true class, per cent predicted as.",
+        {n: sum(np.array(r.test["confusion_matrix"]) for r in runs) for n, runs in models.items()},
+        classes,
+    )
+    draw(
+        figures.bars,
+        "classes.png",
+        "Test IoU of each class, ± standard deviation over the seeds.",
+        {
+            c: {
+                n: over_seeds([r.test["per_class_iou"][c] for r in runs])
+                for n, runs in models.items()
+            }
+            for c in classes
+        },
+        "test IoU",
+    )
+    draw(
+        figures.bars,
+        "boundary.png",
+        f"Boundary IoU (Cheng et al. 2021, arXiv:2103.16562) counts only the {figures.BAND} pixels "
+        "inside a contour. It tells models apart whose mean IoU is alike, since what they get wrong "
+        "is the rim of the shapes.",
+        {
+            n: {"mean IoU": of(runs, "mean_iou"), "boundary IoU": tested["boundary"][n]}
+            for n, runs in models.items()
+        },
+        "test score",
+    )
+    return blocks
+
+
+# ---- writing
+
+
+def as_markdown(blocks: Blocks) -> str:
+    """The report as Markdown, its figures as links into figures/."""
+    lines = []
+    for kind, *content in blocks:
+        if kind in ("h1", "h2", "h3"):
+            lines.append("#" * int(kind[1]) + " " + content[0])
+        elif kind == "list":
+            lines.append("\n".join(f"- {text}" for text in content[0]))
+        elif kind == "table":
+            header, rows = content
+            rule = ["---"] + ["---:"] * (len(header) - 1)
+            lines.append("\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows)))
+        elif kind == "figure":
+            lines.append(f"![{content[1]}](figures/{content[0]})\n\n*{content[1]}*")
+        else:
+            lines.append(content[0])
+    return "\n\n".join(lines) + "\n"
+
+
+def as_html(blocks: Blocks, pictures: Path) -> str:
+    """The same as one HTML file that loads nothing: style and figures are inside."""
+
+    def inline(text: str) -> str:
+        text = re.sub(r"`(.+?)`", r"<code>\1</code>", html.escape(text))
+        return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
+
+    body, title = [], html.escape(blocks[0][1])
+    for kind, *content in blocks:
+        if kind == "list":
+            body.append(f"<ul>{''.join(f'<li>{inline(text)}</li>' for text in content[0])}</ul>")
+        elif kind == "table":
+            rows = [
+                "<tr>" + "".join(f"<{tag}>{inline(cell)}</{tag}>" for cell in row) + "</tr>"
+                for tag, row in [("th", content[0]), *(("td", row) for row in content[1])]
+            ]
+            body.append(f'<div class="wide"><table>{"".join(rows)}</table></div>')
+        elif kind == "figure":
+            data = base64.b64encode((pictures / content[0]).read_bytes()).decode()
+            caption = inline(content[1])
+            image = f'<img alt="{html.escape(content[1])}" src="data:image/png;base64,{data}">'
+            body.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+        else:
+            body.append(f"<{kind}>{inline(content[0])}</{kind}>")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        '<meta name="viewport" content="width=device-width">\n'
+        f"<style>{CSS}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
+def introduction(groups: dict[str, list[Run]], unfinished: list[str], facts: dict) -> Blocks:
+    """What this is, what the words mean, where the runs were made and which are missing."""
+    runs = [one for group in groups.values() for one in group]
+    machines = sorted(
+        {
+            "{device}, {threads} threads, {precision}, PyTorch {torch}".format(**one.environment)
+            for one in runs
+        }
+    )
+    missing = missing_runs(groups)
+    seeds = sorted({one.seed for one in runs})
+    profiles = sorted({f"{one.config['profile']} profile on {one.config['data']}" for one in runs})
+    facts |= {"machines": machines, "missing": missing, "unfinished": unfinished, "seeds": seeds}
+    blocks: Blocks = [
+        ("h1", "Flying objects: small U-Nets, compared"),
+        (
+            "p",
+            "In 2021 a student lab trained three small U-Nets (*initial*, *modified*, *tuned*) to "
+            "find squares, triangles and circles in small pictures, pixel by pixel, and asked what "
+            "makes such a model good. This report repeats its experiments, adds a model of our own "
+            "(*best*) and answers its questions. It was written by `report.py` from the files of "
+            "the runs; nothing in it is typed by hand.".replace("*", ""),
+        ),
+        (
+            "list",
+            [
+                "**IoU** of a class: pixels that are of it and predicted as it, divided by pixels "
+                "that are either; from 0 to 1. **Mean IoU** is its mean over the classes, all "
+                "pixels of a split counted together: the number to compare.",
+                "**Accuracy**: share of pixels predicted right. **Dice**: like IoU, but the shared "
+                "pixels count twice. **Boundary IoU**: IoU of the rims alone.",
+                "**Dead class**: one that is there and never predicted.",
+                "**n**: number of seeds, runs that differ in their random numbers only. Scores are "
+                "the mean ± the sample standard deviation over them.",
+                "**lab IoU**: what the lab published, measured on one batch of 50 images and so "
+                "not comparable (see the end).",
+                f"Here: {len(runs)} runs of {len(groups)} experiments, seeds "
+                f"{', '.join(map(str, seeds))}, {'; '.join(profiles)}.",
+                f"Made on: {'; '.join(machines)}.",
+            ],
+        ),
+    ]
+    if unfinished:
+        blocks += [("h3", "Unfinished runs, left out"), ("list", unfinished)]
+    if missing:
+        texts = [f"`make {target}`: {', '.join(names)}" for target, names in missing.items()]
+        blocks += [("h3", "Missing experiments, and what makes them"), ("list", texts)]
+    return blocks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, required=True, metavar="DIR", help="holds the runs")
+    parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    args = parser.parse_args()
+    groups, unfinished = find_runs(args.runs)
+    if not groups:
+        more = f"; unfinished: {', '.join(unfinished)}" if unfinished else ""
+        raise UserError(f"{args.runs}: holds no finished run; `make report` makes some{more}")
+    models = {name: groups[name] for name in MODELS if name in groups}
+    must_agree(models, budget=False)
+    must_agree({name: runs for name, runs in models.items() if name != "best"}, budget=True)
+
+    pictures, facts = args.out / "figures", {}
+    shutil.rmtree(pictures, ignore_errors=True)  # none of an earlier report may stay
+    pictures.mkdir(parents=True)
+    blocks = introduction(groups, unfinished, facts)
+    tested: dict = {}
+    if models:
+        tested = run_models(models, args.device)
+        facts["boundary_iou"] = tested["boundary"]
+        facts["recheck"] = tested["recheck"]
+        blocks += comparison(models, tested, pictures)
+    blocks += answers(groups, facts)
+    blocks += experiments(groups, pictures)
+    blocks += explanations(groups, tested, pictures, facts)
+
+    facts["tables"] = [{"header": b[1], "rows": b[2]} for b in blocks if b[0] == "table"]
+    facts["statistics"] = {
+        name: {
+            split: {score: of(runs, score, split) for score in SCORES}
+            for split in ("testing", "validation")
+            if split == "validation" or runs[0].test
+        }
+        for name, runs in groups.items()
+    }
+    facts["runs"] = [
+        {"experiment": one.experiment, "seed": one.seed, "folder": str(one.folder)}
+        | {"environment": one.environment, "summary": one.summary, "testing": one.test}
+        for runs in groups.values()
+        for one in runs
+    ]
+    for name, text in (
+        ("report.md", as_markdown(blocks)),
+        ("report.html", as_html(blocks, pictures)),
+        ("results.json", json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n"),
+    ):
+        write_atomically(args.out / name, text.encode())
+    print(f"{args.out / 'report.html'}: {len(groups)} experiments")
+    if unfinished:
+        raise UserError(f"unfinished runs, left out of the report: {', '.join(unfinished)}")
+
+
+if __name__ == "__main__":
+    run(main)
