@@ -23,8 +23,9 @@ ifeq ($(filter $(PROFILE),quick full),)
 $(error PROFILE=$(PROFILE): must be quick or full)
 endif
 
-# The quick profile saves by fewer sequences; the full one has as many as the real data set.
-SEQUENCES := $(if $(filter quick,$(PROFILE)),200 16 24,300 60 60)
+# The quick profile saves by fewer sequences to validate and test on, beside crops and few steps (its
+# config); the full one has as many as the real data set.
+SEQUENCES := $(if $(filter quick,$(PROFILE)),300 16 24,300 60 60)
 DATA_DIR  := $(if $(filter afo,$(DATA)),data/afo,data/$(PROFILE)/generated)
 RUNS      ?= runs/$(DATA)/$(PROFILE)
 # $(call results,initial tuned): the test results of experiments, a file a seed; summaries likewise,

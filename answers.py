@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 import figures
-from collect import MODELS, Blocks, Run, judge, of, published, show, standard_error, with_base
+from collect import MODELS, Run, with_base
 from evaluate import background_only
+from tables import Blocks, judge, of, published, show, standard_error
 
 HIGH_ACCURACY, LOW_IOU = 0.8, 0.5  # what is called high and poor in the first answer
 
@@ -25,9 +26,10 @@ def explanations(groups: dict[str, list[Run]], tested: dict, pictures: Path, fac
         true = [e["validation"]["mean_iou"] for e in groups["tuned"][0].history]
         lines = {"each epoch by itself (true)": true, "never reset": figures.running_mean(true)}
         text = (
-            "**A metric that is never reset turns into a running average.** The lab's metric object "
-            "kept adding up, so each point of its curves is an average over all epochs so far: it "
-            f"lags behind. Here the last epoch has {true[-1]:.4f}, the average {{:.4f}}."
+            "**A metric that is never reset turns into a running average.** The lab's metric "
+            "object kept adding up, so each point of its curves is an average over all epochs so "
+            f"far. Here the last epoch has {true[-1]:.4f}, the average over all {len(true)} epochs "
+            f"{lines['never reset'][-1]:.4f}."
         )
         if "modified" in groups:
             before = [e["validation"]["mean_iou"] for e in groups["modified"][0].history]
@@ -35,11 +37,12 @@ def explanations(groups: dict[str, list[Run]], tested: dict, pictures: Path, fac
             lines[label] = figures.running_mean(true, before)
             text += (
                 " Some of the lab's runs even began with the state of the run before: such a curve "
-                f"starts at {lines[label][0]:.4f} instead of {true[0]:.4f}, and hardly moves."
+                f"starts at {lines[label][0]:.4f} instead of {true[0]:.4f} and ends at "
+                f"{lines[label][-1]:.4f}."
             )
         figures.running(pictures / "running-average.png", lines)
         facts["running_average"] = lines
-        blocks.append(("p", text.format(lines["never reset"][-1])))
+        blocks.append(("p", text))
         blocks.append(
             ("figure", "running-average.png", "Validation mean IoU of tuned, lowest seed.")
         )
@@ -51,10 +54,11 @@ def explanations(groups: dict[str, list[Run]], tested: dict, pictures: Path, fac
         lab = [value for value in lab if value is not None]
         wide = batch["high"] - batch["low"]
         text = (
-            f"**{result['batch_images']} test images leave a wide interval.** The lab tested on one "
-            f"shuffled batch of 50 images. Of {result['draws']:,} such batches from this test split, "
-            f"95 % score between {batch['low']:.4f} and {batch['high']:.4f} with the very same "
-            f"{name} model, whose score on all {result['images']} images is {result['score']:.4f}."
+            f"**{result['batch_images']} test images leave a wide interval.** The lab tested on "
+            f"one shuffled batch of {figures.BATCH} images. Of {result['draws']:,} such batches "
+            f"from this test split, 95 % score between {batch['low']:.4f} and "
+            f"{batch['high']:.4f} with the very same {name} model, whose score on all "
+            f"{result['images']} images is {result['score']:.4f}."
         )
         if len(lab) > 1:
             spread = max(lab) - min(lab)
@@ -63,10 +67,11 @@ def explanations(groups: dict[str, list[Run]], tested: dict, pictures: Path, fac
                 + (", less than that: one batch cannot rank them." if spread < wide else ".")
             )
         text += (
-            " Drawing the sequences anew (bootstrap, since frames of one sequence are alike) the "
-            f"whole split gives {whole['low']:.4f} to {whole['high']:.4f}, 50 frames of the new "
-            f"sequences {new['low']:.4f} to {new['high']:.4f}: what is left is the number of "
-            f"sequences, {result['sequences']}."
+            " Testing on every image removes that chance. Another stays: which sequences the split "
+            f"happens to hold. With its {result['sequences']} sequences drawn anew (a bootstrap; "
+            "frames of one sequence are alike) the whole split scores between "
+            f"{whole['low']:.4f} and {whole['high']:.4f}, {result['batch_images']} frames of them "
+            f"between {new['low']:.4f} and {new['high']:.4f}."
         )
         figures.intervals(pictures / "batch-of-50.png", result, name)
         facts["bootstrap"] = {"model": name} | {
@@ -83,8 +88,9 @@ def explanations(groups: dict[str, list[Run]], tested: dict, pictures: Path, fac
             ),
         ]
     rows, ever = [], 0
-    for name, runs in groups.items():
-        for one in runs:
+    first = [name for name in MODELS if name in groups]
+    for name in (*first, *(name for name in groups if name not in first)):
+        for one in groups[name]:
             epochs = [e["validation"]["dead_classes"] for e in one.history]
             ever += any(epochs)
             if any(epochs) or name in MODELS:
@@ -95,9 +101,9 @@ def explanations(groups: dict[str, list[Run]], tested: dict, pictures: Path, fac
         (
             "p",
             "**Dead classes make runs inconsistent.** A class is dead while the model "
-            "predicts it nowhere in the validation split. It costs a quarter of the mean IoU "
-            "with four classes and hardly any accuracy. In the lab it came from the last "
-            f"stage, no wider than there are classes. Here {ever} of {total} runs had a dead "
+            "predicts it nowhere in the validation split: its IoU is 0, and accuracy hardly "
+            "shows it. In the lab it came from the last decoder stage, no wider than there are "
+            f"classes. Here {ever} of {total} runs had a dead "
             "class in some epoch.",
         )
     )
@@ -124,7 +130,8 @@ def verdict(name: str, a: dict, other: str, b: dict) -> str:
     numbers = f"{name} has {show(a)}, {other} {show(b)} (difference {gap:+.4f})"
     return {
         "more": f"**Yes**: {numbers}, more than twice its standard error {error or 0:.4f}.",
-        "less": f"**No, it did worse**: {numbers}, more than twice its standard error {error or 0:.4f}.",
+        "less": f"**No, it did worse**: {numbers}, more than twice its standard error "
+        f"{error or 0:.4f}.",
         "noise": f"**Not beyond seed noise**: {numbers}, within twice its standard error "
         f"{error or 0:.4f}.",
         "one seed": f'**Cannot be told from one seed**: {numbers}. `SEEDS="0 1 2"` adds seeds.',
@@ -163,11 +170,11 @@ def answers(groups: dict[str, list[Run]], facts: dict) -> Blocks:
         shown = a >= HIGH_ACCURACY and i <= LOW_IOU
         text = (
             ("**No.**" if shown else "**Not shown by this data.**")
-            + f" Predicting background everywhere has accuracy {a:.4f} and mean IoU {i:.4f} (high "
-            f"here: accuracy from {HIGH_ACCURACY}; poor: mean IoU up to {LOW_IOU}). The highest mean "
-            f"IoU, that of {best}, is {show(of(models[best], 'mean_iou'))}, its accuracy "
-            f"{show(of(models[best], 'pixel_accuracy'))}: most pixels are background, so accuracy "
-            "hardly sees the shapes."
+            + f" Predicting background everywhere has accuracy {a:.4f} and mean IoU {i:.4f} "
+            f"(here, accuracy is high from {HIGH_ACCURACY} and mean IoU poor up to {LOW_IOU}). The "
+            f"highest mean IoU, that of {best}, is {show(of(models[best], 'mean_iou'))}, its "
+            f"accuracy {show(of(models[best], 'pixel_accuracy'))}: most pixels are background, so "
+            "accuracy hardly sees the shapes."
         )
         given[question] = {"answer": text, "accuracy": a, "mean_iou": i, "best": best}
     else:
@@ -192,8 +199,9 @@ def answers(groups: dict[str, list[Run]], facts: dict) -> Blocks:
         verdicts = [judge(stat, none) for stat in augment.values()]
         if "one seed" not in verdicts:
             text += (
-                f" Beyond seed noise, {verdicts.count('more')} of {len(augment)} are better than none "
-                f"and {verdicts.count('less')} worse. The best of several is picked for its luck, too."
+                f" Beyond seed noise, {verdicts.count('more')} of {len(augment)} are better than "
+                f"none and {verdicts.count('less')} worse. The best of several is picked for its "
+                "luck, too."
             )
         given[question] = {"answer": text, "best": best, best: augment[best], "none": none}
     else:
@@ -221,8 +229,9 @@ def answers(groups: dict[str, list[Run]], facts: dict) -> Blocks:
         first, second = rows[:2]
         text = (
             f"**{first[0].capitalize()}**: its settings differ by {first[4]} in mean IoU on the "
-            f"validation split, {first[2]} to {first[3]} (beyond seed noise: {first[5]}); next comes "
-            f"{second[0]} with {second[4]}. A range depends on which settings were tried."
+            f"validation split, {first[2]} to {first[3]} (beyond seed noise: {first[5]}); next "
+            f"comes {second[0]} with {second[4]}. A range depends on which settings were tried, "
+            "and grows with their number."
         )
         given[question] = {"answer": text, "range": effect, "settings": varied}
     else:

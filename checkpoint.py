@@ -1,9 +1,9 @@
 """Checkpoints: plain data, written atomically, that describe themselves."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
-import pickle
 from pathlib import Path
 from typing import TextIO
 
@@ -20,14 +20,16 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; UserError if the disk is full or the folder read-only."""
     partial = path.with_name(path.name + ".partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room") from None
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room there") from None
 
 
 def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None) -> None:
@@ -51,7 +53,8 @@ def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None) -> N
             path.replace(keep)
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{path}: the checkpoint cannot be written ({reason}); make room") from None
 
@@ -90,7 +93,10 @@ def load_checkpoint(path: Path, device: torch.device) -> dict:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; `make train-tuned` makes one") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+    except OSError as error:
+        reason = error.strerror or "damaged"
+        raise UserError(f"{path}: cannot be read ({reason}); give a best.pt or last.pt") from None
+    except Exception:  # noqa: BLE001 (what unpickling damaged bytes can raise has no end)
         raise UserError(
             f"{path}: damaged, or not a checkpoint; give a best.pt or last.pt"
         ) from None
@@ -113,12 +119,18 @@ def load_last(run_dir: Path, device: torch.device) -> dict | None:
     if not last.exists():
         return None
     try:
-        return load_checkpoint(last, device)
+        checkpoint = load_checkpoint(last, device)
     except UserError as error:
         if last == previous or not previous.exists():
             raise
         print(f"{error}: falling back to {previous}")
-        return load_checkpoint(previous, device)
+        checkpoint = load_checkpoint(previous, device)
+    if "optimizer" not in checkpoint:
+        raise UserError(
+            f"{last}: holds nothing to resume from (is it a best.pt?); train without --resume, "
+            "which starts over"
+        )
+    return checkpoint
 
 
 def lock_run(run_dir: Path) -> TextIO:
@@ -144,6 +156,11 @@ def clear_run(run_dir: Path) -> None:
 
 def restore_model(checkpoint: dict, device: torch.device) -> nn.Module:
     """The trained model of a checkpoint, in evaluation mode."""
-    model = build_model(checkpoint["config"]).to(device, memory_format=torch.channels_last)
-    model.load_state_dict(checkpoint["model"])
-    return model.eval()
+    try:
+        model = build_model(checkpoint["config"])
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, RuntimeError):
+        raise UserError(
+            "the checkpoint was made by another version of this project; train it again"
+        ) from None
+    return model.to(device, memory_format=torch.channels_last).eval()

@@ -1,8 +1,6 @@
-"""The finished runs below a folder, which of them may share a table, and statistics over seeds."""
+"""The finished runs below a folder, and which of them may share a table."""
 
 import json
-import math
-import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +13,6 @@ from evaluate import read_results
 
 UNTESTED = ("tune", "overfit")  # folders of experiments that never read the test split
 MODELS = ("initial", "modified", "tuned", "best")
-# What a report is made of: ("h2" | "h3" | "p", text), ("list", texts), ("table", header, rows) or
-# ("figure", file, caption); texts may hold **strong** and `code`.
-Blocks = list[tuple]
 BUDGET = ("epochs", "images_per_epoch", "batch_size")
 
 
@@ -164,58 +159,3 @@ def missing_runs(groups: dict[str, list[Run]]) -> dict[str, list[str]]:
         names = [name for name in names if f"{folder}/{name}" not in groups]
         missing |= {folder: names} if names else {}
     return missing
-
-
-# ---- statistics
-
-
-def over_seeds(values: list[float | None]) -> dict | None:
-    """Mean and sample standard deviation (None if n = 1); None where a value is not defined."""
-    if any(value is None for value in values):
-        return None
-    std = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "std": std, "n": len(values), "values": values}
-
-
-def standard_error(a: dict, b: dict) -> float | None:
-    """Of the difference of two means (Welch 1947); None if either has one seed only."""
-    if a["std"] is None or b["std"] is None:
-        return None
-    return math.sqrt(a["std"] ** 2 / a["n"] + b["std"] ** 2 / b["n"])
-
-
-def judge(a: dict, b: dict) -> str:
-    """ "more", "less", "noise" or "one seed": how the mean of `a` compares to that of `b`."""
-    error = standard_error(a, b)
-    if error is None:
-        return "one seed"
-    difference = a["mean"] - b["mean"]
-    return "noise" if abs(difference) <= 2 * error else "more" if difference > 0 else "less"
-
-
-def best_of(stats: dict[str, dict]) -> str | None:
-    """The name whose mean lies beyond seed noise above the runner-up's; None if there is none."""
-    ranked = sorted(stats, key=lambda name: -stats[name]["mean"])
-    if len(ranked) < 2 or judge(stats[ranked[0]], stats[ranked[1]]) != "more":
-        return None
-    return ranked[0]
-
-
-def show(stat: dict | None, form: str = "{:.4f}") -> str:
-    """A statistic as text: mean ± standard deviation."""
-    if stat is None:
-        return "–"
-    spread = "" if stat["std"] is None else " ± " + form.format(stat["std"])
-    return form.format(stat["mean"]) + spread
-
-
-def of(runs: list[Run], score: str, split: str = "testing") -> dict | None:
-    """A score of `metrics.scores` over the seeds of an experiment."""
-    rows = [run.test if split == "testing" else run.summary["validation"] for run in runs]
-    return over_seeds([row[score] for row in rows])
-
-
-def published(runs: list[Run]) -> str:
-    """The test IoU in the lab's report, as text."""
-    value = runs[0].config["published_iou"]
-    return "–" if value is None else f"{value:.4f}"

@@ -8,7 +8,6 @@ as plain values.
 
 import argparse
 import difflib
-import math
 import sys
 from collections.abc import Hashable
 from pathlib import Path
@@ -61,21 +60,28 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
+def _parse(text: str) -> object:
+    """Plain data from YAML; ValueError, with a reason in one line, if that is not what it is."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        # Beside its own errors PyYAML lets those of the values it builds through: a date that is
+        # none, a number of thousands of digits, brackets nested a thousand deep.
+        raise ValueError(f"not valid YAML ({' '.join(str(error).split())[:200]})") from None
+
+
 def _read_yaml(path: Path) -> dict:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file; see configs/ for those there are") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file; a config is YAML in UTF-8") from None
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); a config is a YAML file"
-        ) from None
-    except UserError as error:
+        reason = error.strerror
+        raise UserError(f"{path}: cannot be read ({reason}); a config is a YAML file") from None
+    except (UserError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -109,7 +115,7 @@ def _fit(key: str, value: object, default: object) -> object:
         if (
             isinstance(value, bool)
             or not isinstance(value, (int, float))
-            or not math.isfinite(value)
+            or not abs(value) < 1e300  # nor a NaN, nor a whole number too large for a float
         ):
             raise UserError(
                 f"{key}: must be a number, as in '{key}: {0.5 if default is None else default}'"
@@ -212,9 +218,9 @@ def load_config(paths: list[Path], overrides: list[str]) -> dict:
         if not equals:
             raise UserError(f"--set {override}: must be key=value, as in --set batch_size=16")
         try:
-            sources.append(("--set", {key.strip(): yaml.load(text, _Loader)}))
-        except yaml.YAMLError:
-            raise UserError(f"--set {override}: the value is not valid YAML") from None
+            sources.append(("--set", {key.strip(): _parse(text)}))
+        except (UserError, ValueError) as error:
+            raise UserError(f"--set {override}: {error}") from None
     config = dict(default)
     for source, values in sources:
         for key, value in values.items():
@@ -228,7 +234,7 @@ def load_config(paths: list[Path], overrides: list[str]) -> dict:
     for key, known in CHOICES.items():
         if config[key] not in known:
             raise UserError(
-                f"{key}: is '{config[key]}'; must be one of {', '.join(map(str, known))}"
+                f"{key}: is {config[key]!r}; must be one of {', '.join(map(str, known))}"
             )
     for key, (low, high) in RANGES.items():
         if config[key] is not None and not low <= config[key] <= high:

@@ -10,9 +10,11 @@ Layout: DIR/{training,validation,testing}/image/NAME.png with gt_image/gt_NAME.p
 import argparse
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,6 +67,7 @@ def read_image(path: Path, channels: int) -> np.ndarray:
 def _open(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
+        deep = any(";16" in str(tile[3]) for tile in image.tile)
         image.load()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; was it moved?") from None
@@ -73,6 +76,8 @@ def _open(path: Path) -> Image.Image:
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
         reason = getattr(error, "strerror", None) or "damaged, or not an image"
         raise UserError(f"{path}: cannot be read ({reason}); replace it") from None
+    if deep:  # Pillow would drop half of the bits of a 16-bit RGB file without a word
+        raise UserError(f"{path}: has 16 bits a channel; save it with 8")
     if path.suffix.lower() == ".png" and image.format != "PNG":
         raise UserError(f"{path}: is a {image.format} file named .png; convert it to PNG")
     return image
@@ -163,7 +168,10 @@ def load_split(root: Path, split: str, classes: dict[str, list[int]], channels: 
         raise UserError(problems[0] + (more if len(problems) > 1 else ""))
     stamp = hashlib.sha256(json.dumps([list(classes.items()), channels]).encode())
     for path in (path for pair in pairs for path in pair):
-        status = path.stat()
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise UserError(f"{path}: no such file ({error.strerror}); was it moved?") from None
         stamp.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     # The name tells which files a cache was made of, so that a stale one is never opened.
     cache = root / ".cache" / f"{split}-{channels}-{stamp.hexdigest()[:16]}"
@@ -174,19 +182,34 @@ def load_split(root: Path, split: str, classes: dict[str, list[int]], channels: 
             if not cache.is_dir():
                 for old in cache.parent.glob(f"{split}-{channels}-*"):
                     shutil.rmtree(old)
-                _build_cache(cache, pairs, classes, channels)
+                try:
+                    _build_cache(cache, pairs, classes, channels)
+                finally:  # of a build that failed; one that was killed is removed by the next
+                    shutil.rmtree(f"{cache}.partial", ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"{cache}: the cache cannot be written ({error.strerror}); make room, or copy the data "
             "to a folder that can be written to"
         ) from None
-    # Copy-on-write mapping: torch wants a writable array; nothing is ever written to it.
-    images, masks = (
-        torch.from_numpy(np.load(cache / f"{name}.npy", mmap_mode="c"))
-        for name in ("images", "masks")
-    )
-    digest = (cache / "digest").read_text()
+    try:
+        images, masks = (_map(cache / f"{name}.npy") for name in ("images", "masks"))
+        digest = (cache / "digest").read_text()
+        if len(digest) != 64 or not len(images) == len(masks) == len(pairs):
+            raise ValueError
+    except (OSError, ValueError, EOFError):
+        raise UserError(f"{cache}: the cache is damaged; remove this folder") from None
     return Split(images, masks, [image.name for image, _ in pairs], digest)
+
+
+def _map(path: Path) -> Tensor:
+    """A .npy file as a tensor that must not be written to.
+
+    A private writable mapping would be counted as memory that may be needed one day, and refused
+    for a file larger than the machine's.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(np.load(path, mmap_mode="r"))
 
 
 def limit(split: Split, sequences: int, images: int) -> Split:
@@ -207,28 +230,32 @@ def limit(split: Split, sequences: int, images: int) -> Split:
 def _build_cache(
     cache: Path, pairs: list[tuple[Path, Path]], classes: dict[str, list[int]], channels: int
 ) -> None:
-    """Decode all pairs into memory-mapped arrays; complete or not there at all."""
+    """Decode all pairs into the files of a cache; complete or not there at all."""
     partial = cache.with_name(cache.name + ".partial")
     partial.mkdir()
     first, _ = read_pair(*pairs[0], classes, channels)
     height, width = first.shape[:2]
-    images, masks = (
-        np.lib.format.open_memmap(partial / f"{name}.npy", "w+", np.uint8, shape)
-        for name, shape in (
-            ("images", (len(pairs), channels, height, width)),
-            ("masks", (len(pairs), height, width)),
-        )
-    )
     digest = hashlib.sha256()
 
     def decode(pair: tuple[Path, Path]) -> tuple[np.ndarray, np.ndarray, str]:
+        image, mask = read_pair(*pair, classes, channels)
         line = "".join(
             f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in pair
         )
-        return *read_pair(*pair, classes, channels), line
+        return image, mask, line
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        decoded = pool.map(decode, pairs)
+    # Written, not mapped: on a full disk a write is an error, a mapped page ends the process.
+    with (
+        open(partial / "images.npy", "wb") as images,
+        open(partial / "masks.npy", "wb") as masks,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        for file, shape in ((images, (channels, height, width)), (masks, (height, width))):
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(pairs), *shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+        # In blocks, so that what is decoded and not yet written never fills the memory.
+        blocks = (pairs[i : i + 256] for i in range(0, len(pairs), 256))
+        decoded = itertools.chain.from_iterable(pool.map(decode, block) for block in blocks)
         progress = tqdm(decoded, f"caching {pairs[0][0].parent.parent}", len(pairs), disable=None)
         for i, (image, mask, line) in enumerate(progress):
             if mask.shape != (height, width):
@@ -236,9 +263,9 @@ def _build_cache(
                     f"{pairs[i][0]}: is {mask.shape[1]}×{mask.shape[0]} but {pairs[0][0].name} is "
                     f"{width}×{height}; images of a split must be of one size"
                 )
-            images[i], masks[i] = image.transpose(2, 0, 1), mask
+            images.write(image.transpose(2, 0, 1).tobytes())
+            masks.write(mask.tobytes())
             digest.update(line.encode())
-    images.flush(), masks.flush()
     (partial / "digest").write_text(digest.hexdigest())
     partial.rename(cache)
 
@@ -281,6 +308,7 @@ def check(root: Path, classes: dict[str, list[int]], channels: int) -> None:
         size = "×".join(map(str, min(sizes))) if len(sizes) == 1 else f"{len(sizes)} sizes"
         shares = "".join(f"{share:12.4f}" for share in pixels / max(pixels.sum(), 1))
         print(f"{split:<12}{len(pairs):>7}  {size:<12}{shares}")
+    problems = list(dict.fromkeys(problems))  # a missing folder is found once for each split
     for problem in problems:
         print(f"problem: {problem}")
     if problems:

@@ -46,7 +46,10 @@ def evaluate_checkpoint(path: Path, data: str | None, split: str, device_name: s
     config = checkpoint["config"]
     data = data or config["data"]
     loaded = load_split(Path(data), split, config["classes"], config["in_channels"])
-    model = restore_model(checkpoint, device)
+    try:
+        model = restore_model(checkpoint, device)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     dtype = pick_precision(device, config["precision"])
     started = time.perf_counter()
     matrix, _ = evaluate(model, loaded.images, loaded.masks, config, dtype)
@@ -234,7 +237,6 @@ def main() -> None:
             rows.append(evaluate_checkpoint(path, args.data, args.split, args.device))
     table = comparison_table(rows)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.json, (json.dumps(rows, indent=2) + "\n").encode())
     print(table)
 

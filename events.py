@@ -1,5 +1,7 @@
 """What a run shows of itself: events for TensorBoard, a line an epoch for the terminal."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -44,6 +46,32 @@ def prediction_pictures(
         )
     ]
     return torch.cat(rows, dim=1)
+
+
+def open_events(run_dir: Path, first_epoch: int) -> SummaryWriter:
+    """A writer of TensorBoard events whose epochs from `first_epoch` on replace earlier ones."""
+    events = SummaryWriter(run_dir, purge_step=first_epoch)
+    charts = {
+        chart: ["Multiline", [f"{chart}/training", f"{chart}/validation"]]
+        for chart in ("mean_iou", "loss")
+    }
+    events.add_custom_scalars({"training and validation": charts})
+    return events
+
+
+def log_hyperparameters(events: SummaryWriter, config: dict, best: dict) -> None:
+    """Put a finished run into the HParams tab: its config beside what it reached."""
+    values = {
+        key: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for key, value in config.items()
+        if key not in ("classes", "published_iou")
+    }
+    reached = {
+        "best/validation_mean_iou": best["validation"]["mean_iou"],
+        "best/training_mean_iou": best["training"]["mean_iou"],
+        "best/epoch": best["epoch"],
+    }
+    events.add_hparams(values, reached, run_name=".")  # in the run's own folder, not one below it
 
 
 def log(events: SummaryWriter, entry: dict, pictures: Tensor) -> None:

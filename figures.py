@@ -204,6 +204,7 @@ def curves(path: Path, histories: dict[str, list[list[dict]]]) -> None:
         ("validation", "mean_iou", "validation mean IoU"),
         ("validation", "loss", "validation loss (each model's own)"),
     )
+    axes[1].sharey(axes[0])
     for ax, (split, key, label) in zip(axes, shown, strict=True):
         for name, runs in histories.items():
             colour, line, marker, _ = STYLES.get(name, OTHER)
@@ -282,38 +283,37 @@ def confusion(path: Path, matrices: dict[str, np.ndarray], classes: list[str]) -
     _save(figure, path)
 
 
-def bars(path: Path, groups: dict[str, dict[str, dict]], label: str, ours: str) -> None:
+def bars(path: Path, groups: dict[str, dict[str, dict]], label: str) -> None:
     """Grouped bars with their values written on them and ± the standard deviation over seeds.
 
     Args:
-        groups: group on the x axis → bar in it → {"mean", "std" (None if one seed)} or None.
-        label: of the y axis; ours: "groups" or "bars", whichever the models are.
+        groups: group on the x axis → bar in it → {"mean", "std" (None if one seed)}, or None.
+            The models are either the groups or the bars, and have their colours in both.
+        label: of the y axis.
     """
     figure, (ax,) = _figure(11, 3.6)
     names = list(next(iter(groups.values())))
     width = 0.84 / len(names)
+
+    def style(i: int, name: str, group: str) -> dict:
+        colour, _, _, hatch = STYLES.get(name, STYLES.get(group, OTHER))
+        hatch = hatch if name in STYLES else "//" * i
+        return {"facecolor": colour, "edgecolor": "white", "hatch": hatch}
+
     for i, name in enumerate(names):
         for g, (group, values) in enumerate(groups.items()):
             if values[name] is None:
                 continue
-            colour, _, _, hatch = STYLES.get(name if ours == "bars" else group, OTHER)
-            if ours == "groups":
-                hatch = "//" if i else ""
             x, mean = g + (i - (len(names) - 1) / 2) * width, values[name]["mean"]
-            style = {"facecolor": colour, "edgecolor": "white", "hatch": hatch}
-            spread = values[name]["std"] or 0
-            ax.bar(x, mean, width * 0.94, yerr=spread or None, ecolor="grey", capsize=3, **style)
-            ax.text(x, mean + spread + 0.012, f"{mean:.3f}", ha="center", va="bottom", fontsize=8)
+            spread = values[name]["std"]
+            ax.bar(x, mean, width * 0.94, yerr=spread, ecolor="#666666", **style(i, name, group))
+            top = mean + (spread or 0) + 0.012
+            ax.text(x, top, f"{mean:.3f}", ha="center", va="bottom", fontsize=8)
     ax.set_xticks(range(len(groups)), groups)
     ax.set_ylabel(label)
-    ax.set_ylim(0, 1.08)
+    ax.set_ylim(0, 1.1)
     ax.set_yticks(np.linspace(0, 1, 6))
-    handles = []
-    for i, name in enumerate(names):
-        colour, _, _, hatch = STYLES.get(name, OTHER)
-        if ours == "groups":
-            hatch = "//" if i else ""
-        handles.append(Patch(facecolor=colour, edgecolor="white", hatch=hatch, label=name))
+    handles = [Patch(**style(i, name, ""), label=name) for i, name in enumerate(names)]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(names))
     _save(figure, path)
 
@@ -382,7 +382,7 @@ def dead_classes(path: Path, rows: list[tuple[str, list[list[str]]]], classes: l
             text = " ".join(short[name] for name in dead)
             ax.text(x + 1, y, text, ha="center", va="center", fontsize=7)
     extent = (0.5, last + 0.5, len(rows) - 0.5, -0.5)
-    ax.imshow(counts, cmap="Oranges", vmin=0, vmax=2 * len(classes), aspect="auto", extent=extent)
+    ax.imshow(counts, cmap="Oranges", vmin=0, vmax=len(classes), aspect="auto", extent=extent)
     ax.set_xticks(np.arange(0.5, last + 1), minor=True)
     ax.set_yticks(np.arange(-0.5, len(rows)), minor=True)
     ax.grid(which="minor", color="white", lw=1.5)

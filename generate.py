@@ -149,7 +149,7 @@ def write_all(folder: Path, sequences: dict[str, int], size: int, seed: int, wor
         (folder / split / "image").mkdir(parents=True)
         (folder / split / "gt_image").mkdir()
     arguments = (repeat(folder), *zip(*jobs, strict=True), repeat(size), repeat(seed))
-    progress = {"total": len(jobs), "unit": "sequence", "desc": "generate"}
+    progress = {"total": len(jobs), "unit": "sequence", "desc": "generate", "disable": None}
     if workers == 1:
         return sum(tqdm(map(write_sequence, *arguments), **progress))
     # Spawned, not forked: the caller may have threads (torch) that a fork would break.

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from torchvision.io import encode_png
 from tqdm import tqdm
 
@@ -36,7 +35,7 @@ from config import add_arguments, dump, load_config
 from data import limit, load_split
 from device import autocast, environment, pick_device, pick_precision
 from errors import UserError, run
-from events import log, prediction_pictures, report
+from events import log, log_hyperparameters, open_events, prediction_pictures, report
 from losses import weighted_loss
 from metrics import confusion_matrix, evaluate, scores
 from model import build_model
@@ -134,7 +133,7 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
 
     # ---- model, optimizer, schedule
     model = build_model(config).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"], fused=True)
     if config["schedule"] == "one_cycle":
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, config["learning_rate"], steps_per_epoch * config["epochs"], pct_start=0.2
@@ -170,7 +169,7 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
     where = json.dumps(environment(device, dtype) | {"seed": config["seed"]}, indent=2)
     write_atomically(run_dir / "environment.json", where.encode())
     # What an interrupted run logged of an epoch that is done again is purged from its charts.
-    events = SummaryWriter(run_dir, purge_step=len(history) + 1)
+    events = open_events(run_dir, first_epoch=len(history) + 1)
 
     def save_last() -> None:
         """Save all that a resumed run needs to go on as if it had not stopped."""
@@ -252,9 +251,9 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         save_last()
 
     # ---- done: what the run cost is what all of it cost, not what it took to the best epoch
-    events.close()
-    lock.close()
     best = max(history, key=lambda entry: entry["validation"]["mean_iou"])
+    log_hyperparameters(events, config, best)
+    events.close()
     cost = {key: history[-1][key] for key in ("images_seen", "train_seconds")}
     checkpoint = load_checkpoint(run_dir / "best.pt", torch.device("cpu"))
     save_checkpoint(run_dir / "best.pt", checkpoint | {"cost": cost})
@@ -267,6 +266,7 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
     write_atomically(run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    lock.close()
     print(
         f"best epoch {best['epoch']}, validation mean IoU {best['validation']['mean_iou']:.4f}; "
         f"next: python evaluate.py {run_dir / 'best.pt'}"
