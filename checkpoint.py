@@ -93,8 +93,8 @@ def load_checkpoint(path: Path, device: torch.device) -> dict:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; `make train-tuned` makes one") from None
-    except OSError as error:
-        reason = error.strerror or "damaged"
+    except (IsADirectoryError, PermissionError) as error:
+        reason = error.strerror
         raise UserError(f"{path}: cannot be read ({reason}); give a best.pt or last.pt") from None
     except Exception:  # noqa: BLE001 (what unpickling damaged bytes can raise has no end)
         raise UserError(

@@ -243,6 +243,21 @@ def load_config(paths: list[Path], overrides: list[str]) -> dict:
     return config
 
 
+def check_sizes(config: dict, size: tuple[int, int], per_epoch: int) -> None:
+    """UserError where the sizes of a config cannot go together with images of (height, width)."""
+    side = min(config["crop"] or min(size), *size)
+    if config["blur"] > 0 and config["blur_kernel"] // 2 >= side:
+        raise UserError(
+            f"blur_kernel: {config['blur_kernel']} is too wide for {side} pixels; lower it"
+        )
+    smallest = per_epoch % config["batch_size"] or config["batch_size"]
+    if smallest == 1 and side <= 2 ** len(config["encoder"]):
+        raise UserError(
+            f"batch_size: {config['batch_size']} leaves a batch of one image of {side} pixels, "
+            "whose deepest features are one value, too few for batch norm; change it, or the crop"
+        )
+
+
 def dump(config: dict) -> str:
     """The config as YAML text that `load_config` reads back to the same values."""
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, default_flow_style=None)

@@ -22,7 +22,11 @@ from errors import UserError, run
 from metrics import evaluate, scores
 from model import count_parameters
 
-RESULT_KEYS = ("name", "data", "split", "digest", "profile", "confusion_matrix", "mean_iou")
+RESULT_KEYS = (
+    *("name", "checkpoint", "data", "split", "images", "digest", "profile", "parameters"),
+    *("pixel_accuracy", "mean_dice", "mean_iou", "per_class_iou", "dead_classes"),
+    "confusion_matrix",
+)
 SUMMARY_KEYS = ("name", "images_seen", "training", "validation")
 
 
@@ -88,7 +92,9 @@ def read_results(path: Path, needed: tuple[str, ...] = RESULT_KEYS) -> list[dict
     """Read the rows that --json wrote, or a summary; UserError if the file holds anything else."""
     rows = read_json(path)
     rows = rows if isinstance(rows, list) else [rows]
-    if not all(isinstance(row, dict) and all(key in row for key in needed) for row in rows):
+    if not rows or not all(
+        isinstance(row, dict) and all(key in row for key in needed) for row in rows
+    ):
         raise UserError(f"{path}: is not a file of results; remove it and run make again")
     return rows
 

@@ -1,8 +1,10 @@
 """What a run shows of itself: events for TensorBoard, a line an epoch for the terminal."""
 
+import io
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -46,6 +48,13 @@ def prediction_pictures(
         )
     ]
     return torch.cat(rows, dim=1)
+
+
+def png(picture: Tensor) -> bytes:
+    """A (3, H, W) uint8 picture as the bytes of a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
+    return file.getvalue()
 
 
 def open_events(run_dir: Path, first_epoch: int) -> SummaryWriter:

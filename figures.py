@@ -239,7 +239,7 @@ def panels(
     palette = np.array([to_rgb(colour) for colour in CLASS_COLOURS])
     titles = ["image", "truth"] + [t for name in predictions for t in (name, "errors")]
     rows, side = len(images), 1.25
-    figure = Figure(figsize=(side * len(titles), (side + 0.2) * rows + 0.5), dpi=DPI)
+    figure = Figure(figsize=(side * len(titles), (side + 0.32) * rows + 0.8), dpi=DPI)
     figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for row, axes in enumerate(figure.subplots(rows, len(titles), squeeze=False)):
         rgb = images[row, :3].expand(3, -1, -1).permute(1, 2, 0).numpy()

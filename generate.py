@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
@@ -137,9 +138,18 @@ def write_sequence(folder: Path, split: str, index: int, total: int, size: int, 
     return frame
 
 
-def ignore_interrupt() -> None:
-    """Leave Ctrl-C to the parent process, which tidies up."""
+def follow_parent() -> None:
+    """Leave Ctrl-C to the parent process, which tidies up; end when it is killed.
+
+    A worker that outlives it would write into the folder of the next run.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def write_all(folder: Path, sequences: dict[str, int], size: int, seed: int, workers: int) -> int:
@@ -154,7 +164,7 @@ def write_all(folder: Path, sequences: dict[str, int], size: int, seed: int, wor
         return sum(tqdm(map(write_sequence, *arguments), **progress))
     # Spawned, not forked: the caller may have threads (torch) that a fork would break.
     pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), multiprocessing.get_context("spawn"), ignore_interrupt
+        min(workers, len(jobs)), multiprocessing.get_context("spawn"), follow_parent
     )
     try:
         return sum(tqdm(pool.map(write_sequence, *arguments), **progress))

@@ -46,8 +46,8 @@ body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; background: #fff; c
   font: 16px/1.55 system-ui, sans-serif; }
 h1, h2, h3 { line-height: 1.25; margin: 2em 0 .5em; } h1 { margin-top: 0; }
 h2 { border-bottom: 1px solid #ccc; padding-bottom: .2em; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; }
-th, td { padding: .3em .6em; text-align: right; border-bottom: 1px solid #ddd;
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
+th, td { padding: .3em .5em; text-align: right; border-bottom: 1px solid #ddd;
   font-variant-numeric: tabular-nums; }
 th { border-bottom: 2px solid #888; vertical-align: bottom; }
 td:first-child { white-space: nowrap; }

@@ -11,8 +11,8 @@ from collect import MODELS, Run, folder_of, must_agree, with_base
 # ("figure", file, caption); texts may hold **strong** and `code`.
 Blocks = list[tuple]
 OVERFIT = {
-    "one-batch": "Forced to overfit: one batch, no augmentation.",
-    "few-frames": "Overfitting on few frames of few sequences.",
+    "one-batch": "Forced to overfit: one batch, no augmentation",
+    "few-frames": "Overfitting on few frames of few sequences",
 }
 PERFECT = 0.9995  # rounds to 1.000
 RULE = (
@@ -193,7 +193,7 @@ def experiments(groups: dict[str, list[Run]], pictures: Path) -> Blocks:
         ]
         figures.curves(pictures / f"overfit-{half}.png", lines)
         blocks += [("h3", text), ("table", header, rows)]
-        blocks += [("figure", f"overfit-{half}.png", f"{text} Training and validation per epoch.")]
+        blocks += [("figure", f"overfit-{half}.png", f"{text}: training and validation by epoch.")]
     if rest:
         blocks += [
             ("h3", "Final run and others"),

@@ -9,6 +9,7 @@ resumed run needs no saved random state to go on as if it had never stopped.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import resource
@@ -19,7 +20,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.io import encode_png
 from tqdm import tqdm
 
 from augment import augment, take_batch
@@ -31,19 +31,23 @@ from checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from config import add_arguments, dump, load_config
+from config import add_arguments, check_sizes, dump, load_config
 from data import limit, load_split
 from device import autocast, environment, pick_device, pick_precision
 from errors import UserError, run
-from events import log, log_hyperparameters, open_events, prediction_pictures, report
+from events import log, log_hyperparameters, open_events, png, prediction_pictures, report
 from losses import weighted_loss
 from metrics import confusion_matrix, evaluate, scores
 from model import build_model
 
 
-def seeded(seed: int, number: int) -> int:
-    """A seed of its own for each number below 2**32 of each run."""
-    return (seed << 32) + number
+def seeded(seed: int, purpose: str, number: int) -> int:
+    """A 32-bit seed of its own for each number of each purpose of each run.
+
+    Hashed, since the CPU's generator looks at the low 32 bits of a seed alone.
+    """
+    digest = hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
 
 
 def epoch_order(epoch: int, per_epoch: int, total: int, seed: int) -> Tensor:
@@ -54,7 +58,7 @@ def epoch_order(epoch: int, per_epoch: int, total: int, seed: int) -> Tensor:
     start, stop = epoch * per_epoch, (epoch + 1) * per_epoch
     passes = []
     for number in range(start // total, (stop - 1) // total + 1):
-        generator = torch.Generator().manual_seed(seeded(seed, 2**31 + number))
+        generator = torch.Generator().manual_seed(seeded(seed, "pass", number))
         passes.append(torch.randperm(total, generator=generator))
     return torch.cat(passes)[start % total :][:per_epoch]
 
@@ -129,14 +133,18 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         for array in (training.images, training.masks, validation.images, validation.masks)
     )
     per_epoch = config["images_per_epoch"] or len(images)
+    check_sizes(config, val_images.shape[2:], per_epoch)
     steps_per_epoch = math.ceil(per_epoch / config["batch_size"])
 
     # ---- model, optimizer, schedule
     model = build_model(config).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"], fused=True)
     if config["schedule"] == "one_cycle":
+        # A step more than there are, so that the rate noted after the last one is of the cycle too;
+        # 0.21, since OneCycleLR divides by zero where the share is one whole step.
+        cycle = steps_per_epoch * config["epochs"] + 1
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, config["learning_rate"], steps_per_epoch * config["epochs"], pct_start=0.2
+            optimizer, config["learning_rate"], cycle, pct_start=0.21
         )
     else:
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
@@ -198,7 +206,7 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         batches = order.split(config["batch_size"])[step - epoch * steps_per_epoch :]
         title = f"{config['name']} epoch {epoch + 1}/{config['epochs']}"
         for index in tqdm(batches, title, disable=None):
-            torch.manual_seed(seeded(config["seed"], step))
+            torch.manual_seed(seeded(config["seed"], "step", step))
             batch, mask = take_batch(images, masks, index, config)
             batch, mask = augment(batch, mask, config)
             loss, logits = train_step(model, optimizer, batch, mask, config["loss"], dtype)
@@ -210,7 +218,7 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
             if (device.type == "cpu" or step % 50 == 0) and not torch.isfinite(loss_sum):
                 raise UserError(
                     f"{run_dir}: the loss is {loss.item()} at step {step} (epoch {epoch + 1}); "
-                    "lower learning_rate; the checkpoints are those of the epoch before"
+                    "lower learning_rate; the checkpoints are those of the last good epoch"
                 )
             if signals:
                 seconds = time.perf_counter() - started
@@ -222,6 +230,11 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
 
         # ---- validation, on the whole split
         val_matrix, val_loss = evaluate(model, val_images, val_masks, config, dtype)
+        if not math.isfinite(train_loss + val_loss):
+            raise UserError(
+                f"{run_dir}: the loss is {train_loss} in training and {val_loss} in validation "
+                f"after epoch {epoch + 1}; lower learning_rate"
+            )
         entry = {
             "epoch": epoch + 1,
             "images_seen": (epoch + 1) * per_epoch,
@@ -242,8 +255,7 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         # ---- files, last.pt at the end: what it does not know of, a resumed run does again
         if is_best:
             save_checkpoint(run_dir / "best.pt", {**state, **entry})
-            png = encode_png(pictures).numpy().tobytes()
-            write_atomically(run_dir / "predictions.png", png)
+            write_atomically(run_dir / "predictions.png", png(pictures))
         lines = "".join(json.dumps(line) + "\n" for line in history)
         write_atomically(run_dir / "metrics.jsonl", lines.encode())
         matrix.zero_(), loss_sum.zero_()

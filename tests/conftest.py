@@ -1,13 +1,18 @@
 """What all test files share: a small data set and a way to run a script as a user does."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+# One thread, here and in the scripts that tests start: networks this small gain nothing from more,
+# and on a busy machine threads that wait for each other cost minutes.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 
-from generate import generate
+from generate import generate  # after the line above, which torch reads as it starts
 
 ROOT = Path(__file__).parent.parent
 

@@ -163,7 +163,6 @@ CONFIG: dict[str, Case] = {
     "text for a number": (override("batch_size=many"), ("batch_size", "whole number")),
     "number for a list": (override("encoder=3"), ("encoder", "a list")),
     "negative epochs": (override("epochs=-1"), ("epochs: is -1",)),
-    "no epochs": (override("epochs=0"), ("epochs: is 0",)),
     "NaN": (override("learning_rate=.nan"), ("learning_rate", "number")),
     "infinity": (override("learning_rate=inf"), ("learning_rate", "number")),
     "even kernel": (override("encoder=[[4, 4]]"), ("encoder: stage 1", "odd kernel")),
@@ -174,7 +173,7 @@ CONFIG: dict[str, Case] = {
         override("classes={a: [0, 0, 0], b: [0, 0, 0]}"),
         ("classes", "colour of its own"),
     ),
-    "five channels": (override("in_channels=5"), ("in_channels: is '5'", "1, 3, 4")),
+    "five channels": (override("in_channels=5"), ("in_channels: is 5", "1, 3, 4")),
     "unknown loss": (override("loss={dice: 1}"), ("loss: unknown loss 'dice'",)),
     "no loss": (override("loss={}"), ("loss", "positive weight")),
     "bad YAML": (config("encoder: [1, 2"), ("mine.yaml", "not valid YAML")),
@@ -183,7 +182,6 @@ CONFIG: dict[str, Case] = {
         lambda box: box.config(f"name: !!python/object/apply:os.mkdir ['{box.folder}/made']"),
         ("mine.yaml", "not valid YAML"),
     ),
-    "list as a config": (config("- 1\n- 2"), ("mine.yaml", "key: value")),
     "base of itself": (config("base: mine.yaml"), ("mine.yaml", "leads back")),
     "missing base": (config("base: none.yaml"), ("none.yaml", "no such config")),
     "missing config": (
@@ -230,13 +228,6 @@ CHECKPOINTS: dict[str, Case] = {
             (box.folder / "o.json").write_text("[{}]") and box.evaluate(f"{box.folder}/o.json")
         ),
         ("o.json", "not a file of results"),
-    ),
-    "channels of another data set": (
-        changed(
-            lambda box: without_pngs(box.set / "testing"),
-            lambda box: box.evaluate(box.checkpoint()),
-        ),
-        ("testing/image", "no .png files"),
     ),
 }
 ARCHIVES: dict[str, Case] = {
@@ -286,10 +277,6 @@ COMMANDS: dict[str, Case] = {
     "results in a folder's place": (
         lambda box: box.evaluate(box.checkpoint(), "--json", box.set),
         ("set", "cannot be written"),
-    ),
-    "check of nothing": (
-        lambda box: ["data.py", "check", box.folder / "none"],
-        ("none: ", "problems"),
     ),
 }
 TABLES = {"data": DATA, "config": CONFIG, "checkpoint": CHECKPOINTS, "archive": ARCHIVES}
@@ -370,16 +357,10 @@ def test_bad_usage(name: str, call: Callable) -> None:
     assert line.startswith(command[0]) and ": error: " in line and part in line
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "data: truncated PNG",
-        "config: unknown key",
-        "checkpoint: code",
-        "archive: parent folder",
-        "command: run directory that is a file",
-    ],
-)
+AS_A_USER = "data: truncated PNG", "config: unknown key", "checkpoint: code", "archive: link"
+
+
+@pytest.mark.parametrize("name", AS_A_USER)
 def test_as_a_user(name: str, box: Box, script: Callable) -> None:
     build, parts = CASES[name]
     command = build(box)

@@ -177,14 +177,17 @@ def test_killed_between_the_renames_of_a_checkpoint(trained: tuple, capsys: obje
     assert (box.run / "summary.json").exists()
 
 
-def test_changed_config_or_data_is_refused_naming_it(trained: tuple) -> None:
+@pytest.mark.parametrize("changed", ["config", "data"])
+def test_changed_config_or_data_is_refused_naming_it(trained: tuple, changed: str) -> None:
     box, config = trained
-    message = message_of(train_module.train, config | {"dropout": 0.5, "seed": 3}, box.run, True)
-    assert "another seed, dropout" in message or "another dropout, seed" in message
-    pixels = np.asarray(Image.open(box.image)) // 2
-    Image.fromarray(pixels).save(box.image)
-    assert "another data_digest" in message_of(train_module.train, config, box.run, True)
-    assert history(box.run) == [1, 2]
+    before = (box.run / "last.pt").read_bytes()
+    if changed == "config":
+        config, named = config | {"dropout": 0.5, "seed": 3}, "another dropout, seed;"
+    else:
+        Image.fromarray(np.asarray(Image.open(box.image)) // 2).save(box.image)
+        named = "another data_digest;"
+    assert named in message_of(train_module.train, config, box.run, True)
+    assert history(box.run) == [1, 2] and (box.run / "last.pt").read_bytes() == before
 
 
 # ---- a loss that is no number
@@ -335,13 +338,20 @@ def test_killed_generation_is_never_taken_for_complete(tmp_path: Path, script: C
     out = tmp_path / "set"
     command = [sys.executable, "data.py", "generate", "--sequences", "2000", "1", "1"]
     process = subprocess.Popen(
-        [*command, "--size", "16", "--out", out], cwd=ROOT, stderr=subprocess.DEVNULL
+        [*command, "--size", "16", "--out", out],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # so that its workers can be told
     )
     while len(list((tmp_path / "set.partial").rglob("*.png"))) < 10:
         assert process.poll() is None
         time.sleep(0.02)
     process.kill()
     process.wait()
+    with pytest.raises(ProcessLookupError):  # its workers follow it
+        for _ in range(600):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
     assert not out.exists()
     assert "no such folder" in message_of(load_split, out, "training", CLASSES, 3)
     done = script("data.py", "generate", "--sequences", *"111", "--size", "16", "--out", out)

@@ -1,8 +1,8 @@
 """Tests of report.py and what it is made of: numbers, refusals, missing runs, the files written."""
 
-import html.parser
 import itertools
 import json
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -26,13 +26,12 @@ from model import build_model
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ["background", "square", "triangle", "circle"]
-NONE_DEAD = {"dead_classes": [], "per_class_iou": dict.fromkeys(CLASSES, 0.5)}
 
 
 def score(mean_iou: float) -> dict:
     """Scores as train.py writes them, of which only the mean IoU matters."""
     rest = dict.fromkeys(("pixel_accuracy", "mean_dice", "mean_iou_foreground"), 0.5)
-    return {"loss": 1 - mean_iou, "mean_iou": mean_iou, **rest, **NONE_DEAD}
+    return {"loss": 1 - mean_iou, "mean_iou": mean_iou, "dead_classes": [], **rest}
 
 
 def write_run(runs: Path, data: Path, experiment: str, seed: int, iou: float, **changes) -> Path:
@@ -89,13 +88,9 @@ def stat(*values: float) -> dict:
 
 
 def test_mean_and_deviation_over_seeds_are_those_of_a_sample() -> None:
-    values = [0.91, 0.95, 0.93]
-    found = stat(*values)
-    assert found["mean"] == pytest.approx(statistics.fmean(values))
-    assert found["std"] == pytest.approx(statistics.stdev(values))
-    assert found["n"] == 3
-    assert tables.show(found) == "0.9300 ± 0.0200"
-    assert tables.show(stat(0.5)) == "0.5000"
+    found = stat(0.91, 0.95, 0.93)
+    assert (found["mean"], found["std"], found["n"]) == pytest.approx((0.93, 0.02, 3))
+    assert tables.show(found) == "0.9300 ± 0.0200" and tables.show(stat(0.5)) == "0.5000"
     assert tables.over_seeds([0.5, None]) is None
 
 
@@ -168,8 +163,6 @@ def test_boundary_iou_is_that_of_the_definition(width: int) -> None:
         assert each[c] == (both / either if either else None)
     assert each[3] is None
     assert mean == pytest.approx(statistics.fmean(each[:3]))
-    same = torch.from_numpy(true)
-    assert figures.boundary_iou(same, same, 4, width)[0] == 1
 
 
 def test_bootstrap_repeats_itself_and_needs_unlike_frames_to_scatter() -> None:
@@ -183,10 +176,9 @@ def test_bootstrap_repeats_itself_and_needs_unlike_frames_to_scatter() -> None:
     assert first["score"] == pytest.approx(figures.mean_iou(matrices.sum(axis=0)))
     for kind in ("whole", "batch", "batch of new"):
         assert first[kind]["low"] < first["score"] < first[kind]["high"]
-        outside = [
-            not first[kind]["low"] <= v <= first[kind]["high"] for v in first[kind]["values"]
-        ]
-        assert statistics.fmean(outside) == pytest.approx(0.05, abs=0.002)
+        values = np.array(first[kind]["values"])
+        outside = (values < first[kind]["low"]) | (values > first[kind]["high"])
+        assert outside.mean() == pytest.approx(0.05, abs=0.002)
     alike = figures.bootstrap(np.stack([matrices[0]] * 80), names)
     assert alike["whole"]["low"] == alike["batch"]["high"] == pytest.approx(alike["score"])
 
@@ -199,17 +191,6 @@ def test_a_metric_that_is_never_reset_is_a_running_mean() -> None:
 # ---- the whole report
 
 
-class Links(html.parser.HTMLParser):
-    """Collects what a page would load."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.found += [value for key, value in attrs if key in ("src", "href", "srcset", "data")]
-
-
 def test_report_is_complete_and_names_what_is_not(
     tmp_path: Path, dataset: Path, make: Callable
 ) -> None:
@@ -220,8 +201,6 @@ def test_report_is_complete_and_names_what_is_not(
         write_run(runs, dataset, "augment/flip-0.3", seed, 0.9, published_iou=0.8008)
         write_run(runs, dataset, "tune/dropout-0.1", seed, 0.4)
     write_run(runs, dataset, "overfit/one-batch-tuned", 0, 0.9999)
-    assert make(runs, out)[0] == 0
-
     crashed = write_run(runs, dataset, "augment/blur-0.3", 0, 0.9)
     (crashed / "summary.json").unlink()
     code, message = make(runs, out)
@@ -247,13 +226,12 @@ def test_report_is_complete_and_names_what_is_not(
     impact = results["answers"]["What had the greatest impact?"]
     assert impact["range"]["dropout"] == pytest.approx(0.805 - 0.4)
     assert impact["answer"].startswith("**Dropout**")
-    assert "one-batch-tuned | 8" not in text and "| one-batch-tuned | all | 2 |" in text
+    assert "| one-batch-tuned | all | 2 |" in text
 
-    links = Links()
-    links.feed(page)
+    links = re.findall(r"""(?:src|href|srcset|data)=["']([^"']*)""", page)
     pictures = sorted((out / "figures").glob("*.png"))
-    assert len(links.found) == len(pictures) >= 9
-    assert all(link.startswith("data:image/png;base64,") for link in links.found)
+    assert len(links) == len(pictures) >= 9
+    assert all(link.startswith("data:image/png;base64,") for link in links)
     assert "url(" not in page and "@import" not in page
     for picture in pictures:
         assert f"](figures/{picture.name})" in text
@@ -267,7 +245,6 @@ def test_report_of_sweeps_alone_says_which_targets_make_the_models(
     text = (tmp_path / "out/report.md").read_text()
     for target in ("train-initial", "train-tuned", "augment", "final"):
         assert f"`make {target}`" in text
-    json.loads((tmp_path / "out/results.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -320,5 +297,4 @@ def test_a_damaged_file_is_named(tmp_path: Path, dataset: Path, make: Callable, 
 
 def test_no_runs_is_one_line(tmp_path: Path, make: Callable) -> None:
     code, message = make(tmp_path, tmp_path / "out")
-    assert code == 2
-    assert message.startswith(f"error: {tmp_path}: holds no finished run")
+    assert code == 2 and message.startswith(f"error: {tmp_path}: holds no finished run")

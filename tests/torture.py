@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,14 +66,15 @@ class Outcome(NamedTuple):
 
 
 def start(config: dict, data: Path, run_dir: Path) -> subprocess.Popen:
-    """Start or resume a training process."""
+    """Start or resume a training process, with the scripts that lie beside its run directory."""
     command = [sys.executable, "train.py", "--config", "configs/default.yaml", "--resume"]
     command += ["--data", data, "--run-dir", run_dir, "--set"]
     command += [f"{key}={value}" for key, value in config.items()]
     output = open(run_dir.with_suffix(".log"), "a")  # noqa: SIM115 (the process holds it)
     # One thread: batches this small gain nothing from more, and the runs go side by side.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+    scripts = run_dir.parent / "scripts"
+    return subprocess.Popen(command, cwd=scripts, env=environment, stdout=output, stderr=output)
 
 
 def written(path: Path) -> int:
@@ -197,9 +199,13 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="torture-") as folder,
         ThreadPoolExecutor(max(args.jobs, 1)) as pool,
     ):
-        data = Path(folder, "data")
+        data, scripts = Path(folder, "data"), Path(folder, "scripts")
+        # A copy: to edit a script in the minutes that this takes must not look like a difference.
+        shutil.copytree(ROOT / "configs", scripts / "configs")
+        for path in ROOT.glob("*.py"):
+            shutil.copy(path, scripts)
         command = [sys.executable, "data.py", "generate", "--sequences", *"322", "--size", "32"]
-        subprocess.run([*command, "--out", data], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run([*command, "--out", data], cwd=scripts, check=True, capture_output=True)
         names = list(CONFIGS)
         first, *others = names  # the first builds the cache of the data, for all
         alone = {first: run_alone(CONFIGS[first], data, Path(folder, first))}
