@@ -45,7 +45,7 @@ export MALLOC_TRIM_THRESHOLD_ := 4294967296
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: help setup data $(MODELS:%=train-%) report overfit tune augment final \
-        tensorboard bench test lint clean FORCE
+        tensorboard bench torture test lint clean FORCE
 
 help:  ## list the targets
 	@echo "make TARGET [DATA=generated|afo] [AFO_ARCHIVE=file.zip] [PROFILE=quick|full] [SEEDS=\"0 1 2\"] [DEVICE=auto|cpu|cuda] [SET=\"key=value ...\"]"
@@ -114,8 +114,17 @@ augment: $(call results,$(AUGMENT:%=augment/%))  ## flips, blur, jitter: the lab
 final: $(call results,final)  ## tuned with flips and twice the epochs
 	@$(PY) evaluate.py $^
 
-report: $(call results,$(MODELS))  ## train and test the four models, print the comparison table
-	@$(PY) evaluate.py $^
+report: $(call results,$(MODELS))  ## train and test the four models, write report/, print the comparison table
+	@$(MAKE) --no-print-directory report/made; status=$$?; $(PY) evaluate.py $^; exit $$status
+
+# The report is of all runs there are, and is made again when one of them or the choice of runs is new.
+report/made: report/source $(wildcard $(RUNS)/*/*/*.json $(RUNS)/*/*/*/*.json)
+	$(PY) report.py --runs $(RUNS) --out report --device $(DEVICE)
+	@touch $@
+
+report/source: FORCE
+	@mkdir -p $(@D)
+	@echo $(RUNS) | cmp -s - $@ || echo $(RUNS) > $@
 
 tensorboard: | .venv/installed  ## look at the runs in a browser
 	$(PY) -m tensorboard.main --logdir runs
@@ -124,6 +133,9 @@ tensorboard: | .venv/installed  ## look at the runs in a browser
 
 bench: | $(DATA_DIR)  ## measure training speed beside a textbook loop, in one run
 	$(PY) bench.py --data $(DATA_DIR)
+
+torture: | .venv/installed  ## kill training 50 times at random moments, compare with runs left alone
+	$(PY) tests/torture.py
 
 test: | .venv/installed  ## run the tests
 	$(PY) -m pytest

@@ -27,12 +27,16 @@ def pick_precision(device: torch.device, name: str) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # Older releases of PyTorch cannot tell; precision=bfloat16 forces it there.
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        capabilities = _cpu_capabilities()
         native = any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
     if not native:
         print(f"precision: float32, since no native bfloat16 was found on this {device.type}")
     return torch.bfloat16 if native else torch.float32
+
+
+def _cpu_capabilities() -> dict:
+    """What the processor can do; empty in older releases, where precision=bfloat16 forces it."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -47,13 +51,15 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown: not a git checkout"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = _cpu_capabilities().get("cpu_name", platform.machine())
     return {
         "commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.machine(),
+        "device": name,
         "threads": torch.get_num_threads(),
         "precision": str(dtype).removeprefix("torch."),
     }

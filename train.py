@@ -120,7 +120,6 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
     dtype = pick_precision(device, config["precision"])
     torch.manual_seed(config["seed"])
     classes = list(config["classes"])
-
     # ---- data: resident as uint8, on the GPU where there is one
     root = Path(config["data"])
     training, validation = (
