@@ -245,15 +245,17 @@ def load_config(paths: list[Path], overrides: list[str]) -> dict:
 
 def check_sizes(config: dict, size: tuple[int, int], per_epoch: int) -> None:
     """UserError where the sizes of a config cannot go together with images of (height, width)."""
-    side = min(config["crop"] or min(size), *size)
-    if config["blur"] > 0 and config["blur_kernel"] // 2 >= side:
+    height, width = size
+    if 0 < config["crop"] < min(size):
+        height = width = config["crop"]
+    if config["blur"] > 0 and config["blur_kernel"] // 2 >= min(height, width):
         raise UserError(
-            f"blur_kernel: {config['blur_kernel']} is too wide for {side} pixels; lower it"
+            f"blur_kernel: {config['blur_kernel']} is too wide for images of {width}×{height}"
         )
     smallest = per_epoch % config["batch_size"] or config["batch_size"]
-    if smallest == 1 and side <= 2 ** len(config["encoder"]):
+    if smallest == 1 and max(height, width) <= 2 ** len(config["encoder"]):
         raise UserError(
-            f"batch_size: {config['batch_size']} leaves a batch of one image of {side} pixels, "
+            f"batch_size: {config['batch_size']} leaves a batch of one image of {width}×{height}, "
             "whose deepest features are one value, too few for batch norm; change it, or the crop"
         )
 

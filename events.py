@@ -7,12 +7,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
 
 from augment import to_float
 from data import colourise
 from device import autocast
 
 PICTURES = 4  # frames
+GREY = 128  # of the lines between them
 CURES = (
     "what usually cures a dead class: a last decoder stage wider than `classes`, "
     "loss: {cross_entropy: 1, dice_per_class: 1}, upsampling_init: bilinear, a lower learning_rate"
@@ -34,20 +36,11 @@ def prediction_pictures(
     images, masks = images[shown], masks[shown]
     with torch.inference_mode(), autocast(images.device, dtype):
         predictions = model(to_float(images)).argmax(dim=1)
-    rows = [
-        torch.cat(
-            [
-                image[:3].expand(3, -1, -1),
-                colourise(mask, config["classes"]),
-                colourise(prediction, config["classes"]),
-            ],
-            dim=2,
-        )
-        for image, mask, prediction in zip(
-            images.cpu(), masks.cpu(), predictions.cpu(), strict=True
-        )
-    ]
-    return torch.cat(rows, dim=1)
+    tiles = []
+    for image, *maps in zip(images.cpu(), masks.cpu(), predictions.cpu(), strict=True):
+        tiles.append(image[:3].expand(3, -1, -1))
+        tiles += [colourise(indices, config["classes"]) for indices in maps]
+    return make_grid(tiles, nrow=3, padding=4, pad_value=GREY)
 
 
 def png(picture: Tensor) -> bytes:

@@ -6,6 +6,8 @@ a pixel has no score and is left out of the means; one channel and one pixel are
 
 import json
 import math
+import os
+import resource
 import shutil
 import signal
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import pytest
 import torch
 from box import CLASSES, PALETTE, ROOT, save
 
+import data as data_module
 from checkpoint import load_checkpoint
 from config import load_config
 from data import load_split
@@ -102,8 +105,19 @@ def test_batch_of_one_value_per_channel_is_refused(
     with pytest.raises(UserError) as caught:
         train(config_of(data, f"batch_size={batch_size}"), tmp_path / "run", resume=False)
     [message] = str(caught.value).splitlines()
-    assert "batch_size" in message and "images_per_epoch" in message
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert f"batch_size: {batch_size}" in message and "batch norm" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_of_one_is_judged_by_the_training_images(tmp_path: Path) -> None:
+    """Those of the other splits may have another size; one long side is enough."""
+    data = make_set(tmp_path / "set", [np.zeros((2, 8), int)] * 2)
+    run(config_of(data, "batch_size=1"), tmp_path)
+    small = make_set(tmp_path / "small", patches(side=2))
+    shutil.rmtree(small / "validation")
+    shutil.copytree(data / "validation", small / "validation")
+    with pytest.raises(UserError, match="batch_size"):
+        train(config_of(small, "batch_size=1"), tmp_path / "other", resume=False)
 
 
 def test_one_pixel_images(tmp_path: Path) -> None:
@@ -169,6 +183,48 @@ def test_images_that_are_not_square_and_of_odd_sides(tmp_path: Path) -> None:
     data = make_set(tmp_path / "set", [rng.integers(0, 4, (5, 9)) for _ in range(2)])
     row = run(config_of(data, "blur=1", "crop=4", "horizontal_flip=1"), tmp_path)
     assert sum(map(sum, row["confusion_matrix"])) == 2 * 5 * 9
+
+
+def test_data_larger_than_memory_train_through_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process may take 300 MB more than it has; its data set has twice the machine's memory.
+
+    Files with holes stand in for the cache, so that they need no space on the disk either.
+    """
+    side = 8192
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    count = 2 * memory // (3 * side**2)
+    data = make_set(tmp_path / "set", patches(count=1))
+    for number in range(1, count):
+        (data / "training" / "image" / f"{number:06d}.png").touch()
+        (data / "training" / "gt_image" / f"gt_{number:06d}.png").touch()
+    build = data_module._build_cache
+
+    def build_holes(cache: Path, pairs: list, *args: object) -> None:
+        if len(pairs) == 1:
+            return build(cache, pairs, *args)
+        cache.mkdir()
+        for name, shape in (("images", (count, 3, side, side)), ("masks", (count, side, side))):
+            with open(cache / f"{name}.npy", "wb") as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                file.truncate(file.tell() + math.prod(shape))
+        (cache / "digest").write_text("0" * 64)
+        return None
+
+    monkeypatch.setattr(data_module, "_build_cache", build_holes)
+    status = Path("/proc/self/status").read_text().split()
+    used = 1024 * int(status[status.index("VmData:") + 1])
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 300 * 2**20, before[1]))
+    try:
+        with pytest.raises(MemoryError):  # the limit binds
+            np.ones(300 * 2**20, np.uint8)
+        config = config_of(data, "crop=16", "images_per_epoch=32", "batch_size=8")
+        assert run(config, tmp_path)["images"] == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def test_split_of_one_image_that_is_not_in_the_others(tmp_path: Path) -> None:
