@@ -132,7 +132,7 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         for array in (training.images, training.masks, validation.images, validation.masks)
     )
     per_epoch = config["images_per_epoch"] or len(images)
-    check_sizes(config, val_images.shape[2:], per_epoch)
+    check_sizes(config, images.shape[2:], per_epoch)
     steps_per_epoch = math.ceil(per_epoch / config["batch_size"])
 
     # ---- model, optimizer, schedule

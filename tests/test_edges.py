@@ -220,7 +220,7 @@ def test_data_larger_than_memory_train_through_the_cache(
     resource.setrlimit(resource.RLIMIT_DATA, (used + 300 * 2**20, before[1]))
     try:
         with pytest.raises(MemoryError):  # the limit binds
-            np.ones(300 * 2**20, np.uint8)
+            np.ones(600 * 2**20, np.uint8)
         config = config_of(data, "crop=16", "images_per_epoch=32", "batch_size=8")
         assert run(config, tmp_path)["images"] == 1
     finally:

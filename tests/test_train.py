@@ -104,7 +104,7 @@ def test_every_step_of_every_seed_draws_other_numbers() -> None:
     draws = set()
     for seed in (0, 1, 2, 2**31 - 1):
         for step in range(50):
-            torch.manual_seed(seeded(seed, step))
+            torch.manual_seed(seeded(seed, "step", step))
             draws.add(tuple(torch.rand(4).tolist()))
     assert len(draws) == 4 * 50
 
@@ -192,8 +192,8 @@ def test_tensorboard_shows_both_splits_and_pictures(run: Path) -> None:
     [tag] = board.Tags()["images"]
     pictures = board.Images(tag)
     assert [picture.step for picture in pictures] == [1, 2, 3]
-    # Three pictures of 32 pixels beside each other: image, truth, prediction.
-    assert {(picture.width, picture.height % 32) for picture in pictures} == {(96, 0)}
+    # Four rows of image, truth and prediction, 32 pixels each, lines of 4 around them.
+    assert {(picture.width, picture.height) for picture in pictures} == {(112, 148)}
 
 
 def test_resume_with_another_config_is_refused(run: Path, script: Callable) -> None:
