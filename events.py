@@ -73,7 +73,9 @@ def log_hyperparameters(events: SummaryWriter, config: dict, best: dict) -> None
         "best/training_mean_iou": best["training"]["mean_iou"],
         "best/epoch": best["epoch"],
     }
-    events.add_hparams(values, reached, run_name=".")  # in the run's own folder, not one below it
+    # In the run's own folder, not one below it; a step behind the last epoch, which is where a run
+    # that is resumed just before its end starts to replace events.
+    events.add_hparams(values, reached, run_name=".", global_step=config["epochs"] + 1)
 
 
 def log(events: SummaryWriter, entry: dict, pictures: Tensor) -> None:

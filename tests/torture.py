@@ -140,7 +140,7 @@ def state_of(run_dir: Path) -> dict[str, object]:
         **{f"best.pt: {key}": value for key, value in best.items()},
         "metrics.jsonl": plain(history),
         "epochs in metrics.jsonl": [entry["epoch"] for entry in history],
-        "TensorBoard": events(run_dir),
+        **{f"TensorBoard: {tag}": shown for tag, shown in events(run_dir).items()},
         "predictions.png": (run_dir / "predictions.png").read_bytes(),
         "summary.json": plain(json.loads((run_dir / "summary.json").read_text())),
     }
