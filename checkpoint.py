@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import io
 import os
 from pathlib import Path
 from typing import TextIO
@@ -16,8 +17,17 @@ from model import build_model
 FORMAT = "flying-objects-segmentation 1"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; UserError if the disk is full or the folder read-only."""
+def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
+    """Write a file whole or not at all.
+
+    Args:
+        path: the file; its folder is made if need be.
+        data: its content.
+        keep: where the file that was there before is kept; None: it is replaced.
+
+    Raises:
+        UserError: the disk is full or the folder read-only; the file that was there is left.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,6 +35,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            path.replace(keep)
         partial.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -33,30 +45,18 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None) -> None:
-    """Write a checkpoint atomically.
+    """Write a checkpoint atomically; see `write_atomically` for `keep` and errors.
 
     Args:
         path: the .pt file.
         checkpoint: `config`, `model` (a state dict) and whatever else, as plain data and tensors.
         keep: where the file that was there before is kept; None: it is replaced.
-
-    Raises:
-        UserError: the disk is full or the folder read-only; the file that was there is left.
     """
-    partial = path.with_name(path.name + ".partial")
     checkpoint = {"format": FORMAT, **checkpoint}
-    try:
-        torch.save(checkpoint | {"digest": _digest(checkpoint)}, partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            path.replace(keep)
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}: the checkpoint cannot be written ({reason}); make room") from None
+    # Through memory: on a full disk torch.save tells of positions in a file, not of the disk.
+    file = io.BytesIO()
+    torch.save(checkpoint | {"digest": _digest(checkpoint)}, file)
+    write_atomically(path, file.getvalue(), keep)
 
 
 def _digest(value: object) -> str:
