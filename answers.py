@@ -48,7 +48,7 @@ def explanations(groups: dict[str, list[Run]], tested: dict, pictures: Path, fac
         )
     if tested:
         name = "tuned" if "tuned" in tested["frames"] else next(iter(tested["frames"]))
-        result = figures.bootstrap(tested["frames"][name], tested["names"])
+        result = figures.bootstrap(tested["frames"][name], tested["groups"])
         whole, batch, new = (result[kind] for kind in ("whole", "batch", "batch of new"))
         lab = [r[0].config["published_iou"] for n, r in groups.items() if n in MODELS]
         lab = [value for value in lab if value is not None]

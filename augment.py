@@ -9,12 +9,14 @@ import torchvision.transforms.v2.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
+from images import IGNORE
+
 
 def _corner(mask: Tensor, crop: int, on_objects: float) -> tuple[int, int]:
     """Top and left of a random crop within a (H, W) mask."""
     height, width = mask.shape
     if on_objects > 0 and torch.rand(()) < on_objects:
-        foreground = mask.flatten().nonzero()
+        foreground = ((mask > 0) & (mask != IGNORE)).flatten().nonzero()
         if len(foreground):
             # The pixel lies anywhere in the crop, not in its middle: else the model would learn
             # that the middle of a picture is never background.

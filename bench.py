@@ -24,11 +24,12 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from augment import augment, take_batch
-from checkpoint import write_atomically
 from config import load_config
-from data import find_pairs, load_split, read_pair
+from data import find_pairs, load_split
 from device import pick_device, pick_precision
 from errors import UserError, run
+from files import write_atomically
+from images import read_pair
 from losses import weighted_loss
 from metrics import evaluate
 from model import build_model
@@ -42,23 +43,21 @@ STEPS = 3  # of each loop in each round
 class TextbookDataset(Dataset):
     """PNG pairs decoded one by one, as float images in [0, 1] and int64 masks."""
 
-    def __init__(self, root: Path, config: dict) -> None:
-        self.pairs, _ = find_pairs(root, "training")
+    def __init__(self, config: dict) -> None:
+        self.pairs, _ = find_pairs(config, "training")
         self.config = config
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        image, mask = read_pair(*self.pairs[i], self.config["classes"], self.config["in_channels"])
+        image, mask = read_pair(self.pairs[i].image, self.pairs[i].mask, self.config)
         return torch.from_numpy(image.copy()).permute(2, 0, 1) / 255, torch.from_numpy(mask).long()
 
 
-def textbook_steps(root: Path, config: dict, device: torch.device) -> Iterator[None]:
+def textbook_steps(config: dict, device: torch.device) -> Iterator[None]:
     """The textbook loop; a step for each value asked of it."""
-    loader = DataLoader(
-        TextbookDataset(root, config), config["batch_size"], shuffle=True, num_workers=2
-    )
+    loader = DataLoader(TextbookDataset(config), config["batch_size"], shuffle=True, num_workers=2)
     model = build_model(config).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"])
     for images, masks in itertools.chain.from_iterable(itertools.repeat(loader)):
@@ -122,15 +121,15 @@ def middle(values: list[float]) -> str:
 
 def bench(name: str, root: Path, rounds: int, device: torch.device) -> dict:
     """Time one model and print its line; returns the figures for the JSON file."""
-    config = load_config([Path(__file__).parent / "configs" / f"{name}.yaml"], [])
+    config = load_config([Path(__file__).parent / "configs" / f"{name}.yaml"], [f"data={root}"])
     config["crop"] = 0  # whole frames for both
     dtype = pick_precision(device, config["precision"])
-    split = load_split(root, "training", config["classes"], config["in_channels"])
+    split = load_split(config, "training")
     if len(split.images) < 2 * config["batch_size"]:
         raise UserError(f"{root}: bench needs {2 * config['batch_size']} training images or more")
     images, masks = split.images.to(device), split.masks.to(device)
     data_seconds: list[float] = []
-    textbook = textbook_steps(root, config, device)
+    textbook = textbook_steps(config, device)
     ours = our_steps(images, masks, config, dtype, data_seconds)
 
     times: dict[str, list[float]] = {"textbook": [], "ours": [], "peak": [], "peak32": []}

@@ -1,47 +1,20 @@
 """Checkpoints: plain data, written atomically, that describe themselves."""
 
-import contextlib
 import fcntl
 import hashlib
 import io
-import os
 from pathlib import Path
 from typing import TextIO
 
 import torch
 from torch import nn
 
+from config import load_config
 from errors import UserError
+from files import write_atomically
 from model import build_model
 
 FORMAT = "flying-objects-segmentation 1"
-
-
-def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
-    """Write a file whole or not at all.
-
-    Args:
-        path: the file; its folder is made if need be.
-        data: its content.
-        keep: where the file that was there before is kept; None: it is replaced.
-
-    Raises:
-        UserError: the disk is full or the folder read-only; the file that was there is left.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            path.replace(keep)
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room there") from None
 
 
 def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None) -> None:
@@ -104,6 +77,8 @@ def load_checkpoint(path: Path, device: torch.device) -> dict:
         raise UserError(f"{path}: is not a checkpoint of this project; give a best.pt or last.pt")
     if checkpoint.pop("digest", None) != _digest(checkpoint):
         raise UserError(f"{path}: damaged (its digest does not match); train it again")
+    if isinstance(checkpoint.get("config"), dict):  # keys newer than the file have their default
+        checkpoint["config"] = load_config([], []) | checkpoint["config"]
     return checkpoint
 
 

@@ -8,6 +8,7 @@ as plain values.
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Hashable
 from pathlib import Path
@@ -19,6 +20,7 @@ from errors import UserError, run
 DEFAULT = Path(__file__).parent / "configs" / "default.yaml"
 LOSSES = ("cross_entropy", "dice_pooled", "dice_per_class")
 CHOICES = {
+    "mask_format": ("colours", "indices"),
     "skip": ("pooled", "full"),
     "upsampling_init": ("random", "bilinear"),
     "schedule": ("constant", "one_cycle"),
@@ -33,7 +35,7 @@ RANGES = {
     "learning_rate": (1e-12, 1e3),
     "epochs": (1, 1_000_000),
     "images_per_epoch": (0, 1_000_000_000),
-    "limit_sequences": (0, 1_000_000_000),
+    "limit_groups": (0, 1_000_000_000),
     "limit_images": (0, 1_000_000_000),
     "batch_size": (1, 1_000_000),
     "seed": (0, 2**31 - 1),
@@ -172,7 +174,7 @@ def _fit_structure(config: dict) -> None:
             )
     if not 2 <= len(colours) <= 255 or len({tuple(c) for c in colours.values()}) < len(colours):
         raise UserError("classes: needs 2 to 255 classes, each with a colour of its own")
-    for key, length in (("blur_sigma", 2), ("jitter_strength", 4)):
+    for key, length in (("blur_sigma", 2), ("jitter_strength", 4), ("split_shares", 3)):
         values = config[key]
         if len(values) != length:
             raise UserError(f"{key}: must be {length} numbers")
@@ -186,6 +188,45 @@ def _fit_structure(config: dict) -> None:
         raise UserError("jitter_strength: hue (the fourth) must be at most 0.5")
     if config["blur_kernel"] % 2 == 0:
         raise UserError(f"blur_kernel: must be odd, is {config['blur_kernel']}")
+
+
+def _fit_data(config: dict) -> None:
+    """Check the keys that say where the files lie and what masks hold; UserError names the key."""
+    for key in ("images", "masks"):
+        pattern = config[key]
+        if pattern.count("*") != 1 or set("?[]") & set(pattern) or pattern.startswith("/"):
+            raise UserError(
+                f"{key}: is '{pattern}'; must be a path below `data` with one * for the name, as "
+                "in 'photos/*.jpg'"
+            )
+    if ("{split}" in config["images"]) != ("{split}" in config["masks"]):
+        raise UserError("images, masks: name {split} in both, or in neither")
+    names = config["split_folders"]
+    if len(names) != 3 or not all(isinstance(n, str) and n for n in names) or len({*names}) < 3:
+        raise UserError("split_folders: must be three folder names, as in [train, val, test]")
+    if min(config["split_shares"]) <= 0:
+        raise UserError("split_shares: must be positive")
+    try:
+        re.compile(config["group"])
+    except re.error as error:
+        raise UserError(f"group: '{config['group']}' is no regular expression ({error})") from None
+    wanted = 3 if config["mask_format"] == "colours" else 1
+    ignore = config["ignore"]
+    if ignore and not (len(ignore) == wanted and all(_is_int(v, 0) and v <= 255 for v in ignore)):
+        raise UserError(
+            f"ignore: is {ignore}; with mask_format: {config['mask_format']} it must be "
+            f"{'a colour, as in [255, 255, 255]' if wanted == 3 else 'an index, as in [255]'}"
+        )
+    known = (
+        list(config["classes"].values())
+        if wanted == 3
+        else [[i] for i in range(len(config["classes"]))]
+    )
+    if ignore in known:
+        raise UserError(f"ignore: {ignore} is one of the classes")
+    size = config["resize"]
+    if size and not (len(size) == 2 and all(_is_int(side, 8) and side <= 16384 for side in size)):
+        raise UserError(f"resize: is {size}; must be [height, width] in pixels, as in [256, 256]")
 
 
 def _is_int(value: object, low: int = 1) -> bool:
@@ -240,6 +281,7 @@ def load_config(paths: list[Path], overrides: list[str]) -> dict:
         if config[key] is not None and not low <= config[key] <= high:
             raise UserError(f"{key}: is {config[key]}; must be from {low:g} to {high:g}")
     _fit_structure(config)
+    _fit_data(config)
     return config
 
 
@@ -265,10 +307,16 @@ def dump(config: dict) -> str:
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add --config and --set, the same for every script that takes a config."""
     parser.add_argument(
-        "--config", type=Path, nargs="+", required=True, metavar="FILE", help="later files win"
+        "--config",
+        type=Path,
+        nargs="+",
+        required=required,
+        default=[],
+        metavar="FILE",
+        help="later files win",
     )
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", action="extend"

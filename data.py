@@ -4,175 +4,158 @@
     python data.py download --out data/afo [--archive FILE.zip]
     python data.py check data/generated
 
-Layout: DIR/{training,validation,testing}/image/NAME.png with gt_image/gt_NAME.png beside it.
+Where the files lie, what the masks hold and how splits are made say the keys `images` to `resize`
+of configs/default.yaml; a YAML file with those keys is all that another data set needs.
 """
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from config import DEFAULT, load_config
+from config import add_arguments, load_config
 from download import download
 from errors import UserError, run
+from files import write_atomically
 from generate import SPLITS, generate
+from images import IGNORE, contact_sheet, overlay, png, read_image, read_mask, read_pair
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of a colour space, by channels
+SAMPLES = 8  # pairs of a split in the picture that `check` draws
+
+
+class Pair(NamedTuple):
+    """An image, its mask, the name they share, and the group that must stay in one split."""
+
+    name: str
+    group: str
+    image: Path
+    mask: Path
 
 
 class Split(NamedTuple):
     """One split, resident.
 
     images (N, channels, H, W) uint8 and masks (N, H, W) uint8 class indices are memory-mapped:
-    the operating system reads them in as they are used and may drop them again. `names` are the
-    image file names; `digest` is the SHA-256 of the split's files, which tells data sets apart.
+    the operating system reads them in as they are used and may drop them again. `names` and
+    `groups` are those of the pairs; `digest` is the SHA-256 of the split's files, which tells data
+    sets apart.
     """
 
     images: Tensor
     masks: Tensor
     names: list[str]
+    groups: list[str]
     digest: str
 
 
-def read_image(path: Path, channels: int) -> np.ndarray:
-    """Read an image as (H, W, channels) uint8, converting grey, palette, RGB and RGBA.
-
-    Raises:
-        UserError: the file is missing, damaged, too large to be honest, or has 16 bits.
-    """
-    image = _open(path)
-    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
-        raise UserError(
-            f"{path}: has pixels of mode {image.mode} (16 bits or not RGB); save it as 8-bit RGB"
-        )
-    # Through RGBA: the one mode to which Pillow converts all the others without loss.
-    image = image if image.mode == MODES[channels] else image.convert("RGBA")
-    return np.asarray(image.convert(MODES[channels])).reshape(image.height, image.width, channels)
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        image = Image.open(path)
-        deep = any(";16" in str(tile[3]) for tile in image.tile)
-        image.load()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; was it moved?") from None
-    except Image.DecompressionBombError:
-        raise UserError(f"{path}: claims far too many pixels for an image; remove it") from None
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
-        reason = getattr(error, "strerror", None) or "damaged, or not an image"
-        raise UserError(f"{path}: cannot be read ({reason}); replace it") from None
-    if deep:  # Pillow would drop half of the bits of a 16-bit RGB file without a word
-        raise UserError(f"{path}: has 16 bits a channel; save it with 8")
-    if path.suffix.lower() == ".png" and image.format != "PNG":
-        raise UserError(f"{path}: is a {image.format} file named .png; convert it to PNG")
-    return image
-
-
-def read_mask(path: Path, classes: dict[str, list[int]]) -> np.ndarray:
-    """Read a colour mask as (H, W) uint8 class indices.
-
-    Raises:
-        UserError: the file cannot be read, or has a colour that is of no class; the first such
-            pixel is named.
-    """
-    rgb = read_image(path, 3).astype(np.uint32)
-    colour = rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
-    mask = np.full(colour.shape, len(classes), np.uint8)
-    for index, (r, g, b) in enumerate(classes.values()):
-        mask[colour == (r << 16 | g << 8 | b)] = index
-    stray = mask == len(classes)
-    if stray.any():
-        y, x = np.argwhere(stray)[0]
-        raise UserError(
-            f"{path}: {stray.sum()} pixels of colours that are no class, first "
-            f"({', '.join(map(str, rgb[y, x]))}) at x={x}, y={y}; classes are "
-            + ", ".join(f"{name} {tuple(c)}" for name, c in classes.items())
-        )
-    return mask
-
-
-def colourise(mask: Tensor, classes: dict[str, list[int]]) -> Tensor:
-    """(H, W) class indices to a (3, H, W) uint8 picture in the colours of the masks."""
-    palette = torch.tensor(list(classes.values()), dtype=torch.uint8)
-    return palette[mask.long()].permute(2, 0, 1)
-
-
-def read_pair(
-    image_path: Path, mask_path: Path, classes: dict[str, list[int]], channels: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Read (H, W, channels) uint8 image and (H, W) uint8 mask; UserError if sizes differ too."""
-    image, mask = read_image(image_path, channels), read_mask(mask_path, classes)
-    if image.shape[:2] != mask.shape:
-        raise UserError(
-            f"{mask_path}: is {mask.shape[1]}×{mask.shape[0]} but its image is "
-            f"{image.shape[1]}×{image.shape[0]}; they must be of one size"
-        )
-    return image, mask
-
-
-def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], list[str]]:
+def find_pairs(config: dict, split: str) -> tuple[list[Pair], list[str]]:
     """Pair images with masks by name.
 
+    Args:
+        config: for `data`, `images`, `masks`, `split_folders`, `group` and `split_shares`.
+        split: "training", "validation" or "testing".
+
     Returns:
-        (image, mask) paths sorted by name, and one line for each file without a partner or each
-        folder that is missing or empty.
+        The pairs of the split sorted by name, and one line for each file without a partner, for
+        each folder that is missing or empty, for each name that is of no group.
     """
-    image_dir, mask_dir = root / split / "image", root / split / "gt_image"
-    for folder in (root, image_dir, mask_dir):
-        if not folder.is_dir():
-            return [], [f"{folder}: no such folder; `make data` prepares the data"]
-    images = {path.name: path for path in sorted(image_dir.glob("*.png"))}
-    masks = {path.name.removeprefix("gt_"): path for path in sorted(mask_dir.glob("gt_*.png"))}
+    root = Path(config["data"])
+    folder = config["split_folders"][SPLITS.index(split)]
+    patterns = [config[key].replace("{split}", folder) for key in ("images", "masks")]
+    found = []
+    for pattern in patterns:
+        fixed = itertools.takewhile(lambda part: "*" not in part, Path(pattern).parts)
+        for place in (root, root.joinpath(*fixed)):
+            if not place.is_dir():
+                return [], [f"{place}: no such folder; `make data` prepares the data of the lab"]
+        name_of = re.compile(re.escape(pattern).replace(r"\*", "([^/]+)"))
+        paths = sorted(root.glob(pattern))
+        matches = [name_of.fullmatch(path.relative_to(root).as_posix()) for path in paths]
+        found.append({match[1]: path for match, path in zip(matches, paths, strict=True)})
+    images, masks = found
+    image_at, mask_at = (str(root / pattern) for pattern in patterns)
     problems = [
-        f"{images[name]}: has no mask {mask_dir / ('gt_' + name)}; add it or remove the image"
+        f"{images[name]}: has no mask {mask_at.replace('*', name)}; add it or remove the image"
         for name in images.keys() - masks.keys()
     ] + [
-        f"{masks[name]}: has no image {image_dir / name}; add it or remove the mask"
+        f"{masks[name]}: has no image {image_at.replace('*', name)}; add it or remove the mask"
         for name in masks.keys() - images.keys()
     ]
     if not images and not masks:
-        problems.append(f"{image_dir}: holds no .png files; a split needs at least one image")
-    return [(images[n], masks[n]) for n in images if n in masks], sorted(problems)
+        problems.append(f"{image_at}: no such files; a split needs at least one image")
+    pairs = []
+    for name in (name for name in images if name in masks):
+        match = re.search(config["group"], name)
+        if match is None:
+            problems.append(f"{images[name]}: group: {config['group']!r} is not found in its name")
+        else:  # an empty expression: every image is a group of its own
+            pairs.append(Pair(name, match[0] or name, images[name], masks[name]))
+    if "{split}" not in config["images"] and not problems:
+        groups = _groups_of(split, {pair.group for pair in pairs}, config["split_shares"])
+        pairs = [pair for pair in pairs if pair.group in groups]
+        if not groups:
+            problems.append(
+                f"{root}: {len(pairs)} groups are too few to make three splits of; mend group: "
+                f"{config['group']!r}, which names the images that must stay together"
+            )
+    return pairs, sorted(problems)
 
 
-def load_split(root: Path, split: str, classes: dict[str, list[int]], channels: int) -> Split:
+def _groups_of(split: str, groups: set[str], shares: list[float]) -> set[str]:
+    """The groups of a split that is drawn: always the same, and at least one for each split.
+
+    Sorted by a hash, so that neighbours in name, which may be neighbours in time, are spread.
+    """
+    if len(groups) < len(SPLITS):
+        return set()
+    ordered = sorted(groups, key=lambda group: hashlib.sha256(group.encode()).digest())
+    counts = [max(1, round(len(ordered) * share / sum(shares))) for share in shares]
+    validation, testing = counts[1], counts[2]
+    if validation + testing >= len(ordered):
+        validation = testing = 1
+    start = {"validation": 0, "testing": validation, "training": validation + testing}[split]
+    stop = {"validation": validation, "testing": validation + testing}.get(split)
+    return set(ordered[start:stop])
+
+
+def load_split(config: dict, split: str) -> Split:
     """Load a split through its cache, DIR/.cache/, which is rebuilt when any file changed.
 
     Args:
-        root: folder of the data set.
+        config: for the keys from `data` to `in_channels`.
         split: "training", "validation" or "testing".
-        classes: name → RGB colour in the masks; the order gives the class index.
-        channels: 1, 3 or 4.
 
     Raises:
         UserError: a file is missing, unpaired, unreadable or of another size than the first.
     """
-    pairs, problems = find_pairs(root, split)
+    root, channels = Path(config["data"]), config["in_channels"]
+    pairs, problems = find_pairs(config, split)
     if problems:
         more = f" (and {len(problems) - 1} more: python data.py check {root})"
         raise UserError(problems[0] + (more if len(problems) > 1 else ""))
-    stamp = hashlib.sha256(json.dumps([list(classes.items()), channels]).encode())
-    for path in (path for pair in pairs for path in pair):
+    made_by = [list(config["classes"].items()), channels]
+    made_by += [config[key] for key in ("mask_format", "ignore", "resize")]
+    stamp = hashlib.sha256(json.dumps(made_by).encode())
+    for path in (path for pair in pairs for path in (pair.image, pair.mask)):
         try:
             status = path.stat()
         except OSError as error:
             raise UserError(f"{path}: no such file ({error.strerror}); was it moved?") from None
-        stamp.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        stamp.update(f"{path.relative_to(root)} {status.st_size} {status.st_mtime_ns}\n".encode())
     # The name tells which files a cache was made of, so that a stale one is never opened.
     cache = root / ".cache" / f"{split}-{channels}-{stamp.hexdigest()[:16]}"
     try:
@@ -183,7 +166,7 @@ def load_split(root: Path, split: str, classes: dict[str, list[int]], channels: 
                 for old in cache.parent.glob(f"{split}-{channels}-*"):
                     shutil.rmtree(old)
                 try:
-                    _build_cache(cache, pairs, classes, channels)
+                    _build_cache(cache, pairs, config)
                 finally:  # of a build that failed; one that was killed is removed by the next
                     shutil.rmtree(f"{cache}.partial", ignore_errors=True)
     except OSError as error:
@@ -198,7 +181,8 @@ def load_split(root: Path, split: str, classes: dict[str, list[int]], channels: 
             raise ValueError
     except (OSError, ValueError, EOFError):
         raise UserError(f"{cache}: the cache is damaged; remove this folder") from None
-    return Split(images, masks, [image.name for image, _ in pairs], digest)
+    names, groups = [pair.name for pair in pairs], [pair.group for pair in pairs]
+    return Split(images, masks, names, groups, digest)
 
 
 def _map(path: Path) -> Tensor:
@@ -212,35 +196,34 @@ def _map(path: Path) -> Tensor:
         return torch.from_numpy(np.load(path, mmap_mode="r"))
 
 
-def limit(split: Split, sequences: int, images: int) -> Split:
-    """The first so many sequences of a split, and so many of their images, evenly spaced.
+def limit(split: Split, groups: int, images: int) -> Split:
+    """The first so many groups of a split, and so many of their images, evenly spaced.
 
-    A sequence is what shares the first six characters of its file names. 0 means no limit.
+    0 means no limit.
     """
-    first = sorted({name[:6] for name in split.names})[: sequences or None]
-    chosen = torch.tensor([i for i, name in enumerate(split.names) if name[:6] in first])
+    first = sorted(set(split.groups))[: groups or None]
+    chosen = torch.tensor([i for i, group in enumerate(split.groups) if group in first])
     if 0 < images < len(chosen):
         chosen = chosen[torch.linspace(0, len(chosen) - 1, images).long()]
     if len(chosen) == len(split.names):
         return split  # still memory-mapped
-    names = [split.names[i] for i in chosen.tolist()]
-    return Split(split.images[chosen], split.masks[chosen], names, split.digest)
+    names, groups_left = ([of[i] for i in chosen.tolist()] for of in (split.names, split.groups))
+    return Split(split.images[chosen], split.masks[chosen], names, groups_left, split.digest)
 
 
-def _build_cache(
-    cache: Path, pairs: list[tuple[Path, Path]], classes: dict[str, list[int]], channels: int
-) -> None:
+def _build_cache(cache: Path, pairs: list[Pair], config: dict) -> None:
     """Decode all pairs into the files of a cache; complete or not there at all."""
     partial = cache.with_name(cache.name + ".partial")
     partial.mkdir()
-    first, _ = read_pair(*pairs[0], classes, channels)
-    height, width = first.shape[:2]
+    first, _ = read_pair(pairs[0].image, pairs[0].mask, config)
+    height, width, channels = first.shape
     digest = hashlib.sha256()
 
-    def decode(pair: tuple[Path, Path]) -> tuple[np.ndarray, np.ndarray, str]:
-        image, mask = read_pair(*pair, classes, channels)
+    def decode(pair: Pair) -> tuple[np.ndarray, np.ndarray, str]:
+        image, mask = read_pair(pair.image, pair.mask, config)
         line = "".join(
-            f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in pair
+            f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+            for path in (pair.image, pair.mask)
         )
         return image, mask, line
 
@@ -256,12 +239,13 @@ def _build_cache(
         # In blocks, so that what is decoded and not yet written never fills the memory.
         blocks = (pairs[i : i + 256] for i in range(0, len(pairs), 256))
         decoded = itertools.chain.from_iterable(pool.map(decode, block) for block in blocks)
-        progress = tqdm(decoded, f"caching {pairs[0][0].parent.parent}", len(pairs), disable=None)
+        progress = tqdm(decoded, f"caching {config['data']}", len(pairs), disable=None)
         for i, (image, mask, line) in enumerate(progress):
             if mask.shape != (height, width):
                 raise UserError(
-                    f"{pairs[i][0]}: is {mask.shape[1]}×{mask.shape[0]} but {pairs[0][0].name} is "
-                    f"{width}×{height}; images of a split must be of one size"
+                    f"{pairs[i].image}: is {mask.shape[1]}×{mask.shape[0]} but "
+                    f"{pairs[0].image.name} is {width}×{height}; make them one size, or set "
+                    f"resize: [{height}, {width}]"
                 )
             images.write(image.transpose(2, 0, 1).tobytes())
             masks.write(mask.tobytes())
@@ -270,45 +254,87 @@ def _build_cache(
     partial.rename(cache)
 
 
-def _problems_and_shares(
-    pairs: list[tuple[Path, Path]], classes: dict[str, list[int]], channels: int
-) -> Iterator[tuple[str | None, np.ndarray, tuple[int, int] | None]]:
-    """For each pair: what is wrong with it, its pixels per class, its (width, height)."""
+class _Examined(NamedTuple):
+    """What `check` found of a pair: what is wrong, pixels by mask value, size, SHA-256 of image."""
 
-    def examine(pair: tuple[Path, Path]) -> tuple[str | None, np.ndarray, tuple[int, int] | None]:
-        try:
-            _, mask = read_pair(*pair, classes, channels)
-        except UserError as error:
-            return str(error), np.zeros(len(classes), np.int64), None
-        return None, np.bincount(mask.ravel(), minlength=len(classes)), mask.shape[::-1]
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(examine, pairs)
+    problem: str | None
+    pixels: np.ndarray
+    size: str
+    digest: bytes
 
 
-def check(root: Path, classes: dict[str, list[int]], channels: int) -> None:
+def _examine(pair: Pair, config: dict) -> _Examined:
+    nothing = np.zeros(256, np.int64)
+    try:
+        image, mask = read_pair(pair.image, pair.mask, config | {"resize": []})
+        digest = hashlib.sha256(pair.image.read_bytes()).digest()
+    except UserError as error:
+        return _Examined(str(error), nothing, "", b"")
+    size = f"{image.shape[1]}×{image.shape[0]}"
+    return _Examined(None, np.bincount(mask.ravel(), minlength=256), size, digest)
+
+
+def check(config: dict, picture: Path | None) -> None:
     """Print counts, sizes and class shares of each split and every problem there is.
+
+    Args:
+        config: for the keys from `data` to `in_channels`.
+        picture: where to write a few pairs of each split, the masks laid over the images.
 
     Raises:
         UserError: at least one file is bad; the lines before it name them all.
     """
+    root, classes = Path(config["data"]), list(config["classes"])
     problems: list[str] = []
-    print(f"{'split':<12}{'pairs':>7}  {'size':<12}" + "".join(f"{name:>12}" for name in classes))
+    shown, seen = [], {}
+    print(
+        f"{'split':<12}{'pairs':>7}{'groups':>8}  {'size':<12}"
+        + "".join(f"{name:>12}" for name in (*classes, "ignored"))
+    )
     for split in SPLITS:
-        pairs, unpaired = find_pairs(root, split)
+        pairs, unpaired = find_pairs(config, split)
         problems += unpaired
-        pixels, sizes = np.zeros(len(classes), np.int64), set()
-        results = _problems_and_shares(pairs, classes, channels)
-        for problem, counts, size in tqdm(results, f"checking {split}", len(pairs), disable=None):
-            problems += [problem] if problem else []
-            pixels += counts
-            sizes |= {size} if size else set()
-        if len(sizes) > 1:
-            problems.append(f"{root / split}: has images of {len(sizes)} sizes; make them one size")
-        size = "×".join(map(str, min(sizes))) if len(sizes) == 1 else f"{len(sizes)} sizes"
-        shares = "".join(f"{share:12.4f}" for share in pixels / max(pixels.sum(), 1))
-        print(f"{split:<12}{len(pairs):>7}  {size:<12}{shares}")
+        pixels, sizes = np.zeros(256, np.int64), set()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = pool.map(_examine, pairs, itertools.repeat(config))
+            results = tqdm(results, f"checking {split}", len(pairs), disable=None)
+            for pair, (problem, counts, size, digest) in zip(pairs, results, strict=True):
+                if problem:
+                    problems.append(problem)
+                    continue
+                pixels += counts
+                sizes.add(size)
+                twin, twins_split = seen.setdefault(digest, (pair.image, split))
+                if twins_split != split:
+                    problems.append(
+                        f"{pair.image}: is the same file as {twin} of the {twins_split} split; a "
+                        "picture must be in one split only"
+                    )
+        if len(sizes) > 1 and not config["resize"]:
+            problems.append(
+                f"{root}: the {split} split has images of {len(sizes)} sizes; set resize: "
+                "[height, width], or make them one size"
+            )
+        size = min(sizes) if len(sizes) == 1 else f"{len(sizes)} sizes"
+        shares = pixels[[*range(len(classes)), IGNORE]] / max(pixels.sum(), 1)
+        print(
+            f"{split:<12}{len(pairs):>7}{len({pair.group for pair in pairs}):>8}  {size:<12}"
+            + "".join(f"{share:12.4f}" for share in shares)
+        )
+        row = []
+        for i in np.unique(np.linspace(0, len(pairs) - 1, SAMPLES).astype(int)) if pairs else []:
+            with contextlib.suppress(UserError):  # it is among the problems
+                image = read_image(pairs[i].image, 3)
+                tensor = torch.from_numpy(image.transpose(2, 0, 1).copy())
+                mask = torch.from_numpy(read_mask(pairs[i].mask, config))
+                row.append((f"{split} {pairs[i].name}", overlay(tensor, mask, config["classes"])))
+        shown.append(row)
+    if config["resize"]:
+        print("resized to {1}×{0}".format(*config["resize"]) + " for training and evaluation")
     problems = list(dict.fromkeys(problems))  # a missing folder is found once for each split
+    if picture and any(shown):
+        write_atomically(picture, png(contact_sheet(shown, config["classes"])))
+        print(f"samples with their masks: {picture}")
     for problem in problems:
         print(f"problem: {problem}")
     if problems:
@@ -335,8 +361,9 @@ def main() -> None:
     fetch.add_argument("--url", help="another place of the archive")
     fetch.add_argument("--digest", help="SHA-256 that the contents must have")
     look = commands.add_parser("check", help="list all problems of a data set, and class shares")
-    look.add_argument("dir", type=Path)
-    look.add_argument("--config", type=Path, default=DEFAULT, help="for classes and in_channels")
+    look.add_argument("data", nargs="?", metavar="DIR", help="short for --set data=DIR")
+    add_arguments(look, required=False)
+    look.add_argument("--picture", type=Path, metavar="FILE", help="draw samples with their masks")
     args = parser.parse_args()
 
     if args.command == "generate":
@@ -349,8 +376,8 @@ def main() -> None:
         digest = download(args.out, args.archive, digest=args.digest, **source)
         print(f"data in {args.out}, SHA-256 {digest}; next: python data.py check {args.out}")
     else:
-        config = load_config([args.config], [])
-        check(args.dir, config["classes"], config["in_channels"])
+        folder = [f"data={args.data}"] if args.data else []
+        check(load_config(args.config, args.overrides + folder), args.picture)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_checkpoint, restore_model, write_atomically
+from checkpoint import load_checkpoint, restore_model
 from data import SPLITS, load_split
 from device import pick_device, pick_precision
 from errors import UserError, run
+from files import write_atomically
 from metrics import evaluate, scores
 from model import count_parameters
 
@@ -49,7 +50,7 @@ def evaluate_checkpoint(path: Path, data: str | None, split: str, device_name: s
     checkpoint = load_checkpoint(path, device)
     config = checkpoint["config"]
     data = data or config["data"]
-    loaded = load_split(Path(data), split, config["classes"], config["in_channels"])
+    loaded = load_split(config | {"data": data}, split)
     try:
         model = restore_model(checkpoint, device)
     except UserError as error:

@@ -1,20 +1,17 @@
 """What a run shows of itself: events for TensorBoard, a line an epoch for the terminal."""
 
-import io
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
 from augment import to_float
-from data import colourise
 from device import autocast
+from images import GREY, colourise
 
 PICTURES = 4  # frames
-GREY = 128  # of the lines between them
 CURES = (
     "what usually cures a dead class: a last decoder stage wider than `classes`, "
     "loss: {cross_entropy: 1, dice_per_class: 1}, upsampling_init: bilinear, a lower learning_rate"
@@ -41,13 +38,6 @@ def prediction_pictures(
         tiles.append(image[:3].expand(3, -1, -1))
         tiles += [colourise(indices, config["classes"]) for indices in maps]
     return make_grid(tiles, nrow=3, padding=4, pad_value=GREY)
-
-
-def png(picture: Tensor) -> bytes:
-    """A (3, H, W) uint8 picture as the bytes of a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
-    return file.getvalue()
 
 
 def open_events(run_dir: Path, first_epoch: int) -> SummaryWriter:

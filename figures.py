@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from augment import to_float
 from device import autocast
+from images import IGNORE
 from metrics import EVALUATION_BATCH, confusion_matrix
 
 BAND = 2  # pixels: width of the band along a contour that boundary IoU looks at
 BATCH = 50  # test images the lab scored
 DRAWS = 2000  # of each bootstrap: its 95 % limits then move by a few per cent of their distance
-SEQUENCE = 6  # leading characters of a file name that name its sequence
 
 # model: colour, line style, marker, hatch. No colour is one of a class below.
 STYLES = {
@@ -35,6 +35,7 @@ STYLES = {
 OTHER = ("#999999", "-", "v", "")
 CLASS_COLOURS = ("#F2F2F2", "#D55E00", "#009E73", "#0072B2", "#F0E442")
 WRONG = "#000000"
+IGNORED = "#999999"
 DPI = 110
 
 
@@ -109,7 +110,7 @@ def _bands(mask: Tensor, num_classes: int, width: int) -> Tensor:
     return inside & nn.functional.max_pool2d(outside, 2 * width + 1, stride=1).bool()
 
 
-def bootstrap(matrices: np.ndarray, names: list[str], seed: int = 0) -> dict:
+def bootstrap(matrices: np.ndarray, groups: list[str], seed: int = 0) -> dict:
     """How far the mean IoU of one and the same model scatters with the images it is tested on.
 
     Three samplings, `DRAWS` times each: "whole" draws as many sequences as there are, with
@@ -119,29 +120,29 @@ def bootstrap(matrices: np.ndarray, names: list[str], seed: int = 0) -> dict:
     of their frames: it holds both kinds of chance.
 
     Args:
-        matrices: (M, C, C) confusion matrix of each frame; names: the M file names.
+        matrices: (M, C, C) confusion matrix of each frame; groups: the M groups (sequences).
 
     Returns:
         score of the split, number of images and sequences, and of each sampling its sorted
         `values` and the limits `low`, `high` that hold 95 % of them.
     """
     rng = np.random.default_rng(seed)
-    sequences, index = np.unique([name[:SEQUENCE] for name in names], return_inverse=True)
+    sequences, index = np.unique(groups, return_inverse=True)
     per_sequence = np.zeros((len(sequences), *matrices.shape[1:]))
     np.add.at(per_sequence, index, matrices)
     frames = [np.flatnonzero(index == s) for s in range(len(sequences))]
-    size = min(BATCH, len(names))
+    size = min(BATCH, len(groups))
     drawn: dict[str, list] = {"whole": [], "batch": [], "batch of new": []}
     for _ in range(DRAWS):
         chosen = rng.integers(len(sequences), size=len(sequences))
         new = np.concatenate([frames[s] for s in chosen])
         drawn["whole"].append(per_sequence[chosen].sum(axis=0))
-        drawn["batch"].append(matrices[rng.choice(len(names), size, replace=False)].sum(axis=0))
+        drawn["batch"].append(matrices[rng.choice(len(groups), size, replace=False)].sum(axis=0))
         few = rng.choice(new, min(size, len(new)), replace=False)
         drawn["batch of new"].append(matrices[few].sum(axis=0))
     result: dict = {
         "score": float(mean_iou(matrices.sum(axis=0))),
-        "images": len(names),
+        "images": len(groups),
         "sequences": len(sequences),
         "batch_images": size,
         "draws": DRAWS,
@@ -237,17 +238,20 @@ def panels(
         captions: of each frame, the text under a column by its name ("image", or a model's).
     """
     palette = np.array([to_rgb(colour) for colour in CLASS_COLOURS])
+    palette = np.resize(palette, (256, 3))  # again from the first if there are more classes
+    palette[IGNORE] = to_rgb(IGNORED)
     titles = ["image", "truth"] + [t for name in predictions for t in (name, "errors")]
     rows, side = len(images), 1.25
     figure = Figure(figsize=(side * len(titles), (side + 0.32) * rows + 0.8), dpi=DPI)
     figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for row, axes in enumerate(figure.subplots(rows, len(titles), squeeze=False)):
         rgb = images[row, :3].expand(3, -1, -1).permute(1, 2, 0).numpy()
-        pictures = [rgb, palette[masks[row].long().numpy() % len(palette)]]
+        pictures = [rgb, palette[masks[row].long().numpy()]]
         under = [captions[row]["image"], ""]
         for name, predicted in predictions.items():
-            pictures.append(palette[predicted[row].long().numpy() % len(palette)])
-            pictures.append((predicted[row] != masks[row]).numpy())
+            pictures.append(palette[predicted[row].long().numpy()])
+            wrong = (predicted[row] != masks[row]) & (masks[row] != IGNORE)
+            pictures.append(wrong.numpy())
             under += [captions[row][name], ""]
         for ax, picture, title, text in zip(axes, pictures, titles, under, strict=True):
             colours = {"cmap": "binary", "vmin": 0, "vmax": 1} if picture.ndim == 2 else {}

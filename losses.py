@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = 255  # mask value of a pixel that counts neither in losses nor in metrics
+from images import IGNORE
 
 
 def cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:

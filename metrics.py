@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from augment import to_float
 from device import autocast
-from losses import IGNORE, weighted_loss
+from images import IGNORE
+from losses import weighted_loss
 
 EVALUATION_BATCH = 32  # larger ones leave the processor's caches and were no faster
 

@@ -19,12 +19,14 @@ import numpy as np
 
 import figures
 from answers import answers, explanations
-from checkpoint import load_checkpoint, restore_model, write_atomically
+from checkpoint import load_checkpoint, restore_model
 from collect import MODELS, Run, find_runs, missing_runs
 from data import load_split
 from device import pick_device, pick_precision
 from errors import UserError, run
 from evaluate import background_only
+from files import write_atomically
+from images import IGNORE
 from tables import (
     RULE,
     Blocks,
@@ -65,7 +67,7 @@ def run_models(models: dict[str, list[Run]], device_name: str) -> dict:
     """Run the checkpoints of the models compared once over the test split.
 
     Returns:
-        images (M, channels, H, W), masks (M, H, W), names and classes of the split; by model
+        images (M, channels, H, W), masks (M, H, W), names, groups, classes of the split; by model
         `predictions` (M, H, W) uint8 and `frames` (M, C, C) of the lowest seed and `boundary`, the
         boundary IoU over the seeds; `recheck`, the largest difference between a mean IoU found
         here and the one in testing.json.
@@ -76,16 +78,17 @@ def run_models(models: dict[str, list[Run]], device_name: str) -> dict:
         boundary = []
         for one in runs:
             config, classes = one.config, list(one.config["classes"])
-            root, channels = Path(config["data"]), config["in_channels"]
-            split = load_split(root, one.test["split"], config["classes"], channels)
+            split = load_split(config, one.test["split"])
             if split.digest != one.test["digest"]:
                 raise UserError(
-                    f"{root}: is not the data that {one.folder} was tested on; restore it, or "
-                    "remove that run's testing.json and run make again"
+                    f"{config['data']}: is not the data that {one.folder} was tested on; restore "
+                    "it, or remove that run's testing.json and run make again"
                 )
             model = restore_model(load_checkpoint(one.folder / "best.pt", device), device)
             dtype = pick_precision(device, config["precision"])
             predicted = figures.predict(model, split.images, dtype)
+            # Ignored pixels count nowhere, right or wrong.
+            predicted = predicted.where(split.masks != IGNORE, IGNORE)
             frames = figures.frame_matrices(predicted, split.masks, len(classes))
             off = abs(float(figures.mean_iou(frames.sum(axis=0))) - one.test["mean_iou"])
             if off > RECHECK:
@@ -98,14 +101,15 @@ def run_models(models: dict[str, list[Run]], device_name: str) -> dict:
             if one is runs[0]:
                 made["predictions"][name], made["frames"][name] = predicted, frames
                 made |= {"images": split.images, "masks": split.masks}
-                made |= {"names": split.names, "classes": classes}
+                made |= {"names": split.names, "groups": split.groups, "classes": classes}
         made["boundary"][name] = over_seeds(boundary)
         print(f"{name}: {len(runs)} checkpoints, {len(split.names)} test images each", flush=True)
     return made
 
 
-def _two_lines(name: str) -> str:
-    return name[: figures.SEQUENCE] + "\n" + name[figures.SEQUENCE :].replace("_", " ").strip()
+def _two_lines(name: str, group: str) -> str:
+    rest = name.removeprefix(group).replace("_", " ").strip()
+    return f"{group}\n{rest[-20:]}"
 
 
 def comparison(models: dict[str, list[Run]], tested: dict, pictures: Path) -> Blocks:
@@ -153,7 +157,7 @@ def comparison(models: dict[str, list[Run]], tested: dict, pictures: Path) -> Bl
     single = figures.mean_iou(tested["frames"][judged])
     worst: dict[str, int] = {}  # sequence → its worst frame, sequences from the worst
     for i in np.argsort(single, kind="stable"):
-        worst.setdefault(tested["names"][i][: figures.SEQUENCE], int(i))
+        worst.setdefault(tested["groups"][i], int(i))
     for file, chosen, caption in (
         ("frames.png", even, "Evenly spaced test frames, the same for every model."),
         (
@@ -164,7 +168,7 @@ def comparison(models: dict[str, list[Run]], tested: dict, pictures: Path) -> Bl
         ),
     ):
         captions = [
-            {"image": _two_lines(tested["names"][i].removesuffix(".png"))}
+            {"image": _two_lines(tested["names"][i], tested["groups"][i])}
             | {n: f"IoU {figures.mean_iou(f[i]):.4f}" for n, f in tested["frames"].items()}
             for i in chosen
         ]

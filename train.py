@@ -29,13 +29,14 @@ from checkpoint import (
     load_last,
     lock_run,
     save_checkpoint,
-    write_atomically,
 )
 from config import add_arguments, check_sizes, dump, load_config
 from data import limit, load_split
 from device import autocast, environment, pick_device, pick_precision
 from errors import UserError, run
-from events import log, log_hyperparameters, open_events, png, prediction_pictures, report
+from events import log, log_hyperparameters, open_events, prediction_pictures, report
+from files import write_atomically
+from images import png
 from losses import weighted_loss
 from metrics import confusion_matrix, evaluate, scores
 from model import build_model
@@ -121,12 +122,8 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
     torch.manual_seed(config["seed"])
     classes = list(config["classes"])
     # ---- data: resident as uint8, on the GPU where there is one
-    root = Path(config["data"])
-    training, validation = (
-        load_split(root, split, config["classes"], config["in_channels"])
-        for split in ("training", "validation")
-    )
-    training = limit(training, config["limit_sequences"], config["limit_images"])
+    training, validation = (load_split(config, split) for split in ("training", "validation"))
+    training = limit(training, config["limit_groups"], config["limit_images"])
     images, masks, val_images, val_masks = (
         array.to(device)
         for array in (training.images, training.masks, validation.images, validation.masks)

@@ -12,7 +12,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 
-from generate import generate  # after the line above, which torch reads as it starts
+# after the line above, which torch reads as it starts
+from config import load_config
+from generate import generate
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,6 +25,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data") / "set"
     generate(root, {"training": 3, "validation": 2, "testing": 2}, size=32, seed=0, workers=1)
     return root
+
+
+def config_for(root: Path, **values: object) -> dict:
+    """The default config for a data set, some keys given: `config_for(root, classes=CLASSES)`."""
+    return load_config([], [f"data={root}"]) | values
 
 
 @pytest.fixture(scope="session")

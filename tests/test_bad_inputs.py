@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from box import CLASSES, ROOT, Box, Code, bomb, encoded, link, save
+from conftest import config_for
 
 import errors
 from data import load_split
@@ -125,7 +126,7 @@ DATA: dict[str, Case] = {
     ),
     "empty folder": (
         changed(lambda box: without_pngs(box.set / "validation")),
-        ("validation/image", "no .png files"),
+        ("validation/image/*.png", "no such files"),
     ),
     "no masks at all": (
         changed(lambda box: shutil.rmtree(box.set / "training" / "gt_image")),
@@ -372,7 +373,7 @@ def test_as_a_user(name: str, box: Box, script: Callable) -> None:
 
 def test_box_is_good_and_its_trap_works(box: Box, call: Callable) -> None:
     """Undamaged, the box is accepted: what is refused is so for what the case did to it."""
-    assert load_split(box.set, "training", CLASSES, 3).images.shape == (2, 3, 8, 8)
+    assert load_split(config_for(box.set, classes=CLASSES), "training").images.shape == (2, 3, 8, 8)
     path = box.checkpoint()
     assert call(*box.evaluate(path)) == (0, "")
     torch.save({"x": Code(box.folder / "made")}, box.folder / "code.pt")

@@ -15,13 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import config_for
 from PIL import Image
 
 import data as d
 from errors import UserError
+from images import colourise, read_image, read_mask
 
 CLASSES = {"background": [0, 0, 0], "square": [255, 0, 0], "circle": [0, 0, 255]}
 PALETTE = np.array(list(CLASSES.values()), np.uint8)
+CONFIG = config_for(Path("."), classes=CLASSES)
 WIDTH, HEIGHT = 8, 6  # not square, so that exchanged sides are seen
 
 
@@ -55,8 +58,8 @@ def message_of(call: Callable, *args: object) -> str:
     return message
 
 
-def load(root: Path, split: str = "training", channels: int = 3) -> d.Split:
-    return d.load_split(root, split, CLASSES, channels)
+def load(root: Path, split: str = "training", channels: int = 3, classes=CLASSES) -> d.Split:
+    return d.load_split(config_for(root, classes=classes, in_channels=channels), split)
 
 
 def same(a: d.Split, b: d.Split) -> bool:
@@ -66,9 +69,9 @@ def same(a: d.Split, b: d.Split) -> bool:
 
 def assert_as_on_disk(split: d.Split, folder: Path, channels: int = 3) -> None:
     """All values are those of the files, decoded here in another way."""
-    assert split.names == sorted(os.listdir(folder / "image"))
+    assert [f"{name}.png" for name in split.names] == sorted(os.listdir(folder / "image"))
     assert split.images.dtype == split.masks.dtype == torch.uint8
-    for i, name in enumerate(split.names):
+    for i, name in enumerate(sorted(os.listdir(folder / "image"))):
         with Image.open(folder / "image" / name) as image:
             pixels = np.asarray(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
         expected = torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels).copy())
@@ -115,7 +118,7 @@ def test_every_kind_of_image_is_converted(tmp_path, mode, stored, pixels):
     image.save(tmp_path / "x.png", **clear)
     grey = [[round(0.299 * r + 0.587 * g + 0.114 * b)] for r, g, b, _ in pixels]
     for channels, expected in ((1, grey), (3, [p[:3] for p in pixels]), (4, pixels)):
-        read = d.read_image(tmp_path / "x.png", channels)
+        read = read_image(tmp_path / "x.png", channels)
         assert read.dtype == np.uint8
         assert read.tolist() == [[list(pixel) for pixel in expected]], channels
 
@@ -147,34 +150,34 @@ def test_bad_files(tmp_path, content, part):
     path = tmp_path / "x.png"
     if content is not None:
         path.write_bytes(content)
-    for call in (d.read_image, 3), (d.read_image, 4), (d.read_mask, CLASSES):
+    for call in (read_image, 3), (read_image, 4), (read_mask, CONFIG):
         message = message_of(call[0], path, call[1])
         assert message.startswith(f"{path}: ") and part in message
 
 
 def test_whole_png_and_jpeg_by_its_own_name_are_read(tmp_path):
     (tmp_path / "x.png").write_bytes(WHOLE)
-    assert d.read_image(tmp_path / "x.png", 3).tolist() == [[[1, 2, 3], [4, 5, 6]]]
+    assert read_image(tmp_path / "x.png", 3).tolist() == [[[1, 2, 3], [4, 5, 6]]]
     (tmp_path / "x.jpg").write_bytes(JPEG.getvalue())
-    assert d.read_image(tmp_path / "x.jpg", 1).shape == (5, 4, 1)
+    assert read_image(tmp_path / "x.jpg", 1).shape == (5, 4, 1)
 
 
 def test_mask_colours_become_indices_and_back(tmp_path):
     indices = np.array([[0, 1, 2, 1], [2, 2, 0, 1]], np.uint8)
     path = save(tmp_path / "mask.png", PALETTE[indices])
-    mask = d.read_mask(path, CLASSES)
+    mask = read_mask(path, CONFIG)
     assert mask.dtype == np.uint8 and mask.tolist() == indices.tolist()
-    coloured = d.colourise(torch.from_numpy(mask), CLASSES)
+    coloured = colourise(torch.from_numpy(mask), CLASSES)
     assert coloured.dtype == torch.uint8 and coloured.shape == (3, 2, 4)
     assert (coloured.permute(1, 2, 0).numpy() == PALETTE[indices]).all()
     backwards = dict(reversed(CLASSES.items()))
-    assert d.read_mask(path, backwards).tolist() == (2 - indices).tolist()
+    assert read_mask(path, CONFIG | {"classes": backwards}).tolist() == (2 - indices).tolist()
 
 
 def test_stray_colours_are_counted_and_the_first_is_named(tmp_path):
     pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     pixels[2, 5], pixels[3, 1] = (254, 0, 1), (0, 255, 9)
-    message = message_of(d.read_mask, save(tmp_path / "mask.png", pixels), CLASSES)
+    message = message_of(read_mask, save(tmp_path / "mask.png", pixels), CONFIG)
     for part in ("mask.png: 2 pixels", "(254, 0, 1) at x=5, y=2", "square (255, 0, 0)"):
         assert part in message
 
@@ -186,8 +189,8 @@ def test_files_without_partner_are_all_named(root):
     folder = root / "training"
     (folder / "image" / "a.png").unlink()
     (folder / "gt_image" / "gt_c.png").unlink()
-    pairs, problems = d.find_pairs(root, "training")
-    assert pairs == [(folder / "image" / "b.png", folder / "gt_image" / "gt_b.png")]
+    pairs, problems = d.find_pairs(config_for(root), "training")
+    assert pairs == [("b", "b", folder / "image" / "b.png", folder / "gt_image" / "gt_b.png")]
     assert problems == [
         f"{folder}/gt_image/gt_a.png: has no image {folder}/image/a.png; add it or remove the mask",
         f"{folder}/image/c.png: has no mask {folder}/gt_image/gt_c.png; add it or remove the image",
@@ -205,7 +208,7 @@ def test_missing_folder(root, missing):
 def test_empty_split(root):
     for path in sorted((root / "testing").rglob("*.png")):
         path.unlink()
-    assert f"{root}/testing/image: holds no .png" in message_of(load, root, "testing")
+    assert f"{root}/testing/image/*.png: no such files" in message_of(load, root, "testing")
 
 
 # -- a split and its cache -----------------------------------------------------------------
@@ -227,7 +230,7 @@ def test_cache_is_used_and_tells_splits_channels_and_classes_apart(root, monkeyp
         assert same(load(root, "testing"), other)
         assert same(load(root, channels=1), grey)
         with pytest.raises(TypeError):
-            d.load_split(root, "training", dict(reversed(CLASSES.items())), 3)
+            load(root, classes=dict(reversed(CLASSES.items())))
 
 
 @pytest.mark.parametrize("name", ["image/b.png", "gt_image/gt_b.png"])
@@ -245,7 +248,7 @@ def test_changed_file_is_decoded_again(root, name):
 def test_added_and_removed_files_are_noticed(root):
     digests = {load(root).digest}
     make_pair(root, "training", "aa.png", seed=1)
-    assert load(root).names == ["a.png", "aa.png", "b.png", "c.png"]
+    assert load(root).names == ["a", "aa", "b", "c"]
     digests.add(load(root).digest)
     (root / "training/image/b.png").unlink()
     (root / "training/gt_image/gt_b.png").unlink()
@@ -328,13 +331,13 @@ def test_check_prints_counts_and_class_shares(root, capsys):
     pixels[0] = 2  # of six rows
     for name in "abc":
         save(root / "testing" / "gt_image" / f"gt_{name}.png", PALETTE[pixels])
-    d.check(root, CLASSES, 3)
+    d.check(CONFIG | {"data": str(root)}, None)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["split", "pairs", "size", "background", "square", "circle"]
-    assert [line[:3] for line in lines[1:]] == [[split, "3", "8×6"] for split in d.SPLITS]
-    assert lines[3][3:] == ["0.8333", "0.0000", "0.1667"]
+    assert lines[0] == ["split", "pairs", "groups", "size", *CLASSES, "ignored"]
+    assert [line[:4] for line in lines[1:]] == [[split, "3", "3", "8×6"] for split in d.SPLITS]
+    assert lines[3][4:] == ["0.8333", "0.0000", "0.1667", "0.0000"]
     counts = np.bincount(load(root, "training").masks.numpy().ravel())
-    assert [float(x) for x in lines[1][3:]] == pytest.approx(counts / counts.sum(), abs=5e-5)
+    assert [float(x) for x in lines[1][4:-1]] == pytest.approx(counts / counts.sum(), abs=5e-5)
 
 
 def test_check_lists_all_problems_at_once(root, script):
@@ -354,7 +357,7 @@ def test_check_lists_all_problems_at_once(root, script):
         (training / "image/b.png", "no mask"),
         (training / "gt_image/gt_c.png", f"{WIDTH * HEIGHT} pixels of colours that are no class"),
         (validation / "gt_image/gt_a.png", "its image is 1×1"),
-        (validation, "2 sizes"),
+        (root, "the validation split has images of 2 sizes"),
         (root / "testing/gt_image", "no such folder"),
     ):
         assert len([line for line in found if f" {path}: " in line and part in line]) == 1, path
@@ -362,7 +365,7 @@ def test_check_lists_all_problems_at_once(root, script):
 
 
 def test_check_names_a_missing_data_set_once(tmp_path, capsys):
-    message_of(d.check, tmp_path / "none", CLASSES, 3)
+    message_of(d.check, config_for(tmp_path / "none"), None)
     assert capsys.readouterr().out.count(f"problem: {tmp_path}/none: no such folder") == 1
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from box import CLASSES, PALETTE, ROOT, save
+from conftest import config_for
 
 import data as data_module
 from checkpoint import load_checkpoint
@@ -175,7 +176,9 @@ def test_other_channels(tmp_path: Path, channels: int) -> None:
     data = make_set(tmp_path / "set", patches())
     more = ("blur=1", "jitter=1", "vertical_flip=0.5", f"in_channels={channels}")
     assert run(config_of(data, *more), tmp_path)["images"] == 3
-    assert load_split(data, "training", CLASSES, channels).images.shape == (3, channels, 8, 8)
+    assert load_split(
+        config_for(data, classes=CLASSES, in_channels=channels), "training"
+    ).images.shape == (3, channels, 8, 8)
 
 
 def test_images_that_are_not_square_and_of_odd_sides(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def by_hand(path: Path, split: str) -> dict:
     config = checkpoint["config"]
     model = build_model(config).eval()
     model.load_state_dict(checkpoint["model"])
-    loaded = load_split(Path(config["data"]), split, config["classes"], 3)
+    loaded = load_split(config, split)
     true = loaded.masks.numpy()
     with torch.no_grad():
         predicted = np.stack(

@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 import torch
 from box import CLASSES, ROOT, Box
+from conftest import config_for
 from PIL import Image
 
-import checkpoint as checkpoint_module
 import data as data_module
+import files as files_module
 import train as train_module
 from checkpoint import load_checkpoint, load_last, lock_run, save_checkpoint, write_atomically
 from config import load_config
@@ -258,11 +259,11 @@ def test_full_disk_while_training(box: Box) -> None:
 def test_full_disk_while_a_cache_is_written(box: Box, small_files: Callable) -> None:
     for limit in (0, 150, 500):  # within the header, and within the pictures: 2·3·8·8 bytes
         small_files(limit)
-        message = message_of(load_split, box.set, "training", CLASSES, 3)
+        message = message_of(load_split, config_for(box.set, classes=CLASSES), "training")
         small_files(resource.RLIM_INFINITY)
         assert f"{box.set}/.cache/" in message and "cannot be written (" in message
         assert not [path for path in (box.set / ".cache").iterdir() if path.is_dir()]
-    assert len(load_split(box.set, "training", CLASSES, 3).images) == 2
+    assert len(load_split(config_for(box.set, classes=CLASSES), "training").images) == 2
 
 
 def test_full_disk_while_a_report_is_written(tmp_path: Path, small_files: Callable) -> None:
@@ -286,10 +287,14 @@ def test_read_only_folders_and_unreadable_files(box: Box) -> None:
     assert "cannot be written" in message_of(write_atomically, box.run / "x.json", b"[]")
     assert "cannot be written" in message_of(save_checkpoint, box.run / "x.pt", {})
     box.set.chmod(0o500)
-    assert "cannot be written" in message_of(load_split, box.set, "training", CLASSES, 3)
+    assert "cannot be written" in message_of(
+        load_split, config_for(box.set, classes=CLASSES), "training"
+    )
     box.set.chmod(0o700)
     box.image.chmod(0)
-    assert f"{box.image}: cannot be read" in message_of(load_split, box.set, "training", CLASSES, 3)
+    assert f"{box.image}: cannot be read" in message_of(
+        load_split, config_for(box.set, classes=CLASSES), "training"
+    )
 
 
 def test_folder_that_is_a_file(tmp_path: Path) -> None:
@@ -307,10 +312,10 @@ def test_folder_that_is_a_file(tmp_path: Path) -> None:
 
 
 def test_stale_cache_is_never_used(box: Box) -> None:
-    before = load_split(box.set, "training", CLASSES, 3)
+    before = load_split(config_for(box.set, classes=CLASSES), "training")
     pixels = 255 - np.asarray(Image.open(box.image))
     Image.fromarray(pixels).save(box.image)
-    after = load_split(box.set, "training", CLASSES, 3)
+    after = load_split(config_for(box.set, classes=CLASSES), "training")
     assert after.images[1].permute(1, 2, 0).tolist() == pixels.tolist()
     assert after.digest != before.digest
     assert len(list((box.set / ".cache").glob("training-*"))) == 1  # the old one is gone
@@ -329,7 +334,7 @@ def test_file_removed_between_check_and_load(
         return result or original(*args)
 
     monkeypatch.setattr(data_module, name, removing)
-    message = message_of(load_split, box.set, "training", CLASSES, 3)
+    message = message_of(load_split, config_for(box.set, classes=CLASSES), "training")
     assert message.startswith(f"{box.image}: no such file")
     assert not list((box.set / ".cache").glob("training-*"))
 
@@ -353,7 +358,7 @@ def test_killed_generation_is_never_taken_for_complete(tmp_path: Path, script: C
             os.killpg(process.pid, 0)
             time.sleep(0.1)
     assert not out.exists()
-    assert "no such folder" in message_of(load_split, out, "training", CLASSES, 3)
+    assert "no such folder" in message_of(load_split, config_for(out, classes=CLASSES), "training")
     done = script("data.py", "generate", "--sequences", *"111", "--size", "16", "--out", out)
     assert done.returncode == 0, done.stderr
     assert len({path.name[:6] for path in (out / "training/image").iterdir()}) == 1
@@ -366,7 +371,7 @@ def test_checkpoint_is_in_place_only_when_it_is_whole(
     """Neither a failure nor an interruption at any call to the system loses the file before."""
     path = box.checkpoint()
     before = path.read_bytes()
-    for owner, name in ((checkpoint_module.os, "fsync"), (Path, "replace")):
+    for owner, name in ((files_module.os, "fsync"), (Path, "replace")):
         for kind in (OSError(28, "No space left on device"), KeyboardInterrupt()):
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, lambda *_args, kind=kind: (_ for _ in ()).throw(kind))

@@ -175,7 +175,7 @@ def test_best_checkpoint_describes_itself_and_scores_what_it_says(run: Path, dat
     assert plain(last["history"]) == plain(lines(run))
     model = build_model(config).eval()
     model.load_state_dict(best["model"])
-    split = load_split(dataset, "validation", config["classes"], 3)
+    split = load_split(config | {"data": str(dataset)}, "validation")
     prediction = model(split.images / 255).argmax(dim=1)
     again = scores(confusion_matrix(prediction, split.masks, 4), list(config["classes"]))
     assert again["mean_iou"] == pytest.approx(best["validation"]["mean_iou"], abs=1e-4)
