@@ -8,6 +8,9 @@ DEVICE  ?= auto
 PYTHON  ?= python3
 AFO_ARCHIVE ?=
 SET     ?=
+IMAGES  ?=
+OUT     ?= predictions
+CHECKPOINT ?= weights/best.pt
 
 MODELS  := initial modified tuned best
 OVERFIT := one-batch-initial one-batch-modified one-batch-tuned few-frames-tuned
@@ -16,8 +19,8 @@ AUGMENT := none flip-0.3 flip-0.5 flip-0.8 blur-0.3 blur-0.5 blur-0.8 \
            flip-blur-0.5 flip-blur-0.3 flip-blur-0.8 jitter
 PY     := .venv/bin/python
 
-ifeq ($(filter $(DATA),generated afo),)
-$(error DATA=$(DATA): must be generated or afo)
+ifeq ($(filter generated afo,$(DATA))$(wildcard $(filter %.yaml,$(DATA))),)
+$(error DATA=$(DATA): must be generated, afo, or a YAML file of your own data that is there)
 endif
 ifeq ($(filter $(PROFILE),quick full),)
 $(error PROFILE=$(PROFILE): must be quick or full)
@@ -26,8 +29,11 @@ endif
 # The quick profile saves by crops and few steps (its config) and by a smaller validation split. The
 # test split is as large as the real one: sequences, not frames, are its independent samples.
 SEQUENCES := 300 $(if $(filter quick,$(PROFILE)),12,60) 60
-DATA_DIR  := $(if $(filter afo,$(DATA)),data/afo,data/$(PROFILE)/generated)
-RUNS      ?= runs/$(DATA)/$(PROFILE)
+# DATA=my.yaml: a config that says where your data lie. It wins over those of the experiments.
+OWN       := $(filter %.yaml,$(DATA))
+DATA_DIR  := $(or $(OWN),$(if $(filter afo,$(DATA)),data/afo,data/$(PROFILE)/generated))
+DATA_NAME := $(basename $(notdir $(DATA)))
+RUNS      ?= runs/$(DATA_NAME)/$(PROFILE)
 # $(call results,initial tuned): the test results of experiments, a file a seed; summaries likewise,
 # which say how validation went.
 results   = $(foreach name,$(1),$(foreach seed,$(SEEDS),$(RUNS)/$(name)/seed$(seed)/testing.json))
@@ -44,11 +50,11 @@ export MALLOC_TRIM_THRESHOLD_ := 4294967296
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help setup data $(MODELS:%=train-%) report overfit tune augment final \
+.PHONY: help setup data check predict $(MODELS:%=train-%) report overfit tune augment final \
         tensorboard bench torture test lint clean FORCE
 
 help:  ## list the targets
-	@echo "make TARGET [DATA=generated|afo] [AFO_ARCHIVE=file.zip] [PROFILE=quick|full] [SEEDS=\"0 1 2\"] [DEVICE=auto|cpu|cuda] [SET=\"key=value ...\"]"
+	@echo "make TARGET [DATA=generated|afo|my.yaml] [AFO_ARCHIVE=file.zip] [PROFILE=quick|full] [SEEDS=\"0 1 2\"] [DEVICE=auto|cpu|cuda] [SET=\"key=value ...\"]"
 	@awk -F ':.*## ' '/^[a-z][a-z -]*:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  train-MODEL     train one of: $(MODELS)"
 
@@ -76,14 +82,17 @@ data/$(PROFILE)/generated: | .venv/installed
 data/afo: | .venv/installed
 	$(PY) data.py download --out $@ $(if $(AFO_ARCHIVE),--archive $(AFO_ARCHIVE))
 
+check: | $(DATA_DIR) .venv/installed  ## list all problems of the data, and draw samples with their masks
+	$(PY) data.py check $(if $(OWN),--config $(OWN),$(DATA_DIR)) --picture report/check-$(DATA_NAME).png
+
 # ---- training
 
 # The resolved config of a run. It is written only when its content changes, so that a comment in a
 # config trains nothing again; a real change discards the run it no longer describes.
 $(RUNS)/%/config.yaml: FORCE | .venv/installed
 	@mkdir -p $(@D)
-	@$(PY) config.py --config configs/$(*D).yaml $(if $(filter quick,$(PROFILE)),$(call quick,$(*D))) \
-	  --set data=$(DATA_DIR) profile=$(PROFILE) device=$(DEVICE) seed=$(patsubst seed%,%,$(*F)) \
+	@$(PY) config.py --config configs/$(*D).yaml $(if $(filter quick,$(PROFILE)),$(call quick,$(*D))) $(OWN) \
+	  --set $(if $(OWN),published_iou=null,data=$(DATA_DIR)) profile=$(PROFILE) device=$(DEVICE) seed=$(patsubst seed%,%,$(*F)) \
 	  $(SET) > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else \
 	  rm -f $(@D)/last.pt $(@D)/previous.pt $(@D)/summary.json; mv $@.new $@; fi
@@ -125,6 +134,10 @@ report/made: report/source $(wildcard $(RUNS)/*/*/*.json $(RUNS)/*/*/*/*.json)
 report/source: FORCE
 	@mkdir -p $(@D)
 	@echo $(RUNS) | cmp -s - $@ || echo $(RUNS) > $@
+
+predict: | .venv/installed  ## predict IMAGES="a.png folder/" into OUT, with CHECKPOINT (default: the weights shipped)
+	@test -n "$(IMAGES)" || { echo 'error: name images or folders: make predict IMAGES="photo.jpg folder/"' >&2; exit 2; }
+	@$(PY) predict.py --checkpoint $(CHECKPOINT) $(IMAGES) --out $(OUT) --device $(DEVICE)
 
 tensorboard: | .venv/installed  ## look at the runs in a browser
 	$(PY) -m tensorboard.main --logdir runs

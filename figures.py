@@ -209,11 +209,10 @@ def curves(path: Path, histories: dict[str, list[list[dict]]]) -> None:
     for ax, (split, key, label) in zip(axes, shown, strict=True):
         for name, runs in histories.items():
             colour, line, marker, _ = STYLES.get(name, OTHER)
+            style = {"color": colour, "marker": marker, "ms": 5, "label": name}
             values = np.array([[entry[split][key] for entry in history] for history in runs])
             epochs = np.arange(1, values.shape[1] + 1)
-            ax.plot(
-                epochs, values.mean(axis=0), line, color=colour, marker=marker, ms=5, label=name
-            )
+            ax.plot(epochs, values.mean(axis=0), line, **style)
             ax.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2)
         ax.set_ylabel(label)
         if key == "loss":
@@ -229,17 +228,19 @@ def panels(
     masks: Tensor,
     predictions: dict[str, Tensor],
     captions: list[dict[str, str]],
-    classes: list[str],
+    classes: dict[str, list[int]],
 ) -> None:
     """A row a frame: image, truth, and of each model its prediction and where that is wrong.
 
     Args:
         images: (K, channels, H, W) uint8; masks and each model's predictions: (K, H, W).
         captions: of each frame, the text under a column by its name ("image", or a model's).
+        classes: name → colour in the masks, used here only if the classes are too many for ours.
     """
-    palette = np.array([to_rgb(colour) for colour in CLASS_COLOURS])
-    palette = np.resize(palette, (256, 3))  # again from the first if there are more classes
-    palette[IGNORE] = to_rgb(IGNORED)
+    own = len(classes) > len(CLASS_COLOURS)
+    colours = [np.array(c) / 255 for c in classes.values()] if own else CLASS_COLOURS
+    palette = np.full((256, 3), to_rgb(IGNORED))
+    palette[: len(colours)] = [to_rgb(colour) for colour in colours]
     titles = ["image", "truth"] + [t for name in predictions for t in (name, "errors")]
     rows, side = len(images), 1.25
     figure = Figure(figsize=(side * len(titles), (side + 0.32) * rows + 0.8), dpi=DPI)
@@ -254,24 +255,26 @@ def panels(
             pictures.append(wrong.numpy())
             under += [captions[row][name], ""]
         for ax, picture, title, text in zip(axes, pictures, titles, under, strict=True):
-            colours = {"cmap": "binary", "vmin": 0, "vmax": 1} if picture.ndim == 2 else {}
-            ax.imshow(picture, interpolation="nearest", **colours)
+            shades = {"cmap": "binary", "vmin": 0, "vmax": 1} if picture.ndim == 2 else {}
+            ax.imshow(picture, interpolation="nearest", **shades)
             ax.set_xticks([]), ax.set_yticks([])
             ax.set_xlabel(text, fontsize=7.5, labelpad=2)
             if row == 0:
                 ax.set_title(title, fontsize=10)
     handles = [
         Patch(facecolor=colour, edgecolor="grey", label=name)
-        for name, colour in zip(classes, CLASS_COLOURS, strict=False)
+        for name, colour in zip(classes, colours, strict=False)
     ]
     handles.append(Patch(facecolor=WRONG, edgecolor="grey", label="wrong pixel (errors)"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9)
+    columns = min(6, len(handles))
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, fontsize=9)
     _save(figure, path)
 
 
 def confusion(path: Path, matrices: dict[str, np.ndarray], classes: list[str]) -> None:
     """One confusion matrix a model, each row in per cent of the true class's pixels."""
-    figure, axes = _figure(2.75 * len(matrices), 3.2, len(matrices))
+    side = max(2.75, 0.45 * len(classes))
+    figure, axes = _figure(side * len(matrices), side + 0.45, len(matrices))
     for i, (ax, (name, matrix)) in enumerate(zip(axes, matrices.items(), strict=True)):
         share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
         # The root makes the small shares visible, which are the mistakes.
@@ -295,7 +298,7 @@ def bars(path: Path, groups: dict[str, dict[str, dict]], label: str) -> None:
             The models are either the groups or the bars, and have their colours in both.
         label: of the y axis.
     """
-    figure, (ax,) = _figure(11, 3.6)
+    figure, (ax,) = _figure(max(11, 1.8 * len(groups)), 3.6)
     names = list(next(iter(groups.values())))
     width = 0.84 / len(names)
 

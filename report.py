@@ -102,6 +102,7 @@ def run_models(models: dict[str, list[Run]], device_name: str) -> dict:
                 made["predictions"][name], made["frames"][name] = predicted, frames
                 made |= {"images": split.images, "masks": split.masks}
                 made |= {"names": split.names, "groups": split.groups, "classes": classes}
+                made["colours"] = config["classes"]
         made["boundary"][name] = over_seeds(boundary)
         print(f"{name}: {len(runs)} checkpoints, {len(split.names)} test images each", flush=True)
     return made
@@ -174,7 +175,8 @@ def comparison(models: dict[str, list[Run]], tested: dict, pictures: Path) -> Bl
         ]
         predictions = {n: p[chosen] for n, p in tested["predictions"].items()}
         images, masks = tested["images"][chosen], tested["masks"][chosen]
-        draw(figures.panels, file, caption, images, masks, predictions, captions, classes)
+        colours = tested["colours"]
+        draw(figures.panels, file, caption, images, masks, predictions, captions, colours)
     draw(
         figures.confusion,
         "confusion.png",
