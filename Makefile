@@ -126,6 +126,9 @@ final: $(call results,final)  ## tuned with flips and twice the epochs
 report: $(call results,$(MODELS))  ## train and test the four models, write report/, print the comparison table
 	@$(MAKE) --no-print-directory report/made; status=$$?; $(PY) evaluate.py $^; exit $$status
 
+# Named in one command with -j, the report waits for the experiments.
+report: | $(filter overfit tune augment final,$(MAKECMDGOALS))
+
 # The report is of all runs there are, and is made again when one of them or the choice of runs is new.
 report/made: report/source $(wildcard $(RUNS)/*/*/*.json $(RUNS)/*/*/*/*.json)
 	$(PY) report.py --runs $(RUNS) --out report --device $(DEVICE)
