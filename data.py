@@ -32,7 +32,7 @@ from download import download
 from errors import UserError, run
 from files import write_atomically
 from generate import SPLITS, generate
-from images import IGNORE, contact_sheet, overlay, png, read_image, read_mask, read_pair
+from images import IGNORE, contact_sheet, png, read_pair, thumbnail
 
 SAMPLES = 8  # pairs of a split in the picture that `check` draws
 
@@ -324,10 +324,10 @@ def check(config: dict, picture: Path | None) -> None:
         row = []
         for i in np.unique(np.linspace(0, len(pairs) - 1, SAMPLES).astype(int)) if pairs else []:
             with contextlib.suppress(UserError):  # it is among the problems
-                image = read_image(pairs[i].image, 3)
-                tensor = torch.from_numpy(image.transpose(2, 0, 1).copy())
-                mask = torch.from_numpy(read_mask(pairs[i].mask, config))
-                row.append((f"{split} {pairs[i].name}", overlay(tensor, mask, config["classes"])))
+                pixels, mask = read_pair(pairs[i].image, pairs[i].mask, config | {"resize": []})
+                image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+                shown_small = thumbnail(image, torch.from_numpy(mask))
+                row.append((f"{split} {pairs[i].name}", *shown_small))
         shown.append(row)
     if config["resize"]:
         print("resized to {1}×{0}".format(*config["resize"]) + " for training and evaluation")

@@ -193,11 +193,13 @@ def overlay(image: Tensor, mask: Tensor, classes: dict[str, list[int]]) -> Tenso
     return torch.where(mask > 0, mixed, rgb.int()).to(torch.uint8)
 
 
-def contact_sheet(rows: list[list[tuple[str, Tensor]]], classes: dict[str, list[int]]) -> Tensor:
-    """Pictures of any size in rows, each with its caption, under a legend of the classes.
+def contact_sheet(
+    rows: list[list[tuple[str, Tensor, Tensor]]], classes: dict[str, list[int]]
+) -> Tensor:
+    """Images of any size in rows, each with its mask laid over it below, under a legend.
 
     Args:
-        rows: of (caption, (3, H, W) uint8 picture); pictures are fitted into squares of `SIDE`.
+        rows: of (name, (channels, H, W) uint8 image, (H, W) mask); see `thumbnail` for large ones.
         classes: name → colour.
 
     Returns:
@@ -205,7 +207,8 @@ def contact_sheet(rows: list[list[tuple[str, Tensor]]], classes: dict[str, list[
     """
     gap, line = 6, 14  # pixels between pictures, and of a line of text
     columns = max(4, *(len(row) for row in rows))
-    width, height = gap + columns * (SIDE + gap), 2 * line + len(rows) * (SIDE + line + gap)
+    height_of_row = 2 * SIDE + line + 2 * gap
+    width, height = gap + columns * (SIDE + gap), 2 * line + len(rows) * height_of_row
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     x = gap
@@ -214,14 +217,33 @@ def contact_sheet(rows: list[list[tuple[str, Tensor]]], classes: dict[str, list[
         draw.text((x + 14, gap - 1), name, fill="black")
         x += 14 + int(draw.textlength(name)) + 3 * gap
     for r, row in enumerate(rows):
-        for c, (caption, tensor) in enumerate(row):
-            left, top = gap + c * (SIDE + gap), 2 * line + r * (SIDE + line + gap)
-            picture = Image.fromarray(tensor.permute(1, 2, 0).numpy())
-            sheet.paste(ImageOps.contain(picture, (SIDE, SIDE)), (left, top))
+        for c, (caption, image, mask) in enumerate(row):
+            left, top = gap + c * (SIDE + gap), 2 * line + r * height_of_row
             while draw.textlength(caption) > SIDE:  # the end of a name tells more than its start
                 caption = "…" + caption[2:]
-            draw.text((left, top + SIDE), caption, fill="black")
+            draw.text((left, top), caption, fill="black")
+            top += line
+            for tensor in (
+                overlay(image, torch.zeros_like(mask), classes),
+                overlay(image, mask, classes),
+            ):
+                picture = ImageOps.contain(
+                    Image.fromarray(tensor.permute(1, 2, 0).numpy()), (SIDE, SIDE)
+                )
+                sheet.paste(picture, (left, top))
+                right, bottom = left + picture.width - 1, top + picture.height - 1
+                draw.rectangle((left, top, right, bottom), outline="grey")
+                top = bottom + 3
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
+
+
+def thumbnail(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Image and mask as large as a contact sheet shows them, no larger than they are."""
+    scale = SIDE / max(mask.shape)
+    if scale >= 1:
+        return image, mask
+    size = [max(1, round(side * scale)) for side in mask.shape]
+    return resize(image, size, smooth=True), resize(mask[None], size, smooth=False)[0]
 
 
 def png(picture: Tensor) -> bytes:

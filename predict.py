@@ -16,6 +16,7 @@ contact_sheet.png of all. In Python:
 import argparse
 import io
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ from checkpoint import load_checkpoint, restore_model, save_checkpoint
 from device import autocast, pick_device, pick_precision
 from errors import UserError, run
 from files import write_atomically
-from images import contact_sheet, overlay, palette, png, read_image, resize
+from images import contact_sheet, overlay, palette, png, read_image, resize, thumbnail
 
 WEIGHTS = Path(__file__).parent / "weights" / "best.pt"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -133,7 +134,7 @@ def export(model: nn.Module, channels: int, path: Path) -> None:
     """
     from torch.fx.experimental import _config  # private, but there is no public name for this yet
 
-    exportable = Exportable(model.cpu()).eval()
+    exportable = Exportable(model.to("cpu", memory_format=torch.contiguous_format)).eval()
     example = torch.zeros(2, channels, 50, 70, dtype=torch.uint8)
     any_size = torch.export.Dim.DYNAMIC
     # Without this, a size of one (at the deepest stage) would be taken for a special case.
@@ -199,11 +200,12 @@ def find_images(given: list[Path], out: Path) -> dict[str, Path]:
     # In lower case, since some file systems do not tell cases apart.
     stems = Counter(path.stem.lower() for path in paths)
     taken = {stem for stem, number in stems.items() if number == 1}
+    shared = Path(os.path.commonpath([path.resolve().parent for path in paths]))
     names: dict[str, Path] = {}
     for path in paths:
         name = path.stem
         if stems[name.lower()] > 1:
-            folders = (part for part in path.parts[:-1] if part not in ("/", ".", ".."))
+            folders = path.resolve().parent.relative_to(shared).parts
             base = name = "_".join((*folders, path.stem, path.suffix[1:]))
             for number in itertools.count(2):
                 if name.lower() not in taken:
@@ -253,10 +255,9 @@ def predict_files(
             np.savez_compressed(file, probabilities=p.numpy(), classes=list(classes))
             write_atomically(out / f"{name}_probabilities.npz", file.getvalue())
         write_mask(out / f"{name}_mask.png", mask, classes)
-        laid_over = overlay(image, mask, classes)
-        write_atomically(out / f"{name}_overlay.png", png(laid_over))
+        write_atomically(out / f"{name}_overlay.png", png(overlay(image, mask, classes)))
         if name in on_sheet:
-            tiles.append((name, laid_over))
+            tiles.append((name, *thumbnail(image, mask)))
         shares = torch.bincount(mask.flatten().int(), minlength=len(classes)) / mask.numel()
         texts = [f"{c} {share:.1%}" for c, share in zip(classes, shares.tolist(), strict=True)]
         progress.write(f"{path}  {mask.shape[1]}×{mask.shape[0]}  {'  '.join(texts)}")

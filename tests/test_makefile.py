@@ -55,18 +55,45 @@ def test_help_lists_every_target(project: Path) -> None:
     assert [t for t in targets if f"\n  {t} " not in done.stdout] == []
 
 
-@pytest.mark.parametrize(("setting", "says"), [("DATA=cats", "generated"), ("PROFILE=x", "quick")])
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [("DATA=cats", "generated"), ("DATA=no.yaml", "a YAML file"), ("PROFILE=x", "quick")],
+)
 def test_unknown_setting_is_refused(project: Path, setting: str, says: str) -> None:
     done = make(project, "report", setting)
     assert done.returncode == 2 and setting in done.stderr and says in done.stderr
 
 
-def test_only_a_changed_value_discards_a_run(project: Path) -> None:
+def install(project: Path) -> None:
+    """An environment that is the one the tests run in."""
     (project / ".venv" / "bin").mkdir(parents=True)
     python = project / ".venv" / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     (project / ".venv" / "installed").touch()
+
+
+def test_own_data_win_over_profile_and_experiment(project: Path) -> None:
+    install(project)
+    (project / "mine.yaml").write_text(
+        "data: my/folder\ncrop: 77\nimages: 'a/*.png'\nmasks: 'b/*.png'\n"
+    )
+    target = "runs/mine/quick/tuned/seed0/config.yaml"
+    assert make(project, target, "DATA=mine.yaml").returncode == 0
+    config = (project / target).read_text().splitlines()
+    for line in ("data: my/folder", "crop: 77", "epochs: 3", "name: tuned", "published_iou: null"):
+        assert line in config, line
+
+
+@pytest.mark.parametrize("target", ["predict", "doctor"])
+def test_what_needs_a_name_says_so(project: Path, target: str) -> None:
+    install(project)
+    done = make(project, target)
+    assert done.returncode == 2 and f"make {target} " in done.stderr
+
+
+def test_only_a_changed_value_discards_a_run(project: Path) -> None:
+    install(project)
     run = project / "runs/generated/quick/tuned/seed3"
     target = str((run / "config.yaml").relative_to(project))
 
