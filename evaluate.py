@@ -100,6 +100,22 @@ def read_results(path: Path, needed: tuple[str, ...] = RESULT_KEYS) -> list[dict
     return rows
 
 
+def over_seeds(values: list[float | None]) -> dict | None:
+    """Mean and sample standard deviation (None if n = 1); None where a value is not defined."""
+    if any(value is None for value in values):
+        return None
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std, "n": len(values), "values": values}
+
+
+def show(stat: dict | None, form: str = "{:.4f}", spread: bool = True) -> str:
+    """What `over_seeds` returns as text: the mean and, if wanted, ± the standard deviation."""
+    if stat is None:
+        return "–"
+    deviation = stat["std"] if spread else None
+    return form.format(stat["mean"]) + ("" if deviation is None else f" ± {form.format(deviation)}")
+
+
 def background_only(row: dict) -> dict:
     """The row of a model that predicts the first class everywhere, on the split of `row`."""
     true = torch.tensor(row["confusion_matrix"]).sum(dim=1)
@@ -127,6 +143,10 @@ def comparison_table(rows: list[dict]) -> str:
     for row in [background_only(first), *rows]:
         by_name.setdefault(row["name"], []).append(row)
     classes = list(first["per_class_iou"])
+
+    def mean(rows: list[dict], key: str, form: str = "{:.4f}", spread: bool = False) -> str:
+        return show(over_seeds([row.get(key) for row in rows]), form, spread)
+
     several = max(len(group) for group in by_name.values()) > 1
     header = ["model", "parameters", "images seen", "training", "accuracy", "mean Dice", "mean IoU"]
     header += [*classes, "dead classes", "lab IoU"] + (["n"] if several else [])
@@ -138,11 +158,11 @@ def comparison_table(rows: list[dict]) -> str:
             [
                 name,
                 f"{group[0]['parameters']:,}",
-                _over_seeds(group, "images_seen", "{:,.0f}"),
-                _over_seeds(group, "train_seconds", "{:.0f} s"),
-                *(_over_seeds(group, k, "{:.4f}") for k in ("pixel_accuracy", "mean_dice")),
-                _spread([row["mean_iou"] for row in group]),
-                *(_over_seeds([r["per_class_iou"] for r in group], c, "{:.4f}") for c in classes),
+                mean(group, "images_seen", "{:,.0f}"),
+                mean(group, "train_seconds", "{:.0f} s"),
+                *(mean(group, key) for key in ("pixel_accuracy", "mean_dice")),
+                mean(group, "mean_iou", spread=True),
+                *(mean([row["per_class_iou"] for row in group], name) for name in classes),
                 ", ".join(dead) or "none",
                 f"{published:.4f}" if published is not None else "–",
                 *([str(len(group))] if several else []),
@@ -181,8 +201,8 @@ def validation_table(summaries: list[dict]) -> str:
                 [
                     name,
                     f"{group[0]['images_seen']:,}",
-                    _spread(train),
-                    _spread(val),
+                    show(over_seeds(train)),
+                    show(over_seeds(val)),
                     f"{statistics.fmean(train) - statistics.fmean(val):+.4f}",
                     ", ".join(dead) or "none",
                     str(len(group)),
@@ -203,20 +223,6 @@ def align(lines: list[list[str]]) -> str:
         ).rstrip()
         for line in lines
     )
-
-
-def _spread(values: list[float]) -> str:
-    """Mean, and ± standard deviation where there are several values."""
-    text = f"{statistics.fmean(values):.4f}"
-    return text + (f" ±{statistics.stdev(values):.4f}" if len(values) > 1 else "")
-
-
-def _over_seeds(rows: list[dict], key: str, form: str) -> str:
-    """The mean of a value over the seeds, formatted; "–" where it is not defined for each."""
-    values = [row.get(key) for row in rows]
-    if any(value is None for value in values):
-        return "–"
-    return form.format(statistics.fmean(values))
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
 """Statistics over seeds, and the tables of the report."""
 
 import math
-import statistics
 from pathlib import Path
 
 import figures
 from collect import MODELS, Run, folder_of, must_agree, with_base
+from evaluate import over_seeds, show
 
 # What a report is made of: ("h2" | "h3" | "p", text), ("list", texts), ("table", header, rows) or
 # ("figure", file, caption); texts may hold **strong** and `code`.
@@ -23,14 +23,6 @@ RULE = (
 
 
 # ---- statistics
-
-
-def over_seeds(values: list[float | None]) -> dict | None:
-    """Mean and sample standard deviation (None if n = 1); None where a value is not defined."""
-    if any(value is None for value in values):
-        return None
-    std = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "std": std, "n": len(values), "values": values}
 
 
 def standard_error(a: dict, b: dict) -> float | None:
@@ -55,14 +47,6 @@ def best_of(stats: dict[str, dict]) -> str | None:
     if len(ranked) < 2 or judge(stats[ranked[0]], stats[ranked[1]]) != "more":
         return None
     return ranked[0]
-
-
-def show(stat: dict | None, form: str = "{:.4f}") -> str:
-    """A statistic as text: mean ± standard deviation."""
-    if stat is None:
-        return "–"
-    spread = "" if stat["std"] is None else " ± " + form.format(stat["std"])
-    return form.format(stat["mean"]) + spread
 
 
 def of(runs: list[Run], score: str, split: str = "testing") -> dict | None:

@@ -210,7 +210,7 @@ def test_mean_and_deviation_over_seeds(
     mean = (a + b + c) / 3
     deviation = (((a - mean) ** 2 + (b - mean) ** 2 + (c - mean) ** 2) / 2) ** 0.5  # of a sample
     assert deviation > 1e-4
-    assert column(out, "mean IoU")["small"] == f"{mean:.4f} ±{deviation:.4f}"
+    assert column(out, "mean IoU")["small"] == f"{mean:.4f} ± {deviation:.4f}"
     assert column(out, "n") == {"background only": "1", "small": "3", "larger": "1"}
     assert "±" not in column(out, "mean IoU")["larger"]
     accuracy = statistics.fmean(row["pixel_accuracy"] for row in rows)
