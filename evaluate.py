@@ -116,6 +116,21 @@ def show(stat: dict | None, form: str = "{:.4f}", spread: bool = True) -> str:
     return form.format(stat["mean"]) + ("" if deviation is None else f" ± {form.format(deviation)}")
 
 
+def goal_line(rows: list[dict], goal: float) -> str:
+    """In words: which runs reached a mean IoU, and after how much training.
+
+    Raises:
+        UserError: one of them did not.
+    """
+    runs = [f"{r['mean_iou']:.4f} in {r['train_seconds']:.1f} s (seed {r['seed']})" for r in rows]
+    reached = sum(row["mean_iou"] >= goal for row in rows)
+    text = f"mean IoU of {goal} reached by {reached} of {len(rows)} runs: {', '.join(runs)}"
+    if reached < len(rows):
+        raise UserError(text)
+    seconds = statistics.median(row["train_seconds"] for row in rows)
+    return f"{text}; median {seconds:.1f} s of training"
+
+
 def background_only(row: dict) -> dict:
     """The row of a model that predicts the first class everywhere, on the split of `row`."""
     true = torch.tensor(row["confusion_matrix"]).sum(dim=1)
@@ -237,6 +252,7 @@ def main() -> None:
     parser.add_argument("--data", metavar="DIR", help="another data set than it was trained on")
     parser.add_argument("--split", choices=SPLITS, default="testing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--goal", type=float, metavar="IOU", help="fail unless all runs reach it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args()
     if all(path.name == "summary.json" for path in args.files):
@@ -252,6 +268,8 @@ def main() -> None:
     if args.json:
         write_atomically(args.json, (json.dumps(rows, indent=2) + "\n").encode())
     print(table)
+    if args.goal:
+        print(goal_line(rows, args.goal))
 
 
 if __name__ == "__main__":
