@@ -13,6 +13,8 @@ OUT     ?= predictions
 CHECKPOINT ?= weights/best.pt
 
 MODELS  := initial modified tuned best
+# Any experiment in configs/ can be trained by its name: a new file there is a new target.
+NAMED   := $(filter-out default quick,$(patsubst configs/%.yaml,%,$(wildcard configs/*.yaml)))
 OVERFIT := one-batch-initial one-batch-modified one-batch-tuned few-frames-tuned
 TUNE    := $(sort $(patsubst configs/tune/%.yaml,%,$(wildcard configs/tune/*.yaml)))
 AUGMENT := none flip-0.3 flip-0.5 flip-0.8 blur-0.3 blur-0.5 blur-0.8 \
@@ -50,13 +52,13 @@ export MALLOC_TRIM_THRESHOLD_ := 4294967296
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help setup data check predict $(MODELS:%=train-%) report overfit tune augment final \
+.PHONY: help setup data check predict $(NAMED:%=train-%) report overfit tune augment final \
         tensorboard bench speedrun torture test lint clean FORCE
 
 help:  ## list the targets
 	@echo "make TARGET [DATA=generated|afo|my.yaml] [AFO_ARCHIVE=file.zip] [PROFILE=quick|full] [SEEDS=\"0 1 2\"] [DEVICE=auto|cpu|cuda] [SET=\"key=value ...\"]"
 	@awk -F ':.*## ' '/^[a-z][a-z -]*:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  train-MODEL     train one of: $(MODELS)"
+	@echo "  train-NAME      train and test configs/NAME.yaml: $(NAMED)"
 
 # ---- set-up
 
@@ -108,7 +110,7 @@ define train_target
 train-$(1): $$(call results,$(1))  ## train the $(1) model and test it
 	@$$(PY) evaluate.py $$^
 endef
-$(foreach model,$(MODELS),$(eval $(call train_target,$(model))))
+$(foreach name,$(NAMED),$(eval $(call train_target,$(name))))
 
 # Nothing but a row of its own waits for a run: one that crashes stops no other under `make -k`.
 overfit: $(call summaries,$(OVERFIT:%=overfit/%))  ## force the models to overfit; how bad it gets elsewhere

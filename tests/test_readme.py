@@ -1,0 +1,146 @@
+"""What the README says can be done, done: its commands, its YAML, its worked example."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+TEXT = (ROOT / "README.md").read_text()
+TINY = [
+    *("encoder=[[4, 3], [4, 5]]", "decoder=[[4, 3], [6, 3]]", "images_per_epoch=8", "batch_size=4"),
+    *("epochs=1", "crop=0", "device=cpu", "precision=float32"),
+]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every command the README shows, in blocks and within the text."""
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    inline = re.findall(
+        r"`((?:make|python|torchrun) [^`]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.S)
+    )
+    found = [re.sub(r"\s+#.*", "", line).strip() for line in [*lines, *inline]]
+    return sorted({command for command in found if command})
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
+    """The project as a user has it, with data and an environment, the tests' own."""
+    root = tmp_path_factory.mktemp("project")
+    for path in ROOT.iterdir():
+        if path.name in ("configs", "docs", "weights", "tests"):
+            shutil.copytree(path, root / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif path.suffix in (".py", ".md", ".txt") or path.name == "Makefile":
+            shutil.copy(path, root)
+    (root / ".venv/bin").mkdir(parents=True)
+    python = root / ".venv/bin/python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    (root / ".venv/installed").touch()
+    shutil.copytree(dataset, root / "data/afo")
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        for folder, suffix in (("photos", "jpg"), ("labels", "png")):
+            path = root / f"data/pond/{folder}/day{i}_{i:03}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.kron(rng.integers(0, 2, (3, 4)), np.ones((8 + i, 8))).astype(np.uint8)
+            Image.fromarray(pixels * 255).save(path)
+    [own] = [block for block in blocks("yaml") if "data: data/pond" in block]
+    (root / "my.yaml").write_text(own)
+    return root
+
+
+def run(root: Path, *command: object) -> subprocess.CompletedProcess:
+    hidden = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS")
+    env = {key: value for key, value in os.environ.items() if key not in hidden}
+    done = subprocess.run(
+        list(map(str, command)), cwd=root, env=env, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if re.match(r"(OMP_\S+ )?make ", c)])
+def test_make_command_is_one(copy: Path, command: str) -> None:
+    """Its targets and variables exist; what they run is run by the other tests and by CI."""
+    words = [word for word in shlex.split(command) if not word.startswith(("OMP_", "-"))]
+    settings = [word for word in words if "=" in word]
+    targets = [word for word in words if "=" not in word and word != "make"]
+    known = {*re.findall(r"^([A-Z_]+)\s+\?=", (copy / "Makefile").read_text(), re.M), "RUN"}
+    assert {setting.split("=")[0] for setting in settings} <= known
+    # What calls make again does so in a dry run too, and the worked example is made below.
+    targets = [target for target in targets if target not in ("report", "train-mine")]
+    run(copy, "make", "-n", *(targets or ["help"]), *settings)
+
+
+def python_command(command: str) -> list[str]:
+    """A command of the README with what makes it small."""
+    words = shlex.split(
+        command.replace("…", "").replace("torchrun", "python -m torch.distributed.run")
+    )
+    words[0] = sys.executable
+    if "train.py" in words:
+        words += [] if "--set" in words else ["--set"]
+        words += [*TINY, "data=data/afo", "skip=pooled"]
+    return words
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in commands() if re.match("python|torchrun", c) and ".py " in c]
+)
+def test_python_command_runs(copy: Path, command: str) -> None:
+    if "runs/generated" in command:  # the same command as on the weights, which is run
+        command = re.sub(r"runs/generated/\S+", "weights/best.pt", command)
+    run(copy, *python_command(command))
+
+
+def test_python_lines_run(copy: Path) -> None:
+    [lines] = [block for block in blocks("python") if "predict_mask" in block]
+    check = "\nassert mask.shape == (128, 128) and 1 < len(mask.unique()) <= len(config['classes'])"
+    run(copy, sys.executable, "-c", lines + check)
+
+
+def test_own_data_from_check_to_prediction(copy: Path) -> None:
+    assert "problem" not in run(copy, "make", "check", "DATA=my.yaml").stdout
+    assert (copy / "report/check-my.png").exists()
+    size = "images_per_epoch=8 batch_size=4 epochs=1"
+    done = run(copy, "make", "train-best", "DATA=my.yaml", f"SET={size}")
+    assert "water only" in done.stdout
+    best = "runs/my/quick/best/seed0/best.pt"
+    done = run(copy, "make", "predict", "IMAGES=data/pond/photos", f"CHECKPOINT={best}")
+    assert len(list((copy / "predictions").glob("day*_mask.png"))) == 8
+
+
+def test_worked_example(copy: Path) -> None:
+    [patch] = blocks("diff")
+    mine = copy / "example"
+    shutil.copytree(copy, mine, ignore=shutil.ignore_patterns("example", "runs"))
+    (mine / "example.patch").write_text(patch)
+    run(mine, "git", "apply", "example.patch")
+    [config] = [block for block in blocks("yaml") if block.startswith("base: tuned.yaml")]
+    (mine / "configs/mine.yaml").write_text(config)
+    size = "images_per_epoch=16 batch_size=8 epochs=1"
+    done = run(mine, "make", "train-mine", "DATA=afo", f"SET={size}")
+    assert "mine epoch 1/1" in done.stdout and "mean IoU" in done.stdout
+    resolved = (mine / "runs/afo/quick/mine/seed0/config.yaml").read_text()
+    assert "focal: 1.0" in resolved and "grey: 0.2" in resolved and "[128, 5]" in resolved
+    # The example's loss is the one of its source: (1 − p)² times the cross-entropy.
+    check = (
+        "import torch, losses\n"
+        "z, t = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))\n"
+        "p = z.softmax(1).gather(1, t[:, None])\n"
+        "expected = -((1 - p) ** 2 * p.log()).mean()\n"
+        "assert abs(losses.focal(z, t) - expected) < 1e-6\n"
+    )
+    run(mine, sys.executable, "-c", check)
