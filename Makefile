@@ -27,6 +27,9 @@ endif
 ifeq ($(filter $(PROFILE),quick full),)
 $(error PROFILE=$(PROFILE): must be quick or full)
 endif
+ifeq ($(if $(filter doctor,$(MAKECMDGOALS)),$(RUN),set),)
+$(error RUN is missing: name a folder of runs/, as in make doctor RUN=runs/generated/quick/tuned/seed0)
+endif
 
 # The quick profile saves by crops and few steps (its config) and by a smaller validation split. The
 # test split is as large as the real one: sequences, not frames, are its independent samples.
@@ -53,7 +56,7 @@ export MALLOC_TRIM_THRESHOLD_ := 4294967296
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: help setup data check predict $(NAMED:%=train-%) report overfit tune augment final \
-        tensorboard bench speedrun torture test lint clean FORCE
+        tensorboard doctor bench speedrun torture test lint clean FORCE
 
 help:  ## list the targets
 	@echo "make TARGET [DATA=generated|afo|my.yaml] [AFO_ARCHIVE=file.zip] [PROFILE=quick|full] [SEEDS=\"0 1 2\"] [DEVICE=auto|cpu|cuda] [SET=\"key=value ...\"]"
@@ -146,6 +149,9 @@ predict: | .venv/installed  ## predict IMAGES="a.png folder/" into OUT, with CHE
 
 tensorboard: | .venv/installed  ## look at the runs in a browser
 	$(PY) -m tensorboard.main --logdir runs
+
+doctor: | .venv/installed  ## say what is wrong with the run RUN=runs/... and what to try
+	@$(PY) doctor.py $(RUN) --device $(DEVICE)
 
 # ---- development
 
