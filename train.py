@@ -9,17 +9,16 @@ resumed run needs no saved random state to go on as if it had never stopped.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import resource
-import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from augment import augment, take_batch
@@ -34,49 +33,12 @@ from checkpoint import (
 from config import add_arguments, check_sizes, dump, load_config
 from data import limit, load_split
 from device import autocast, environment, pick_device, pick_precision
-from errors import UserError, run
+from errors import UserError, catch_signals, run
 from events import log, log_hyperparameters, open_events, png, prediction_pictures, report
 from losses import weighted_loss
 from metrics import confusion_matrix, evaluate, scores
 from model import build_model
-
-
-def seeded(seed: int, purpose: str, number: int) -> int:
-    """A 32-bit seed of its own for each number of each purpose of each run.
-
-    Hashed, since the CPU's generator looks at the low 32 bits of a seed alone.
-    """
-    digest = hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()
-    return int.from_bytes(digest[:4], "big")
-
-
-def epoch_order(epoch: int, per_epoch: int, total: int, seed: int) -> Tensor:
-    """(per_epoch,) int64: the images of an epoch, walking through one shuffled pass after another.
-
-    No image comes again before every other has come once, whatever the length of an epoch.
-    """
-    start, stop = epoch * per_epoch, (epoch + 1) * per_epoch
-    passes = []
-    for number in range(start // total, (stop - 1) // total + 1):
-        generator = torch.Generator().manual_seed(seeded(seed, "pass", number))
-        passes.append(torch.randperm(total, generator=generator))
-    return torch.cat(passes)[start % total :][:per_epoch]
-
-
-def catch_signals() -> list[int]:
-    """Let SIGINT and SIGTERM add their number to the list returned instead of ending the process.
-
-    A second one ends it at once, as without this.
-    """
-    caught: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return caught
+from seeds import epoch_order, seeded
 
 
 def train_step(
@@ -104,6 +66,32 @@ def train_step(
     loss.backward()
     optimizer.step()
     return loss.detach(), logits.detach()
+
+
+def finish(run_dir: Path, config: dict, history: list[dict], events: SummaryWriter) -> None:
+    """Write what a run came to: hyperparameters, the cost into best.pt, summary.json, a line.
+
+    What it cost is what all of it cost, not what it took to the best epoch.
+    """
+    best = max(history, key=lambda entry: entry["validation"]["mean_iou"])
+    log_hyperparameters(events, config, best)
+    events.close()
+    cost = {key: history[-1][key] for key in ("images_seen", "train_seconds")}
+    checkpoint = load_checkpoint(run_dir / "best.pt", torch.device("cpu"))
+    save_checkpoint(run_dir / "best.pt", checkpoint | {"cost": cost})
+    summary = {
+        "name": config["name"],
+        **cost,
+        "best_epoch": best["epoch"],
+        "training": best["training"],
+        "validation": best["validation"],
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    write_atomically(run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    print(
+        f"best epoch {best['epoch']}, validation mean IoU {best['validation']['mean_iou']:.4f}; "
+        f"next: python evaluate.py {run_dir / 'best.pt'}"
+    )
 
 
 def train(config: dict, run_dir: Path, resume: bool) -> None:
@@ -261,27 +249,8 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         seconds = 0.0
         save_last()
 
-    # ---- done: what the run cost is what all of it cost, not what it took to the best epoch
-    best = max(history, key=lambda entry: entry["validation"]["mean_iou"])
-    log_hyperparameters(events, config, best)
-    events.close()
-    cost = {key: history[-1][key] for key in ("images_seen", "train_seconds")}
-    checkpoint = load_checkpoint(run_dir / "best.pt", torch.device("cpu"))
-    save_checkpoint(run_dir / "best.pt", checkpoint | {"cost": cost})
-    summary = {
-        "name": config["name"],
-        **cost,
-        "best_epoch": best["epoch"],
-        "training": best["training"],
-        "validation": best["validation"],
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
-    write_atomically(run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    finish(run_dir, config, history, events)
     lock.close()
-    print(
-        f"best epoch {best['epoch']}, validation mean IoU {best['validation']['mean_iou']:.4f}; "
-        f"next: python evaluate.py {run_dir / 'best.pt'}"
-    )
 
 
 def main() -> None:
