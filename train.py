@@ -125,6 +125,8 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
 
     # ---- model, optimizer, schedule
     model = build_model(config).to(device, memory_format=torch.channels_last)
+    if config["compile"]:
+        model.compile()
     optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"], fused=True)
     if config["schedule"] == "one_cycle":
         # A step more than there are, so that the rate noted after the last one is of the cycle too;
