@@ -2,9 +2,10 @@
 
     python train.py --config configs/tuned.yaml [--set key=value ...] [--data DIR]
                     [--run-dir DIR] [--resume]
+    torchrun --nproc_per_node=N train.py ...    in N processes, see distributed.py
 
-Everything random in a step is a function of (seed, step), and in the order of the images of
-(seed, pass over the data): the same seed gives the same weights on the same machine, and a
+Everything random in a step is a function of (seed, step, process), and in the order of the images
+of (seed, pass over the data): the same seed gives the same weights on the same machine, and a
 resumed run needs no saved random state to go on as if it had never stopped.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import distributed
 from augment import augment, take_batch
 from checkpoint import (
     clear_run,
@@ -33,7 +35,7 @@ from checkpoint import (
 from config import add_arguments, check_sizes, dump, load_config
 from data import limit, load_split
 from device import autocast, environment, pick_device, pick_precision
-from errors import UserError, catch_signals, run
+from errors import UserError, catch_signals
 from events import log, log_hyperparameters, open_events, png, prediction_pictures, report
 from losses import weighted_loss
 from metrics import confusion_matrix, evaluate, scores
@@ -48,24 +50,30 @@ def train_step(
     masks: Tensor,
     loss_weights: dict[str, float],
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+    total: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """One step of gradient descent on an augmented batch.
 
     Args:
-        images: (N, channels, H, W) float in [0, 1]; masks: (N, H, W) uint8, on the same device.
+        images: (n, channels, H, W) float in [0, 1]; masks: (n, H, W) uint8, on the same device:
+            this process's share of the batch, which is all of it where there is one process.
         loss_weights: see `losses.weighted_loss`.
         dtype: autocast dtype.
+        total: images N in the batch.
 
     Returns:
-        The loss, a scalar, and the logits (N, C, H, W), both detached and before the step.
+        The loss, a scalar, the logits (N, C, H, W), both detached and before the step, and the
+        masks (N, H, W): of the whole batch.
     """
     with autocast(images.device, dtype):
         logits = model(images)
+    logits, masks = distributed.gather(logits, total), distributed.gather(masks, total)
     loss = weighted_loss(logits, masks, loss_weights)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    distributed.sum_gradients(model)
     optimizer.step()
-    return loss.detach(), logits.detach()
+    return loss.detach(), logits.detach(), masks
 
 
 def finish(run_dir: Path, config: dict, history: list[dict], events: SummaryWriter) -> None:
@@ -104,27 +112,30 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
     Raises:
         UserError: bad data or config; a loss that is not finite; a full disk.
     """
+    rank, world = distributed.rank_and_world()  # 0 writes the files; only it prints anything
     device = pick_device(config["device"])
     dtype = pick_precision(device, config["precision"])
     torch.manual_seed(config["seed"])
     classes = list(config["classes"])
     # ---- data: resident as uint8, on the GPU where there is one
     root = Path(config["data"])
-    training, validation = (
-        load_split(root, split, config["classes"], config["in_channels"])
-        for split in ("training", "validation")
-    )
-    training = limit(training, config["limit_sequences"], config["limit_images"])
+    with distributed.together():
+        training, validation = (
+            load_split(root, split, config["classes"], config["in_channels"])
+            for split in ("training", "validation")
+        )
+        training = limit(training, config["limit_sequences"], config["limit_images"])
+        per_epoch = config["images_per_epoch"] or len(training.images)
+        check_sizes(config, training.images.shape[2:], per_epoch)
+    steps_per_epoch = math.ceil(per_epoch / config["batch_size"])
     images, masks, val_images, val_masks = (
         array.to(device)
         for array in (training.images, training.masks, validation.images, validation.masks)
     )
-    per_epoch = config["images_per_epoch"] or len(images)
-    check_sizes(config, images.shape[2:], per_epoch)
-    steps_per_epoch = math.ceil(per_epoch / config["batch_size"])
 
     # ---- model, optimizer, schedule
     model = build_model(config).to(device, memory_format=torch.channels_last)
+    distributed.synchronise_batch_norm(model)
     if config["compile"]:
         model.compile()
     optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"], fused=True)
@@ -139,34 +150,38 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
     # ---- start afresh, or where the run stopped: between two epochs, or after a step of one
-    lock = lock_run(run_dir)  # held until the process ends
     step = 0  # steps done
     history: list[dict] = []  # the lines of metrics.jsonl
     matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
     loss_sum, seconds = torch.zeros((), device=device), 0.0  # of the epoch so far
-    last = load_last(run_dir, device) if resume else None
-    if last:
+    with distributed.together():
+        lock = lock_run(run_dir) if rank == 0 else None  # held until the process ends
+    with distributed.together():
+        last = load_last(run_dir, device) if resume else None
         now = config | {"data_digest": training.digest}
-        then = last["config"] | {"data_digest": last["data_digest"]}
+        then = last["config"] | {"data_digest": last["data_digest"]} if last else now
         changed = [key for key in now if then.get(key) != now[key]]
         if changed:
             raise UserError(
                 f"{run_dir}: was trained with another {', '.join(changed)}; go back to that, or "
                 "train without --resume, which starts over"
             )
+    if last:
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         scheduler.load_state_dict(last["scheduler"])
         step, history = last["step"], last["history"]
         matrix, loss_sum, seconds = last["matrix"], last["loss_sum"], last["seconds"]
         print(f"{run_dir}: resuming after step {step}, {len(history)} epochs of {config['epochs']}")
-    else:
-        clear_run(run_dir)
-    write_atomically(run_dir / "config.yaml", dump(config).encode())
-    where = json.dumps(environment(device, dtype) | {"seed": config["seed"]}, indent=2)
-    write_atomically(run_dir / "environment.json", where.encode())
-    # What an interrupted run logged of an epoch that is done again is purged from its charts.
-    events = open_events(run_dir, first_epoch=len(history) + 1)
+    with distributed.together():
+        if rank == 0:
+            if not last:
+                clear_run(run_dir)
+            write_atomically(run_dir / "config.yaml", dump(config).encode())
+            where = environment(device, dtype) | {"processes": world, "seed": config["seed"]}
+            write_atomically(run_dir / "environment.json", json.dumps(where, indent=2).encode())
+            # What an interrupted run logged of an epoch that is done again is purged.
+            events = open_events(run_dir, first_epoch=len(history) + 1)
 
     def save_last() -> None:
         """Save all that a resumed run needs to go on as if it had not stopped."""
@@ -188,17 +203,20 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
     # ---- the loop
     state = {"config": config, "data_digest": training.digest, "model": model.state_dict()}
     signals = catch_signals()
+    purpose = f"step of rank {rank}" if rank else "step"  # each draws its own augmentation
     for epoch in range(len(history), config["epochs"]):
         started = time.perf_counter() - seconds
         model.train()
         order = epoch_order(epoch, per_epoch, len(images), config["seed"])
         batches = order.split(config["batch_size"])[step - epoch * steps_per_epoch :]
         title = f"{config['name']} epoch {epoch + 1}/{config['epochs']}"
-        for index in tqdm(batches, title, disable=None):
-            torch.manual_seed(seeded(config["seed"], "step", step))
-            batch, mask = take_batch(images, masks, index, config)
+        for index in tqdm(batches, title, disable=True if rank else None):
+            torch.manual_seed(seeded(config["seed"], purpose, step))
+            batch, mask = take_batch(images, masks, distributed.share(index), config)
             batch, mask = augment(batch, mask, config)
-            loss, logits = train_step(model, optimizer, batch, mask, config["loss"], dtype)
+            loss, logits, mask = train_step(
+                model, optimizer, batch, mask, config["loss"], dtype, len(index)
+            )
             scheduler.step()
             step += 1
             loss_sum += loss * len(index)
@@ -209,11 +227,14 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
                     f"{run_dir}: the loss is {loss.item()} at step {step} (epoch {epoch + 1}); "
                     "lower learning_rate; the checkpoints are those of the last good epoch"
                 )
-            if signals:
+            if stop := distributed.agree(signals[0] if signals else 0):
                 seconds = time.perf_counter() - started
-                save_last()
-                print(f"{run_dir}: stopped after step {step}; --resume goes on from here")
-                sys.exit(128 + signals[0])
+                with distributed.together():
+                    if rank == 0:
+                        save_last()
+                        note = f"stopped after step {step}; --resume goes on from here"
+                        print(f"{run_dir}: {note}", flush=True)
+                sys.exit(128 + stop)
         train_loss = loss_sum.item() / per_epoch  # waits for the device, so the clock is right
         train_seconds = time.perf_counter() - started
 
@@ -237,22 +258,26 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
             (old["validation"]["mean_iou"] for old in history), default=-1
         )
         history.append(entry)
-        pictures = prediction_pictures(model, val_images, val_masks, config, dtype)
-        log(events, entry, pictures)
-        report(entry, config, is_best)
-
-        # ---- files, last.pt at the end: what it does not know of, a resumed run does again
-        if is_best:
-            save_checkpoint(run_dir / "best.pt", {**state, **entry})
-            write_atomically(run_dir / "predictions.png", png(pictures))
-        lines = "".join(json.dumps(line) + "\n" for line in history)
-        write_atomically(run_dir / "metrics.jsonl", lines.encode())
         matrix.zero_(), loss_sum.zero_()
         seconds = 0.0
-        save_last()
 
-    finish(run_dir, config, history, events)
-    lock.close()
+        # ---- files, last.pt at the end: what it does not know of, a resumed run does again
+        with distributed.together():
+            if rank == 0:
+                pictures = prediction_pictures(model, val_images, val_masks, config, dtype)
+                log(events, entry, pictures)
+                report(entry, config, is_best)
+                if is_best:
+                    save_checkpoint(run_dir / "best.pt", {**state, **entry})
+                    write_atomically(run_dir / "predictions.png", png(pictures))
+                lines = "".join(json.dumps(line) + "\n" for line in history)
+                write_atomically(run_dir / "metrics.jsonl", lines.encode())
+                save_last()
+
+    with distributed.together():
+        if rank == 0:
+            finish(run_dir, config, history, events)
+            lock.close()
 
 
 def main() -> None:
@@ -268,4 +293,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    distributed.run(main)
