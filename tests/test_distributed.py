@@ -48,7 +48,7 @@ def start_training(data: Path, run_dir: Path, *more: str) -> subprocess.Popen:
 def end(process: subprocess.Popen) -> tuple[list[str], list[str]]:
     """Wait for a process; what our code printed to stdout, and the errors it named."""
     try:
-        output, errors = process.communicate(timeout=100)
+        output, errors = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         process.terminate()  # and with it what it started
         raise
