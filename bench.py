@@ -81,7 +81,7 @@ def our_steps(
             batch = augment(*take_batch(images, masks, index, config), config)
             synchronise(images.device)
             data_seconds.append(time.perf_counter() - started)
-            train_step(model, optimizer, *batch, config["loss"], dtype)
+            train_step(model, optimizer, *batch, config["loss"], dtype, len(index))
             yield
 
 

@@ -123,9 +123,16 @@ def _fit(key: str, value: object, default: object) -> object:
                 f"{key}: must be a number, as in '{key}: {0.5 if default is None else default}'"
             )
         return float(value)
-    wanted = {int: "a whole number", str: "text", list: "a list", dict: "a mapping"}
-    if not isinstance(value, type(default)) or isinstance(value, bool):
-        raise UserError(f"{key}: must be {wanted[type(default)]}, as in '{key}: {default}'")
+    wanted = {
+        bool: "true or false",
+        int: "a whole number",
+        str: "text",
+        list: "a list",
+        dict: "a mapping",
+    }
+    if type(value) is not type(default):  # exactly: to Python, true is a whole number as well
+        example = str(default).lower() if isinstance(default, bool) else default
+        raise UserError(f"{key}: must be {wanted[type(default)]}, as in '{key}: {example}'")
     return value
 
 

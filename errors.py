@@ -1,5 +1,6 @@
-"""The one exception for mistakes a user can mend, and how a script reports it."""
+"""The one exception for mistakes a user can mend, and how a script ends."""
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -18,3 +19,19 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def catch_signals() -> list[int]:
+    """Let SIGINT and SIGTERM add their number to the list returned instead of ending the process.
+
+    A second one ends it at once, as without this.
+    """
+    caught: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return caught

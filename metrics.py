@@ -1,12 +1,14 @@
 """One integer confusion matrix for a whole split, and every score read from it."""
 
 import math
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from augment import to_float
 from device import autocast
+from distributed import rank_and_world, sum_over_ranks
 from images import IGNORE
 from losses import weighted_loss
 
@@ -74,7 +76,7 @@ def scores(matrix: Tensor, classes: list[str]) -> dict:
 def evaluate(
     model: nn.Module, images: Tensor, masks: Tensor, config: dict, dtype: torch.dtype
 ) -> tuple[Tensor, float]:
-    """Run a model over a whole split.
+    """Run a model over a whole split, of which several processes share the batches.
 
     Args:
         model: maps (N, channels, H, W) float in [0, 1] to (N, C, H, W) logits; set to eval mode.
@@ -91,14 +93,15 @@ def evaluate(
     num_classes = len(config["classes"])
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), device=device)
-    for batch, mask in zip(
-        images.split(EVALUATION_BATCH), masks.split(EVALUATION_BATCH), strict=True
-    ):
+    batches = zip(images.split(EVALUATION_BATCH), masks.split(EVALUATION_BATCH), strict=True)
+    rank, world = rank_and_world()
+    for batch, mask in islice(batches, rank, None, world):  # whole ones: the Dice losses pool them
         mask = mask.to(device, non_blocking=True)
         with autocast(device, dtype):
             logits = model(to_float(batch.to(device, non_blocking=True)))
         matrix += confusion_matrix(logits.argmax(dim=1), mask, num_classes)
         loss_sum += weighted_loss(logits, mask, config["loss"]) * len(batch)
+    sum_over_ranks(matrix, loss_sum)
     return matrix, loss_sum.item() / len(images)
 
 

@@ -2,26 +2,27 @@
 
     python train.py --config configs/tuned.yaml [--set key=value ...] [--data DIR]
                     [--run-dir DIR] [--resume]
+    torchrun --nproc_per_node=N train.py ...    in N processes, see distributed.py
 
-Everything random in a step is a function of (seed, step), and in the order of the images of
-(seed, pass over the data): the same seed gives the same weights on the same machine, and a
+Everything random in a step is a function of (seed, step, process), and in the order of the images
+of (seed, pass over the data): the same seed gives the same weights on the same machine, and a
 resumed run needs no saved random state to go on as if it had never stopped.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import resource
-import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import distributed
 from augment import augment, take_batch
 from checkpoint import (
     clear_run,
@@ -33,51 +34,14 @@ from checkpoint import (
 from config import add_arguments, check_sizes, dump, load_config
 from data import limit, load_split
 from device import autocast, environment, pick_device, pick_precision
-from errors import UserError, run
+from errors import UserError, catch_signals
 from events import log, log_hyperparameters, open_events, prediction_pictures, report
 from files import write_atomically
 from images import png
 from losses import weighted_loss
 from metrics import confusion_matrix, evaluate, scores
 from model import build_model
-
-
-def seeded(seed: int, purpose: str, number: int) -> int:
-    """A 32-bit seed of its own for each number of each purpose of each run.
-
-    Hashed, since the CPU's generator looks at the low 32 bits of a seed alone.
-    """
-    digest = hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()
-    return int.from_bytes(digest[:4], "big")
-
-
-def epoch_order(epoch: int, per_epoch: int, total: int, seed: int) -> Tensor:
-    """(per_epoch,) int64: the images of an epoch, walking through one shuffled pass after another.
-
-    No image comes again before every other has come once, whatever the length of an epoch.
-    """
-    start, stop = epoch * per_epoch, (epoch + 1) * per_epoch
-    passes = []
-    for number in range(start // total, (stop - 1) // total + 1):
-        generator = torch.Generator().manual_seed(seeded(seed, "pass", number))
-        passes.append(torch.randperm(total, generator=generator))
-    return torch.cat(passes)[start % total :][:per_epoch]
-
-
-def catch_signals() -> list[int]:
-    """Let SIGINT and SIGTERM add their number to the list returned instead of ending the process.
-
-    A second one ends it at once, as without this.
-    """
-    caught: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return caught
+from seeds import epoch_order, seeded
 
 
 def train_step(
@@ -87,24 +51,56 @@ def train_step(
     masks: Tensor,
     loss_weights: dict[str, float],
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+    total: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """One step of gradient descent on an augmented batch.
 
     Args:
-        images: (N, channels, H, W) float in [0, 1]; masks: (N, H, W) uint8, on the same device.
+        images: (n, channels, H, W) float in [0, 1]; masks: (n, H, W) uint8, on the same device:
+            this process's share of the batch, which is all of it where there is one process.
         loss_weights: see `losses.weighted_loss`.
         dtype: autocast dtype.
+        total: images N in the batch.
 
     Returns:
-        The loss, a scalar, and the logits (N, C, H, W), both detached and before the step.
+        The loss, a scalar, the logits (N, C, H, W), both detached and before the step, and the
+        masks (N, H, W): of the whole batch.
     """
     with autocast(images.device, dtype):
         logits = model(images)
+    logits, masks = distributed.gather(logits, total), distributed.gather(masks, total)
     loss = weighted_loss(logits, masks, loss_weights)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    distributed.sum_gradients(model)
     optimizer.step()
-    return loss.detach(), logits.detach()
+    return loss.detach(), logits.detach(), masks
+
+
+def finish(run_dir: Path, config: dict, history: list[dict], events: SummaryWriter) -> None:
+    """Write what a run came to: hyperparameters, the cost into best.pt, summary.json, a line.
+
+    What it cost is what all of it cost, not what it took to the best epoch.
+    """
+    best = max(history, key=lambda entry: entry["validation"]["mean_iou"])
+    log_hyperparameters(events, config, best)
+    events.close()
+    cost = {key: history[-1][key] for key in ("images_seen", "train_seconds")}
+    checkpoint = load_checkpoint(run_dir / "best.pt", torch.device("cpu"))
+    save_checkpoint(run_dir / "best.pt", checkpoint | {"cost": cost})
+    summary = {
+        "name": config["name"],
+        **cost,
+        "best_epoch": best["epoch"],
+        "training": best["training"],
+        "validation": best["validation"],
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    write_atomically(run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    print(
+        f"best epoch {best['epoch']}, validation mean IoU {best['validation']['mean_iou']:.4f}; "
+        f"next: python evaluate.py {run_dir / 'best.pt'}"
+    )
 
 
 def train(config: dict, run_dir: Path, resume: bool) -> None:
@@ -117,23 +113,28 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
     Raises:
         UserError: bad data or config; a loss that is not finite; a full disk.
     """
+    rank, world = distributed.rank_and_world()  # 0 writes the files; only it prints anything
     device = pick_device(config["device"])
     dtype = pick_precision(device, config["precision"])
     torch.manual_seed(config["seed"])
     classes = list(config["classes"])
     # ---- data: resident as uint8, on the GPU where there is one
-    training, validation = (load_split(config, split) for split in ("training", "validation"))
-    training = limit(training, config["limit_groups"], config["limit_images"])
+    with distributed.together():
+        training, validation = (load_split(config, split) for split in ("training", "validation"))
+        training = limit(training, config["limit_groups"], config["limit_images"])
+        per_epoch = config["images_per_epoch"] or len(training.images)
+        check_sizes(config, training.images.shape[2:], per_epoch)
+    steps_per_epoch = math.ceil(per_epoch / config["batch_size"])
     images, masks, val_images, val_masks = (
         array.to(device)
         for array in (training.images, training.masks, validation.images, validation.masks)
     )
-    per_epoch = config["images_per_epoch"] or len(images)
-    check_sizes(config, images.shape[2:], per_epoch)
-    steps_per_epoch = math.ceil(per_epoch / config["batch_size"])
 
     # ---- model, optimizer, schedule
     model = build_model(config).to(device, memory_format=torch.channels_last)
+    distributed.synchronise_batch_norm(model)
+    if config["compile"]:
+        model.compile()
     optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"], fused=True)
     if config["schedule"] == "one_cycle":
         # A step more than there are, so that the rate noted after the last one is of the cycle too;
@@ -146,34 +147,38 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
     # ---- start afresh, or where the run stopped: between two epochs, or after a step of one
-    lock = lock_run(run_dir)  # held until the process ends
     step = 0  # steps done
     history: list[dict] = []  # the lines of metrics.jsonl
     matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
     loss_sum, seconds = torch.zeros((), device=device), 0.0  # of the epoch so far
-    last = load_last(run_dir, device) if resume else None
-    if last:
+    with distributed.together():
+        lock = lock_run(run_dir) if rank == 0 else None  # held until the process ends
+    with distributed.together():
+        last = load_last(run_dir, device) if resume else None
         now = config | {"data_digest": training.digest}
-        then = last["config"] | {"data_digest": last["data_digest"]}
+        then = last["config"] | {"data_digest": last["data_digest"]} if last else now
         changed = [key for key in now if then.get(key) != now[key]]
         if changed:
             raise UserError(
                 f"{run_dir}: was trained with another {', '.join(changed)}; go back to that, or "
                 "train without --resume, which starts over"
             )
+    if last:
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         scheduler.load_state_dict(last["scheduler"])
         step, history = last["step"], last["history"]
         matrix, loss_sum, seconds = last["matrix"], last["loss_sum"], last["seconds"]
         print(f"{run_dir}: resuming after step {step}, {len(history)} epochs of {config['epochs']}")
-    else:
-        clear_run(run_dir)
-    write_atomically(run_dir / "config.yaml", dump(config).encode())
-    where = json.dumps(environment(device, dtype) | {"seed": config["seed"]}, indent=2)
-    write_atomically(run_dir / "environment.json", where.encode())
-    # What an interrupted run logged of an epoch that is done again is purged from its charts.
-    events = open_events(run_dir, first_epoch=len(history) + 1)
+    with distributed.together():
+        if rank == 0:
+            if not last:
+                clear_run(run_dir)
+            write_atomically(run_dir / "config.yaml", dump(config).encode())
+            where = environment(device, dtype) | {"processes": world, "seed": config["seed"]}
+            write_atomically(run_dir / "environment.json", json.dumps(where, indent=2).encode())
+            # What an interrupted run logged of an epoch that is done again is purged.
+            events = open_events(run_dir, first_epoch=len(history) + 1)
 
     def save_last() -> None:
         """Save all that a resumed run needs to go on as if it had not stopped."""
@@ -195,17 +200,20 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
     # ---- the loop
     state = {"config": config, "data_digest": training.digest, "model": model.state_dict()}
     signals = catch_signals()
+    purpose = f"step of rank {rank}" if rank else "step"  # each draws its own augmentation
     for epoch in range(len(history), config["epochs"]):
         started = time.perf_counter() - seconds
         model.train()
         order = epoch_order(epoch, per_epoch, len(images), config["seed"])
         batches = order.split(config["batch_size"])[step - epoch * steps_per_epoch :]
         title = f"{config['name']} epoch {epoch + 1}/{config['epochs']}"
-        for index in tqdm(batches, title, disable=None):
-            torch.manual_seed(seeded(config["seed"], "step", step))
-            batch, mask = take_batch(images, masks, index, config)
+        for index in tqdm(batches, title, disable=True if rank else None):
+            torch.manual_seed(seeded(config["seed"], purpose, step))
+            batch, mask = take_batch(images, masks, distributed.share(index), config)
             batch, mask = augment(batch, mask, config)
-            loss, logits = train_step(model, optimizer, batch, mask, config["loss"], dtype)
+            loss, logits, mask = train_step(
+                model, optimizer, batch, mask, config["loss"], dtype, len(index)
+            )
             scheduler.step()
             step += 1
             loss_sum += loss * len(index)
@@ -216,11 +224,14 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
                     f"{run_dir}: the loss is {loss.item()} at step {step} (epoch {epoch + 1}); "
                     "lower learning_rate; the checkpoints are those of the last good epoch"
                 )
-            if signals:
+            if stop := distributed.agree(signals[0] if signals else 0):
                 seconds = time.perf_counter() - started
-                save_last()
-                print(f"{run_dir}: stopped after step {step}; --resume goes on from here")
-                sys.exit(128 + signals[0])
+                with distributed.together():
+                    if rank == 0:
+                        save_last()
+                        note = f"stopped after step {step}; --resume goes on from here"
+                        print(f"{run_dir}: {note}", flush=True)
+                sys.exit(128 + stop)
         train_loss = loss_sum.item() / per_epoch  # waits for the device, so the clock is right
         train_seconds = time.perf_counter() - started
 
@@ -244,41 +255,26 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
             (old["validation"]["mean_iou"] for old in history), default=-1
         )
         history.append(entry)
-        pictures = prediction_pictures(model, val_images, val_masks, config, dtype)
-        log(events, entry, pictures)
-        report(entry, config, is_best)
-
-        # ---- files, last.pt at the end: what it does not know of, a resumed run does again
-        if is_best:
-            save_checkpoint(run_dir / "best.pt", {**state, **entry})
-            write_atomically(run_dir / "predictions.png", png(pictures))
-        lines = "".join(json.dumps(line) + "\n" for line in history)
-        write_atomically(run_dir / "metrics.jsonl", lines.encode())
         matrix.zero_(), loss_sum.zero_()
         seconds = 0.0
-        save_last()
 
-    # ---- done: what the run cost is what all of it cost, not what it took to the best epoch
-    best = max(history, key=lambda entry: entry["validation"]["mean_iou"])
-    log_hyperparameters(events, config, best)
-    events.close()
-    cost = {key: history[-1][key] for key in ("images_seen", "train_seconds")}
-    checkpoint = load_checkpoint(run_dir / "best.pt", torch.device("cpu"))
-    save_checkpoint(run_dir / "best.pt", checkpoint | {"cost": cost})
-    summary = {
-        "name": config["name"],
-        **cost,
-        "best_epoch": best["epoch"],
-        "training": best["training"],
-        "validation": best["validation"],
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
-    write_atomically(run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    lock.close()
-    print(
-        f"best epoch {best['epoch']}, validation mean IoU {best['validation']['mean_iou']:.4f}; "
-        f"next: python evaluate.py {run_dir / 'best.pt'}"
-    )
+        # ---- files, last.pt at the end: what it does not know of, a resumed run does again
+        with distributed.together():
+            if rank == 0:
+                pictures = prediction_pictures(model, val_images, val_masks, config, dtype)
+                log(events, entry, pictures)
+                report(entry, config, is_best)
+                if is_best:
+                    save_checkpoint(run_dir / "best.pt", {**state, **entry})
+                    write_atomically(run_dir / "predictions.png", png(pictures))
+                lines = "".join(json.dumps(line) + "\n" for line in history)
+                write_atomically(run_dir / "metrics.jsonl", lines.encode())
+                save_last()
+
+    with distributed.together():
+        if rank == 0:
+            finish(run_dir, config, history, events)
+            lock.close()
 
 
 def main() -> None:
@@ -294,4 +290,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    distributed.run(main)

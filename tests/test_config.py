@@ -100,6 +100,11 @@ def test_loading_shares_nothing_between_configs():
     assert c.load_config([], []) == DEFAULTS | {"name": "default"}
 
 
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("yes", True), ("false", False)])
+def test_true_and_false(load, text, value):
+    assert load(f"compile: {text}")["compile"] is load("", f"compile={text}")["compile"] is value
+
+
 @pytest.mark.parametrize("text", ["1e-3", "0.001", "1.0e-3", "'1e-3'"])
 def test_numbers_without_a_dot_are_numbers(load, text):
     for config in (load(f"learning_rate: {text}"), load("", f"learning_rate={text}")):
@@ -134,6 +139,7 @@ def test_unknown_key_names_the_nearest_or_all(refuse, key, named):
 
 
 WRONG = {  # for the type of a default: what must not pass for it
+    bool: ("1", "0", "null", "text", "'true'", "[true]"),
     int: ("1.5", "many", "true", "null", "[1]", "'3'"),
     float: ("many", "true", "null", ".inf", "-.inf", ".nan", "nan", "inf", "[1.0]", "{a: 1}"),
     type(None): ("many", "false", ".nan", "[1.0]"),
@@ -183,6 +189,7 @@ def test_ranges(load, refuse, key, low, high, below, above):
         ("device: tpu", ["device:", "tpu", "auto, cpu, cuda"]),
         ("precision: float16", ["precision:", "float16", "bfloat16"]),
         ("upsampling_init: zero", ["upsampling_init:", "zero", "bilinear"]),
+        ("compile: maybe", ["compile: must be true or false, as in 'compile: false'"]),
         ("in_channels: 2", ["in_channels:", "2", "1, 3, 4"]),
         ("encoder: [[16, 3], [32, 4], [64, 3], [128, 3]]", ["encoder:", "stage 2", "odd"]),
         ("encoder: [[16, 3], [0, 3], [64, 3], [128, 3]]", ["encoder:", "stage 2"]),

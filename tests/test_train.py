@@ -22,7 +22,7 @@ from config import load_config
 from data import load_split
 from errors import UserError
 from metrics import confusion_matrix, scores
-from model import build_model
+from model import UNet, build_model
 from train import epoch_order, seeded, train
 
 ROOT = Path(__file__).parent.parent
@@ -291,6 +291,23 @@ def test_finished_run_is_left_alone_or_begun_anew(
     assert [entry["epoch"] for entry in lines(tmp_path)] == [1]
     assert load(tmp_path / "best.pt")["config"]["seed"] == 1
     assert [s.step for s in tensorboard(tmp_path).Scalars("loss/training")] == [1]
+
+
+def test_compiled_model_trains_alike_and_keeps_its_names(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    def compile_without_a_compiler(model: UNet) -> None:
+        torch.nn.Module.compile(model, backend="eager")
+        compiled.append(model)
+
+    monkeypatch.setattr(UNet, "compile", compile_without_a_compiler)
+    for value in (False, True):
+        train(tiny(dataset, epochs=1, compile=value), tmp_path / str(value), resume=False)
+    assert len(compiled) == 1
+    eager, compiled = (load(tmp_path / name / "best.pt")["model"] for name in ("False", "True"))
+    torch.testing.assert_close(compiled, eager)
 
 
 # ---- what goes wrong
