@@ -70,7 +70,7 @@ def diagnose(run_dir: Path, device: torch.device) -> tuple[dict[str, Finding | N
     best = max(history, key=lambda entry: entry["validation"]["mean_iou"], default=None)
 
     splits = {}
-    for split in ("training", "validation"):
+    for split in ("validation", "training"):  # if both are bad, training is told
         try:
             splits[split] = load_split(config, split)
         except UserError as error:
@@ -84,7 +84,7 @@ def diagnose(run_dir: Path, device: torch.device) -> tuple[dict[str, Finding | N
 
     default = load_config([], [])["learning_rate"]
     found["dead-classes"] = findings.dead_classes(history, config)
-    found["learning-rate-too-high"] = findings.learning_rate_too_high(history, config)
+    found["learning-rate-too-high"] = findings.learning_rate_too_high(history, config, default)
     found["loss-not-moving"] = findings.loss_not_moving(history, rate, default)
     if not (found["learning-rate-too-high"] or found["loss-not-moving"]):
         found["too-few-steps"] = findings.too_few_steps(history, config)
@@ -175,7 +175,7 @@ def unreadable(config: dict, split: str, error: str) -> Finding:
     """The finding that `load_split` made, with the files it complains of, or the first ones."""
     pairs, _ = find_pairs(config, split)
     pairs.sort(key=lambda pair: str(pair.mask) not in error and str(pair.image) not in error)
-    rows = []
+    rows, highest = [], 0
     for pair in pairs[:3]:
         with contextlib.suppress(UserError):  # it may be the one that cannot be read
             row = []
@@ -184,6 +184,13 @@ def unreadable(config: dict, split: str, error: str) -> Finding:
                 values = f" {picture.min()}…{picture.max()}"
                 row.append((path.name + values, picture))
             rows.append(row)
+            highest = max(highest, int(picture.max()))  # of the mask
+    hint = ""
+    if highest == 1 and config["mask_format"] == "colours":
+        hint = (
+            "The masks look like 0 and 1 in the place of 0 and 255: multiply them by 255, or set "
+            "mask_format: indices if their numbers are those of the classes. "
+        )
 
     def draw(path: Path) -> None:
         write_atomically(path, png(contact_sheet(rows, config["classes"])))
@@ -191,7 +198,7 @@ def unreadable(config: dict, split: str, error: str) -> Finding:
     return Finding(
         f"The {split} data cannot be read as config.yaml says",
         error,
-        f"Mend the files or the keys from `data` to `in_channels`; python data.py check "
+        hint + f"Mend the files or the keys from `data` to `in_channels`; python data.py check "
         f"{config['data']} lists every problem.",
         draw if rows else None,
     )
@@ -206,7 +213,8 @@ def main() -> None:
     found, state = diagnose(args.run, pick_device(args.device))
     out = args.out or args.run / "doctor"
     number = sum(finding is not None for finding in found.values())
-    print(f"{args.run}: {number or 'nothing'} found wrong ({state})")
+    said = f"{number} finding{'s' if number > 1 else ''}" if number else "nothing found wrong"
+    print(f"{args.run}: {said} ({state})")
     for name, finding in found.items():
         path = out / f"{name}.png"
         path.unlink(missing_ok=True)  # of an earlier call
@@ -215,7 +223,8 @@ def main() -> None:
         print(f"\n{finding.title}")
         if finding.draw:
             finding.draw(path)
-        seen = {"evidence": finding.evidence, "try": finding.advice}
+        advice = finding.advice.replace("RUN_DIR", str(args.run))
+        seen = {"evidence": finding.evidence, "try": advice}
         for label, text in (seen | ({"figure": str(path)} if finding.draw else {})).items():
             print(_wrapped(f"{label + ':':<10}{text}"))
 

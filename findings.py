@@ -26,6 +26,8 @@ NOTABLE = 0.05  # of the loss of guessing: a smaller rise is noise of a loss tha
 CLIMB = 0.03  # of mean IoU over the last third of the epochs, and a third of it in the last one
 FEW_STEPS = 500  # half of the quick profile's
 POOR_IOU = 0.7  # what the quick profile passes within its first 500 steps
+# How to see images and masks; doctor.py puts the folder in the place of RUN_DIR.
+LOOK = "python data.py check --config RUN_DIR/config.yaml --picture look.png"
 
 
 class Finding(NamedTuple):
@@ -92,7 +94,7 @@ def dead_classes(history: list[dict], config: dict) -> Finding | None:
     """Classes that are in the validation masks and, at the last epoch, never predicted.
 
     Args:
-        config: for `classes`, `loss`, `decoder` and `crop_on_objects`.
+        config: for `classes`, `loss`, `decoder`, `crop_on_objects` and `batch_size`.
     """
     classes = list(config["classes"])
     per_epoch = [_dead(entry["validation"]) for entry in history]
@@ -117,11 +119,14 @@ def dead_classes(history: list[dict], config: dict) -> Finding | None:
         advice += " dice_pooled weighs a class by its pixels, so a small one may die unnoticed."
     if config["decoder"][-1][0] == "classes":
         advice += (
-            f" This config's last decoder stage is {config['decoder'][-1]}: a ReLU as wide as "
-            "there are classes, of which any may stay at zero."
+            f" The last decoder stage is [classes, {config['decoder'][-1][1]}] here: a ReLU as "
+            "wide as there are classes, of which any may stay at zero."
         )
     if config["crop_on_objects"] < 1:
         advice += " For rare classes: crop: 64 with crop_on_objects: 1.0."
+    steps = last["images_seen"] // config["batch_size"]
+    if steps < FEW_STEPS:
+        advice += f" The run had only {steps} steps: a class may also come to life later."
     best = max(history, key=lambda entry: entry["validation"]["mean_iou"])
     if not _dead(best["validation"]):
         advice += f" best.pt is of epoch {best['epoch']}, when no class was dead."
@@ -139,8 +144,13 @@ def dead_classes(history: list[dict], config: dict) -> Finding | None:
     )
 
 
-def learning_rate_too_high(history: list[dict], config: dict) -> Finding | None:
-    """A loss that jumps up, that spikes on validation alone, or that is worse than guessing."""
+def learning_rate_too_high(history: list[dict], config: dict, default: float) -> Finding | None:
+    """A loss that jumps up, that spikes on validation alone, or that is worse than guessing.
+
+    Args:
+        config: for `learning_rate`, `schedule`, `loss` and `classes`.
+        default: the learning_rate of configs/default.yaml.
+    """
     train, val = ([entry[s]["loss"] for entry in history] for s in ("training", "validation"))
     if not history:
         return None
@@ -177,8 +187,8 @@ def learning_rate_too_high(history: list[dict], config: dict) -> Finding | None:
         i = max(spikes, key=lambda i: val[i])
         evidence.append(
             f"The validation loss spikes in {_epochs(sorted(spikes))}, at most to {val[i]:.3g} "
-            f"{spikes[i]}, while the training loss does not: the weights move faster than the "
-            "running statistics of batch norm, which only validation uses."
+            f"{spikes[i]}: the weights move faster than the running statistics of batch norm, "
+            "which only validation uses."
         )
     if not evidence:
         return None
@@ -186,7 +196,8 @@ def learning_rate_too_high(history: list[dict], config: dict) -> Finding | None:
     return Finding(
         "The learning rate is too high",
         " ".join(evidence),
-        f"learning_rate: {rate / 3:g} or {rate / 10:g} instead of {rate:g}."
+        f"learning_rate: {rate / 3:.2g} or {rate / 10:.2g} instead of {rate:g}"
+        + (f", or {default:g}, the default." if rate > 10 * default else ".")
         + (
             " schedule: one_cycle, which ends with small steps."
             if config["schedule"] == "constant"
@@ -213,7 +224,7 @@ def loss_not_moving(history: list[dict], rate: float, default: float) -> Finding
     else:
         advice = (
             f"Try learning_rate {rate * 3:g} and {rate / 3:g}. If neither moves it, see whether "
-            "masks belong to their images (python data.py check DIR --picture FILE) and whether "
+            f"masks belong to their images ({LOOK}) and whether "
             "eight images can be learnt at all (--set limit_images=8 batch_size=8); if not, part "
             "of the model may not be trained."
         )
@@ -283,7 +294,7 @@ def _curves(path: Path, history: list[dict], marked: list[int] | None = None) ->
 
 def _lines(path: Path, panels: dict[str, dict], marked: list[int] | None = None) -> None:
     """Values per epoch: a panel each label of a y axis, a line each name, epochs of note marked."""
-    figure, axes = figures._figure(5.5 * len(panels), 3.6, len(panels))
+    figure, axes = figures._figure(max(8, 5.5 * len(panels)), 3.6, len(panels))
     styles = [*figures.STYLES.values(), figures.OTHER]
     for ax, (label, lines) in zip(axes, panels.items(), strict=True):
         for i, (name, values) in enumerate(lines.items()):
@@ -292,12 +303,19 @@ def _lines(path: Path, panels: dict[str, dict], marked: list[int] | None = None)
             style = {"color": colour, "marker": marker, "ms": 5 + 3 * i, "fillstyle": "none"}
             ax.plot(np.arange(1, len(values) + 1), values, line, label=name, **style)
         for epoch in marked or []:
-            ax.axvspan(epoch - 0.3, epoch + 0.3, color="#F0E442", alpha=0.5, zorder=0)
+            span = ax.axvspan(epoch - 0.3, epoch + 0.3, color="#F0E442", alpha=0.5, zorder=0)
+            span.set_label("named in the finding" if epoch == marked[0] else None)
         ax.set_ylabel(label)
         figures._per_epoch(ax, len(values))
-        if label == "loss":
+        ax.set_xlim(0.5, len(values) + 0.5)  # room for a tick if there is one epoch only
+        ax.xaxis.get_major_locator().set_params(min_n_ticks=1)
+        if label != "loss":
+            ax.set_ylim(-0.03, 1.03)
+            continue
+        low, high = min(map(min, lines.values())), max(map(max, lines.values()))
+        if high > 20 * low > 0:
             ax.set_yscale("log")
         else:
-            ax.set_ylim(-0.03, 1.03)
+            ax.set_ylim(0, 1.1 * high)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figures._save(figure, path)

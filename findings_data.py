@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 import figures
-from findings import LOW_IOU, Finding
+from findings import LOOK, LOW_IOU, Finding
 
 RARE = 0.001  # share of the pixels: one image of 128×128 has 16 of them
-CLEARLY_BETTER = 0.05  # of mean IoU, exchanged channels over those there are: healthy runs lose
+CLEARLY_BETTER = 0.05  # of mean IoU, exchanged channels over those there are; healthy: 0.01 at most
 SWAPPED = 0.5  # share of a class's pixels that are given to the other one: more than to itself
-GAP = 0.1  # of mean IoU on whole frames; healthy runs of the quick and full profile have 0.03
+GAP = 0.1  # of mean IoU on whole frames; healthy runs of the quick and full profile: 0.02 at most
 
 
 # ---- the data
@@ -57,7 +57,7 @@ def empty_masks(pixels: dict[str, int], limited: bool) -> Finding | None:
         else f"In no training mask: {names}",
         f"Not one of {sum(pixels.values()):,} pixels is {names}; what no mask shows cannot be "
         "learnt.",
-        "Look at masks over their images: python data.py check DIR --picture FILE. Check `masks` "
+        f"Look at masks over their images: {LOOK}. Check `masks` "
         "(the right folder?), `mask_format` and the values or colours under `classes`; remove a "
         "class that the data does not have."
         + (" limit_groups and limit_images may leave it out: set them to 0." if limited else ""),
@@ -115,7 +115,7 @@ def channel_order(as_is: dict, exchanged: dict, swapped: Finding | None) -> Find
         f"{exchanged['mean_iou']:.3f}; as they are it is {as_is['mean_iou']:.3f}."
         + (f" {swapped.evidence}" if swapped else ""),
         "The files of training or of validation were written as BGR: OpenCV reads and writes BGR, "
-        "everything else RGB. See which look wrong (python data.py check DIR --picture FILE), "
+        f"everything else RGB. See which look wrong ({LOOK}), "
         "convert them with cv2.cvtColor(image, cv2.COLOR_BGR2RGB) and write them anew.",
         partial(figures.bars, groups=groups, label="validation IoU"),
     )
@@ -145,7 +145,7 @@ def swapped_masks(
                     f"taken for the other ({v[b, a]:.0%} and {v[a, b]:.0%}).",
                     "The masks of training or of validation were written with these two colours "
                     "(or indices) exchanged; for red and blue that is BGR. See which "
-                    "(python data.py check DIR --picture FILE) and write them anew.",
+                    f"({LOOK}) and write them anew.",
                     partial(
                         figures.confusion,
                         matrices={"training": training, "validation": validation},

@@ -145,7 +145,7 @@ def test_only_background_is_said_first_with_cures_and_a_figure(
     text = " ".join(done.stdout.split())
     for part in ("square, triangle, circle", "since epoch 1 of 4", "0.988", "dice_per_class"):
         assert part in text
-    for part in ("dice_pooled weighs", "['classes', 3]", "crop_on_objects: 1.0"):
+    for part in ("dice_pooled weighs", "[classes, 3]", "crop_on_objects: 1.0"):
         assert part in text
     figure = tmp_path / "run" / "doctor" / "dead-classes.png"
     assert str(figure) in text
@@ -200,6 +200,8 @@ def test_bad_data_is_found_and_drawn(
     (run / "config.yaml").write_text(dump(config_of(data)))
     found = named(run)
     assert next(iter(found)) == expected
+    if sickness == "masks from 0 to 1":
+        assert "0 and 1 in the place of 0 and 255" in found[expected].advice
     assert not {"overfitting", "learning-rate-too-high", "loss-not-moving"} & set(found)
     found[expected].draw(tmp_path / "figure.png")
     assert Image.open(tmp_path / "figure.png").width > 300
@@ -283,7 +285,8 @@ FINE = history_of(FALLING, FALLING, RISING)
 
 
 def rate_finding(train_loss: list[float], val_loss: list[float]) -> findings.Finding | None:
-    return findings.learning_rate_too_high(history_of(train_loss, val_loss, RISING), CONFIG)
+    history = history_of(train_loss, val_loss, RISING)
+    return findings.learning_rate_too_high(history, CONFIG, default=0.005)
 
 
 def test_what_a_loss_does_in_a_healthy_run_is_no_finding() -> None:
