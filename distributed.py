@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import errors
@@ -168,33 +169,47 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         """(N, C, H, W) to the same shape and dtype; N may differ between the ranks."""
         if not self.training:
             return super().forward(features)
-        x = features.to(self.weight.dtype)  # autocast's bfloat16 is for convolutions
-        # Merged in float64, where the difference of two squares is as good as exact.
-        var, mean = (row.double() for row in torch.var_mean(x, dim=(0, 2, 3), correction=0))
+        features, mean, var, count = _Normalise.apply(features, self.weight, self.bias, self.eps)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var * (count / (count - 1).clamp(min=1)), self.momentum)
+        self.num_batches_tracked += 1
+        return features
+
+
+class _Normalise(torch.autograd.Function):
+    """Batch norm over all ranks, of the fast operations that PyTorch has for one process.
+
+    F.batch_norm with given statistics takes them for constants. Its gradient lacks what passes
+    through them: with x̂ the normalised values, −weight/σ · (mean dy + x̂ · mean dy·x̂).
+    """
+
+    @staticmethod
+    def forward(
+        context: object, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # Running statistics it wants to return float32 for bfloat16; a momentum of 0 keeps none.
+        unused = torch.zeros_like(weight), torch.zeros_like(weight)
+        mean, var = (row.double() for row in torch.batch_norm_update_stats(x, *unused, 0.0))
         count = torch.full_like(mean, x.numel() / x.shape[1])
+        # Merged in float64, where the difference of two squares is as good as exact.
         sums = torch.stack([count, count * mean, count * (var + mean**2)])
-        count, total, squares = _SumOverRanks.apply(sums)
+        dist.all_reduce(sums)
+        count, total, squares = sums
         mean, var = total / count, squares / count - (total / count) ** 2
-        with torch.no_grad():
-            unbiased = var * count / (count - 1).clamp(min=1)
-            self.running_mean.lerp_(mean.to(x.dtype), self.momentum)
-            self.running_var.lerp_(unbiased.to(x.dtype), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * (var + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        scale, shift = (row.to(x.dtype)[:, None, None] for row in (scale, shift))
-        return torch.addcmul(shift, x, scale).to(features.dtype)
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """The sum over the ranks. The losses of all of them depend on it: gradients are summed, too."""
+        mean, var, count = (row.to(weight.dtype) for row in (mean, var, count))
+        context.save_for_backward(x, weight, mean, var, count)
+        context.eps = eps
+        context.mark_non_differentiable(mean, var, count)
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps), mean, var, count
 
     @staticmethod
-    def forward(_context: object, tensor: Tensor) -> Tensor:
-        total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(_context: object, gradient: Tensor) -> Tensor:
-        return _SumOverRanks.apply(gradient)
+    def backward(context: object, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var, count = context.saved_tensors
+        by_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, var, None, None, False, context.eps, [True, True, True]
+        )
+        sums = torch.stack([by_weight, by_bias])  # Σ dy·x̂ and Σ dy
+        dist.all_reduce(sums)
+        slope, shift = -weight * (var + context.eps).rsqrt() * sums / count
+        by_x += F.batch_norm(x, mean, var, slope, shift, eps=context.eps)
+        return by_x, by_weight, by_bias, None

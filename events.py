@@ -59,9 +59,9 @@ def log_hyperparameters(events: SummaryWriter, config: dict, best: dict) -> None
         if key not in ("classes", "published_iou")
     }
     reached = {
-        "best/validation_mean_iou": best["validation"]["mean_iou"],
-        "best/training_mean_iou": best["training"]["mean_iou"],
-        "best/epoch": best["epoch"],
+        "result/best_validation_mean_iou": best["validation"]["mean_iou"],
+        "result/best_training_mean_iou": best["training"]["mean_iou"],
+        "result/best_epoch": best["epoch"],
     }
     # In the run's own folder, not one below it; a step behind the last epoch, which is where a run
     # that is resumed just before its end starts to replace events.

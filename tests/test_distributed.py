@@ -78,7 +78,8 @@ def parts(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What tests/ranks.py left, which ends at a run directory that is taken."""
     out = tmp_path_factory.mktemp("ranks")
     process = start("tests/ranks.py", dataset, out)
-    _, errors = end(process)
+    output, errors = end(process)
+    assert sum("resuming after step" in line for line in output) == 1
     [error] = errors  # of two processes, of which one alone asks for the directory
     assert error.startswith(f"error: {out}/taken: another process trains here")
     assert process.returncode != 0
