@@ -22,7 +22,10 @@ AUGMENT := none flip-0.3 flip-0.5 flip-0.8 blur-0.3 blur-0.5 blur-0.8 \
 PY     := .venv/bin/python
 
 ifeq ($(filter generated afo,$(DATA))$(wildcard $(filter %.yaml,$(DATA))),)
-$(error DATA=$(DATA): must be generated, afo, or a YAML file of your own data that is there)
+$(error DATA=$(DATA): must be generated, afo, or a file NAME.yaml of your own data that is there)
+endif
+ifneq ($(filter generated.yaml afo.yaml,$(DATA)),)
+$(error DATA=$(DATA): its runs would go where those of DATA=$(basename $(DATA)) are; rename it)
 endif
 ifeq ($(filter $(PROFILE),quick full),)
 $(error PROFILE=$(PROFILE): must be quick or full)
@@ -37,7 +40,7 @@ SEQUENCES := 300 $(if $(filter quick,$(PROFILE)),12,60) 60
 # DATA=my.yaml: a config that says where your data lie. It wins over those of the experiments.
 OWN       := $(filter %.yaml,$(DATA))
 DATA_DIR  := $(or $(OWN),$(if $(filter afo,$(DATA)),data/afo,data/$(PROFILE)/generated))
-DATA_NAME := $(basename $(notdir $(DATA)))
+DATA_NAME := $(subst /,-,$(basename $(DATA)))
 RUNS      ?= runs/$(DATA_NAME)/$(PROFILE)
 # $(call results,initial tuned): the test results of experiments, a file a seed; summaries likewise,
 # which say how validation went.
@@ -97,7 +100,7 @@ check: | $(DATA_DIR) .venv/installed  ## list all problems of the data, and draw
 $(RUNS)/%/config.yaml: FORCE | .venv/installed
 	@mkdir -p $(@D)
 	@$(PY) config.py --config configs/$(*D).yaml $(if $(filter quick,$(PROFILE)),$(call quick,$(*D))) $(OWN) \
-	  --set $(if $(OWN),published_iou=null,data=$(DATA_DIR)) profile=$(PROFILE) device=$(DEVICE) seed=$(patsubst seed%,%,$(*F)) \
+	  --set $(if $(OWN),published_iou=null "name=''",data=$(DATA_DIR)) profile=$(PROFILE) device=$(DEVICE) seed=$(patsubst seed%,%,$(*F)) \
 	  $(SET) > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else \
 	  rm -f $(@D)/last.pt $(@D)/previous.pt $(@D)/summary.json; mv $@.new $@; fi
@@ -145,7 +148,7 @@ report/source: FORCE
 
 predict: | .venv/installed  ## predict IMAGES="a.png folder/" into OUT, with CHECKPOINT (default: the weights shipped)
 	@test -n "$(IMAGES)" || { echo 'error: name images or folders: make predict IMAGES="photo.jpg folder/"' >&2; exit 2; }
-	@$(PY) predict.py --checkpoint $(CHECKPOINT) $(IMAGES) --out $(OUT) --device $(DEVICE)
+	@$(PY) predict.py --checkpoint $(CHECKPOINT) --out $(OUT) --device $(DEVICE) -- $(IMAGES)
 
 tensorboard: | .venv/installed  ## look at the runs in a browser
 	$(PY) -m tensorboard.main --logdir runs
@@ -155,8 +158,8 @@ doctor: | .venv/installed  ## say what is wrong with the run RUN=runs/... and wh
 
 # ---- development
 
-bench: | $(DATA_DIR)  ## measure training speed beside a textbook loop, in one run
-	$(PY) bench.py --data $(DATA_DIR)
+bench: | $(filter-out $(OWN),$(DATA_DIR)) .venv/installed  ## measure training speed beside a textbook loop, in one run
+	$(if $(OWN),$(error make bench: measures the lab's data; leave DATA=$(OWN) out))$(PY) bench.py --data $(DATA_DIR)
 
 # One seed after the other, so that the clock of none sees the others.
 speedrun: $(foreach seed,0 1 2,$(RUNS)/speedrun/seed$(seed)/testing.json)  ## seconds of training to a test mean IoU of 0.99, three seeds
@@ -172,5 +175,5 @@ lint: | .venv/installed  ## check style
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-clean:  ## remove what make made here: runs, reports, generated data (not .venv, not data/afo)
-	rm -rf runs report data/quick data/full
+clean:  ## remove what make made here: runs, reports, predictions, generated data (not .venv, not data/afo)
+	rm -rf runs report predictions data/quick data/full

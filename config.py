@@ -97,7 +97,7 @@ def _layers(path: Path, above: tuple[Path, ...] = ()) -> dict:
         raise UserError(f"{path}: its chain of bases leads back to itself; remove one `base`")
     values = _read_yaml(path)
     base = values.pop("base", None)
-    if base is None:
+    if base is None or (path.parent / str(base)).resolve() == DEFAULT:  # below everything anyway
         return values
     if not isinstance(base, str):
         raise UserError(f"{path}: base: must be the name of a config file")
@@ -203,13 +203,16 @@ def _fit_data(config: dict) -> None:
         pattern = config[key]
         if pattern.count("*") != 1 or set("?[]") & set(pattern) or pattern.startswith("/"):
             raise UserError(
-                f"{key}: is '{pattern}'; must be a path below `data` with one * for the name, as "
-                "in 'photos/*.jpg'"
+                f"{key}: is '{pattern}'; must be a path below `data` with one * for the name, and "
+                "none of ? [ ], as in 'photos/*.jpg'"
             )
     if ("{split}" in config["images"]) != ("{split}" in config["masks"]):
         raise UserError("images, masks: name {split} in both, or in neither")
+    if config["images"] == config["masks"]:
+        raise UserError("images, masks: are the same; name where the masks are")
     names = config["split_folders"]
-    if len(names) != 3 or not all(isinstance(n, str) and n for n in names) or len({*names}) < 3:
+    plain = all(isinstance(n, str) and n and not set("*?[]") & set(n) for n in names)
+    if len(names) != 3 or not plain or len({*names}) < 3 or any(n[0] == "/" for n in names):
         raise UserError("split_folders: must be three folder names, as in [train, val, test]")
     if min(config["split_shares"]) <= 0:
         raise UserError("split_shares: must be positive")
@@ -233,7 +236,7 @@ def _fit_data(config: dict) -> None:
         raise UserError(f"ignore: {ignore} is one of the classes")
     size = config["resize"]
     if size and not (len(size) == 2 and all(_is_int(side, 8) and side <= 16384 for side in size)):
-        raise UserError(f"resize: is {size}; must be [height, width] in pixels, as in [256, 256]")
+        raise UserError(f"resize: is {size}; must be [height, width] from 8 to 16384")
 
 
 def _is_int(value: object, low: int = 1) -> bool:

@@ -1,4 +1,4 @@
-"""The data set: PNG pairs on disk, checked, and resident as one uint8 array per split.
+"""The data set: pairs of image and mask, checked, and resident as one uint8 array per split.
 
     python data.py generate --sequences 300 60 60 --size 128 --seed 0 --out data/generated
     python data.py download --out data/afo [--archive FILE.zip]
@@ -32,7 +32,7 @@ from download import download
 from errors import UserError, run
 from files import write_atomically
 from generate import SPLITS, generate
-from images import IGNORE, contact_sheet, png, read_pair, thumbnail
+from images import IGNORE, contact_sheet, png, read_pair, thumbnails
 
 SAMPLES = 8  # pairs of a split in the picture that `check` draws
 
@@ -76,17 +76,25 @@ def find_pairs(config: dict, split: str) -> tuple[list[Pair], list[str]]:
     root = Path(config["data"])
     folder = config["split_folders"][SPLITS.index(split)]
     patterns = [config[key].replace("{split}", folder) for key in ("images", "masks")]
+    patterns = [Path(pattern).as_posix() for pattern in patterns]  # as paths are written below
     found = []
     for pattern in patterns:
         fixed = itertools.takewhile(lambda part: "*" not in part, Path(pattern).parts)
         for place in (root, root.joinpath(*fixed)):
             if not place.is_dir():
-                return [], [f"{place}: no such folder; `make data` prepares the data of the lab"]
+                where = "the keys `data`, `images`, `masks` say where your own are"
+                return [], [f"{place}: no such folder; `make data` makes the lab's, {where}"]
         name_of = re.compile(re.escape(pattern).replace(r"\*", "([^/]+)"))
-        paths = sorted(root.glob(pattern))
+        # Names that start with a dot are not data: macOS leaves such a file beside each.
+        paths = [path for path in sorted(root.glob(pattern)) if not path.name.startswith(".")]
         matches = [name_of.fullmatch(path.relative_to(root).as_posix()) for path in paths]
         found.append({match[1]: path for match, path in zip(matches, paths, strict=True)})
     images, masks = found
+    # Both in one folder, a.tif and a_mask.tif: a file that both patterns take is of the longer one.
+    shorter = images if len(patterns[0]) < len(patterns[1]) else masks
+    both = {*images.values()} & {*masks.values()}
+    for name in [name for name, path in shorter.items() if path in both]:
+        del shorter[name]
     image_at, mask_at = (str(root / pattern) for pattern in patterns)
     problems = [
         f"{images[name]}: has no mask {mask_at.replace('*', name)}; add it or remove the image"
@@ -104,13 +112,15 @@ def find_pairs(config: dict, split: str) -> tuple[list[Pair], list[str]]:
             problems.append(f"{images[name]}: group: {config['group']!r} is not found in its name")
         else:  # an empty expression: every image is a group of its own
             pairs.append(Pair(name, match[0] or name, images[name], masks[name]))
-    if "{split}" not in config["images"] and not problems:
-        groups = _groups_of(split, {pair.group for pair in pairs}, config["split_shares"])
+    if "{split}" not in config["images"]:
+        there = {pair.group for pair in pairs}
+        groups = _groups_of(split, there, config["split_shares"])
         pairs = [pair for pair in pairs if pair.group in groups]
-        if not groups:
+        if not groups and not problems:
             problems.append(
-                f"{root}: {len(pairs)} groups are too few to make three splits of; mend group: "
-                f"{config['group']!r}, which names the images that must stay together"
+                f"{root}: {len(there)} group(s) of images are too few to draw three splits from; "
+                f"group is {config['group']!r} and says which stay together; set group: '' if each "
+                "image is by itself"
             )
     return pairs, sorted(problems)
 
@@ -122,7 +132,7 @@ def _groups_of(split: str, groups: set[str], shares: list[float]) -> set[str]:
     """
     if len(groups) < len(SPLITS):
         return set()
-    ordered = sorted(groups, key=lambda group: hashlib.sha256(group.encode()).digest())
+    ordered = sorted(groups, key=lambda group: hashlib.sha256(os.fsencode(group)).digest())
     counts = [max(1, round(len(ordered) * share / sum(shares))) for share in shares]
     validation, testing = counts[1], counts[2]
     if validation + testing >= len(ordered):
@@ -145,30 +155,33 @@ def load_split(config: dict, split: str) -> Split:
     root, channels = Path(config["data"]), config["in_channels"]
     pairs, problems = find_pairs(config, split)
     if problems:
-        more = f" (and {len(problems) - 1} more: python data.py check {root})"
+        more = f" (and {len(problems) - 1} more: `make check` lists them)"
         raise UserError(problems[0] + (more if len(problems) > 1 else ""))
     made_by = [list(config["classes"].items()), channels]
     made_by += [config[key] for key in ("mask_format", "ignore", "resize")]
-    stamp = hashlib.sha256(json.dumps(made_by).encode())
+    settings = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:8]
+    stamp = hashlib.sha256()
     for path in (path for pair in pairs for path in (pair.image, pair.mask)):
         try:
             status = path.stat()
         except OSError as error:
             raise UserError(f"{path}: no such file ({error.strerror}); was it moved?") from None
-        stamp.update(f"{path.relative_to(root)} {status.st_size} {status.st_mtime_ns}\n".encode())
-    # The name tells which files a cache was made of, so that a stale one is never opened.
-    cache = root / ".cache" / f"{split}-{channels}-{stamp.hexdigest()[:16]}"
+        stamp.update(os.fsencode(path.relative_to(root)))
+        stamp.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
+    # The name tells how and of which files a cache was made, so that a stale one is never opened.
+    cache = root / ".cache" / f"{split}-{settings}-{stamp.hexdigest()[:16]}"
     try:
-        cache.parent.mkdir(exist_ok=True)
-        with open(cache.parent / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # runs that start together build it once
-            if not cache.is_dir():
-                for old in cache.parent.glob(f"{split}-{channels}-*"):
-                    shutil.rmtree(old)
-                try:
-                    _build_cache(cache, pairs, config)
-                finally:  # of a build that failed; one that was killed is removed by the next
-                    shutil.rmtree(f"{cache}.partial", ignore_errors=True)
+        if not cache.is_dir():
+            cache.parent.mkdir(exist_ok=True)
+            with open(cache.parent / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # runs that start together build it once
+                if not cache.is_dir():
+                    for old in cache.parent.glob(f"{split}-{settings}-*"):
+                        shutil.rmtree(old)
+                    try:
+                        _build_cache(cache, pairs, config)
+                    finally:  # of a build that failed; one that was killed is removed by the next
+                        shutil.rmtree(f"{cache}.partial", ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"{cache}: the cache cannot be written ({error.strerror}); make room, or copy the data "
@@ -199,7 +212,8 @@ def _map(path: Path) -> Tensor:
 def limit(split: Split, groups: int, images: int) -> Split:
     """The first so many groups of a split, and so many of their images, evenly spaced.
 
-    0 means no limit.
+    Args:
+        groups, images: 0 means no limit.
     """
     first = sorted(set(split.groups))[: groups or None]
     chosen = torch.tensor([i for i, group in enumerate(split.groups) if group in first])
@@ -237,8 +251,9 @@ def _build_cache(cache: Path, pairs: list[Pair], config: dict) -> None:
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(pairs), *shape)}
             np.lib.format.write_array_header_1_0(file, header)
         # In blocks, so that what is decoded and not yet written never fills the memory.
-        blocks = (pairs[i : i + 256] for i in range(0, len(pairs), 256))
-        decoded = itertools.chain.from_iterable(pool.map(decode, block) for block in blocks)
+        block = 4 * os.cpu_count()
+        blocks = (pairs[i : i + block] for i in range(0, len(pairs), block))
+        decoded = itertools.chain.from_iterable(pool.map(decode, some) for some in blocks)
         progress = tqdm(decoded, f"caching {config['data']}", len(pairs), disable=None)
         for i, (image, mask, line) in enumerate(progress):
             if mask.shape != (height, width):
@@ -324,10 +339,10 @@ def check(config: dict, picture: Path | None) -> None:
         row = []
         for i in np.unique(np.linspace(0, len(pairs) - 1, SAMPLES).astype(int)) if pairs else []:
             with contextlib.suppress(UserError):  # it is among the problems
-                pixels, mask = read_pair(pairs[i].image, pairs[i].mask, config | {"resize": []})
-                image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
-                shown_small = thumbnail(image, torch.from_numpy(mask))
-                row.append((f"{split} {pairs[i].name}", *shown_small))
+                array, mask = read_pair(pairs[i].image, pairs[i].mask, config | {"resize": []})
+                image = torch.from_numpy(array.transpose(2, 0, 1).copy())
+                pictures = thumbnails(image, torch.from_numpy(mask), config["classes"])
+                row.append((f"{split} {pairs[i].name}", pictures))
         shown.append(row)
     if config["resize"]:
         print("resized to {1}×{0}".format(*config["resize"]) + " for training and evaluation")

@@ -1,5 +1,6 @@
 """Where to compute and in which precision, decided at run time, and a record of it."""
 
+import functools
 import platform
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+@functools.cache  # so that it is said once
 def pick_precision(device: torch.device, name: str) -> torch.dtype:
     """The autocast dtype for "auto", "float32" or "bfloat16".
 

@@ -182,7 +182,7 @@ def unreadable(config: dict, split: str, error: str) -> Finding:
             for path in (pair.image, pair.mask):
                 picture = torch.from_numpy(read_image(path, 3).copy()).permute(2, 0, 1)
                 values = f" {picture.min()}…{picture.max()}"
-                row.append((path.name + values, picture))
+                row.append((path.name + values, [picture]))
             rows.append(row)
             highest = max(highest, int(picture.max()))  # of the mask
     hint = ""
@@ -198,8 +198,8 @@ def unreadable(config: dict, split: str, error: str) -> Finding:
     return Finding(
         f"The {split} data cannot be read as config.yaml says",
         error,
-        hint + f"Mend the files or the keys from `data` to `in_channels`; python data.py check "
-        f"{config['data']} lists every problem.",
+        hint + "Mend the files or the keys from `data` to `in_channels`; python data.py check "
+        "--config RUN_DIR/config.yaml lists every problem.",
         draw if rows else None,
     )
 

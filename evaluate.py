@@ -148,11 +148,16 @@ def comparison_table(rows: list[dict]) -> str:
     """
     first = rows[0]
     for row in rows[1:]:
-        for key in ("split", "digest", "profile"):
-            if row[key] != first[key]:
+        terms = [{key: r[key] for key in ("split", "digest", "profile")} for r in (first, row)]
+        for term, r in zip(terms, (first, row), strict=True):
+            term["classes"] = list(r["per_class_iou"])
+            term["number of pixels"] = sum(map(sum, r["confusion_matrix"]))
+        for key, value in terms[0].items():
+            if terms[1][key] != value:
                 raise UserError(
-                    f"{row['checkpoint']}: {key} is {row[key]}, that of {first['checkpoint']} is "
-                    f"{first[key]}; such rows cannot share a table, give them apart"
+                    f"{row['checkpoint']}: {key} is {terms[1][key]}, that of "
+                    f"{first['checkpoint']} is {value}; such rows cannot share a table, give them "
+                    "apart"
                 )
     by_name: dict[str, list[dict]] = {}
     for row in [background_only(first), *rows]:

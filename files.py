@@ -18,7 +18,7 @@ def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
     Raises:
         UserError: the disk is full or the folder read-only; the file that was there is left.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.parent / (path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
@@ -31,4 +31,6 @@ def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room there") from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); make room, or write elsewhere"
+        ) from None

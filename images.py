@@ -90,9 +90,10 @@ def read_mask(path: Path, config: dict) -> np.ndarray:
         mask[ignored], stray = IGNORE, stray & ~ignored
     if stray.any():
         y, x = np.argwhere(stray)[0]
-        found = {tuple(c) for c in rgb[stray].tolist()}
+        values = np.unique(colour[stray]).tolist()
+        found = {(value >> 16, value >> 8 & 255, value & 255) for value in values}
         hint = ""
-        if all(r == g == b < len(classes) for r, g, b in found):
+        if all(r == g == b and (r < len(classes) or r == IGNORE) for r, g, b in found):
             hint = "; it looks like a mask of class indices: set mask_format: indices"
         elif found <= {tuple(reversed(c)) for c in classes.values()}:
             hint = "; with red and blue exchanged they are: the mask was written as BGR"
@@ -109,6 +110,10 @@ def read_mask(path: Path, config: dict) -> np.ndarray:
 
 def _read_indices(path: Path, config: dict) -> np.ndarray:
     image = _open(path)
+    if image.mode in ("LA", "RGB", "RGBA"):  # grey, written as colours: the three are the same
+        rgb = np.asarray(image.convert("RGB"))
+        if (rgb == rgb[..., :1]).all():
+            image = Image.fromarray(rgb[..., 0])
     if image.mode not in ("1", "L", "P"):
         raise UserError(
             f"{path}: is a {image.mode} file, not one of class indices; set mask_format: colours, "
@@ -139,7 +144,7 @@ def _read_indices(path: Path, config: dict) -> np.ndarray:
 
 
 def resize(pixels: Tensor, size: list[int], smooth: bool) -> Tensor:
-    """(..., H, W) to (..., *size): bilinear with antialiasing for images, nearest for masks."""
+    """(..., H, W) uint8 to (..., *size): bilinear with antialiasing for images, else nearest."""
     mode = InterpolationMode.BILINEAR if smooth else InterpolationMode.NEAREST_EXACT
     return F.resize(pixels, size, mode, antialias=smooth)
 
@@ -158,6 +163,7 @@ def read_pair(image_path: Path, mask_path: Path, config: dict) -> tuple[np.ndarr
         raise UserError(
             f"{mask_path}: is {mask.shape[1]}×{mask.shape[0]} but its image is "
             f"{image.shape[1]}×{image.shape[0]}; they must be of one size"
+            + ("; was the photograph turned?" if image.shape[1::-1] == mask.shape else "")
         )
     if config["resize"] and list(mask.shape) != config["resize"]:
         channels_first = torch.from_numpy(image.transpose(2, 0, 1).copy())
@@ -183,7 +189,7 @@ def overlay(image: Tensor, mask: Tensor, classes: dict[str, list[int]]) -> Tenso
     """An image with its mask laid over it, half transparent; the first class is left clear.
 
     Args:
-        image: (channels, H, W) uint8; mask: (H, W) class indices.
+        image: (channels, H, W) uint8; mask: (H, W) class indices, any integer type.
 
     Returns:
         (3, H, W) uint8.
@@ -194,12 +200,13 @@ def overlay(image: Tensor, mask: Tensor, classes: dict[str, list[int]]) -> Tenso
 
 
 def contact_sheet(
-    rows: list[list[tuple[str, Tensor, Tensor]]], classes: dict[str, list[int]]
+    rows: list[list[tuple[str, list[Tensor]]]], classes: dict[str, list[int]]
 ) -> Tensor:
-    """Images of any size in rows, each with its mask laid over it below, under a legend.
+    """Pictures of any size in rows, under a legend of the classes.
 
     Args:
-        rows: of (name, (channels, H, W) uint8 image, (H, W) mask); see `thumbnail` for large ones.
+        rows: of cells: a caption and the (3, H, W) uint8 pictures below it, see `thumbnails`; each
+            is fitted into a square of `SIDE`.
         classes: name → colour.
 
     Returns:
@@ -207,29 +214,26 @@ def contact_sheet(
     """
     gap, line = 6, 14  # pixels between pictures, and of a line of text
     columns = max(4, *(len(row) for row in rows))
-    height_of_row = 2 * SIDE + line + 2 * gap
-    width, height = gap + columns * (SIDE + gap), 2 * line + len(rows) * height_of_row
+    row_height = line + gap + (SIDE + 3) * max(len(cell[1]) for row in rows for cell in row)
+    width, height = gap + columns * (SIDE + gap), 2 * line + len(rows) * row_height
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     x = gap
     for name, colour in classes.items():
         draw.rectangle((x, gap, x + 10, gap + 10), fill=tuple(colour), outline="black")
-        draw.text((x + 14, gap - 1), name, fill="black")
-        x += 14 + int(draw.textlength(name)) + 3 * gap
+        draw.text((x + 14, gap - 1), " ".join(name.split()), fill="black")
+        x += 14 + int(draw.textlength(" ".join(name.split()))) + 3 * gap
     for r, row in enumerate(rows):
-        for c, (caption, image, mask) in enumerate(row):
-            left, top = gap + c * (SIDE + gap), 2 * line + r * height_of_row
+        for c, (caption, pictures) in enumerate(row):
+            left, top = gap + c * (SIDE + gap), 2 * line + r * row_height
+            caption = " ".join(caption.split())  # a line break cannot be drawn
             while draw.textlength(caption) > SIDE:  # the end of a name tells more than its start
                 caption = "…" + caption[2:]
             draw.text((left, top), caption, fill="black")
             top += line
-            for tensor in (
-                overlay(image, torch.zeros_like(mask), classes),
-                overlay(image, mask, classes),
-            ):
-                picture = ImageOps.contain(
-                    Image.fromarray(tensor.permute(1, 2, 0).numpy()), (SIDE, SIDE)
-                )
+            for tensor in pictures:
+                picture = Image.fromarray(tensor.permute(1, 2, 0).numpy())
+                picture = ImageOps.contain(picture, (SIDE, SIDE))
                 sheet.paste(picture, (left, top))
                 right, bottom = left + picture.width - 1, top + picture.height - 1
                 draw.rectangle((left, top, right, bottom), outline="grey")
@@ -237,13 +241,20 @@ def contact_sheet(
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
 
 
-def thumbnail(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Image and mask as large as a contact sheet shows them, no larger than they are."""
+def thumbnails(image: Tensor, mask: Tensor, classes: dict[str, list[int]]) -> list[Tensor]:
+    """An image and the same with its mask laid over, no larger than a contact sheet shows them.
+
+    Args:
+        image: (channels, H, W) uint8; mask: (H, W) uint8.
+
+    Returns:
+        Two (3, h, w) uint8 pictures.
+    """
     scale = SIDE / max(mask.shape)
-    if scale >= 1:
-        return image, mask
-    size = [max(1, round(side * scale)) for side in mask.shape]
-    return resize(image, size, smooth=True), resize(mask[None], size, smooth=False)[0]
+    if scale < 1:
+        size = [max(1, round(side * scale)) for side in mask.shape]
+        image, mask = resize(image, size, smooth=True), resize(mask[None], size, smooth=False)[0]
+    return [overlay(image, torch.zeros_like(mask), classes), overlay(image, mask, classes)]
 
 
 def png(picture: Tensor) -> bytes:

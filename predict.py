@@ -33,12 +33,11 @@ from checkpoint import load_checkpoint, restore_model, save_checkpoint
 from device import autocast, pick_device, pick_precision
 from errors import UserError, run
 from files import write_atomically
-from images import contact_sheet, overlay, palette, png, read_image, resize, thumbnail
+from images import contact_sheet, overlay, palette, png, read_image, resize, thumbnails
 
 WEIGHTS = Path(__file__).parent / "weights" / "best.pt"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-TILE = 1024  # pixels a side of what is predicted at once, so that memory does not grow with images
-MARGIN = 128  # pixels around it that the model also sees: as far as its receptive field reaches
+TILE = 1024  # pixels a side of what is predicted at once: activations take no more memory than that
 SHEET = 48  # images on the contact sheet at most, evenly chosen
 
 
@@ -46,11 +45,26 @@ def load_model(checkpoint: str | Path, device: str = "auto") -> tuple[nn.Module,
     """The model of a checkpoint, in evaluation mode, and its config.
 
     Raises:
-        UserError: the checkpoint cannot be read.
+        UserError: the checkpoint cannot be read; there is no such device.
     """
     where = pick_device(device)
     content = load_checkpoint(Path(checkpoint), where)
-    return restore_model(content, where), content["config"]
+    try:
+        return restore_model(content, where), content["config"]
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}") from None
+
+
+def margin_of(config: dict) -> int:
+    """Pixels by which the input of a pixel's logits can be away from it, rounded up to the stages.
+
+    Twice a kernel's reach at each stage of encoder and decoder, and one for pooling or up-sampling.
+    """
+    stages = len(config["encoder"])
+    reach = sum(2**i * (2 * (kernel // 2) + 1) for i, (_, kernel) in enumerate(config["encoder"]))
+    for i, (_, kernel) in enumerate(config["decoder"]):
+        reach += 2 ** (stages - i) * (2 * (kernel // 2) + 1)
+    return -(-reach // 2**stages) * 2**stages
 
 
 @torch.inference_mode()
@@ -69,14 +83,16 @@ def infer(model: nn.Module, config: dict, image: Tensor, reduce: Callable) -> Te
     device = next(model.parameters()).device
     dtype = pick_precision(device, config["precision"])
     height, width = image.shape[1:]
+    # What the model sees around a tile: as far as its receptive field reaches, see `margin_of`.
+    margin = margin_of(config)
     if config["resize"]:
         image = resize(image, config["resize"], smooth=True)
     rows = []
     for top in range(0, image.shape[1], TILE):
         row = []
         for left in range(0, image.shape[2], TILE):
-            y, x = max(0, top - MARGIN), max(0, left - MARGIN)
-            tile = image[None, :, y : top + TILE + MARGIN, x : left + TILE + MARGIN]
+            y, x = max(0, top - margin), max(0, left - margin)
+            tile = image[None, :, y : top + TILE + margin, x : left + TILE + margin]
             with autocast(device, dtype):
                 logits = model(to_float(tile.to(device))).float()
             inner = logits[..., top - y :, left - x :][..., :TILE, :TILE]
@@ -95,7 +111,11 @@ def as_tensor(path: str | Path, config: dict) -> Tensor:
 
 
 def predict_mask(model: nn.Module, config: dict, image: str | Path | Tensor) -> Tensor:
-    """(H, W) uint8 class indices of an image: a file, or (channels, H, W) uint8."""
+    """(H, W) uint8 class indices of an image: a file, or (channels, H, W) uint8.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     image = image if isinstance(image, Tensor) else as_tensor(image, config)
     return infer(model, config, image, lambda z: z.argmax(1, keepdim=True).to(torch.uint8))[0]
 
@@ -188,9 +208,15 @@ def find_images(given: list[Path], out: Path) -> dict[str, Path]:
     for path in given:
         if path.is_dir():
             inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES]
-            inside = [p for p in inside if p.is_file() and out.resolve() not in p.resolve().parents]
+            inside = [
+                p
+                for p in inside
+                if p.is_file() and p.name[0] != "." and p.resolve().parent != out.resolve()
+            ]
             if not inside:
-                raise UserError(f"{path}: holds no image ({', '.join(SUFFIXES)})")
+                raise UserError(
+                    f"{path}: holds no image ({', '.join(SUFFIXES)}) but what is in {out}"
+                )
             paths += inside
         elif path.exists():
             paths.append(path)
@@ -213,12 +239,10 @@ def find_images(given: list[Path], out: Path) -> dict[str, Path]:
                 name = f"{base}_{number}"
             taken.add(name.lower())
         names[name] = path
-    given_files = {path.resolve() for path in paths}
-    for name in names:
-        for kind in ("mask", "overlay"):
-            target = (out / f"{name}_{kind}.png").resolve()
-            if target in given_files:
-                raise UserError(f"{target}: would overwrite an image given; use another --out")
+    targets = {out / f"{name}_{kind}.png" for name in names for kind in ("mask", "overlay")}
+    for target in {out / "contact_sheet.png", *targets}:
+        if target.resolve() in {path.resolve() for path in paths}:
+            raise UserError(f"{target}: would overwrite an image given; use another --out")
     return names
 
 
@@ -248,16 +272,18 @@ def predict_files(
         except UserError as error:
             problems.append(str(error))
             continue
-        mask = predict_mask(model, config, image)
         if probabilities:
             p = predict_probabilities(model, config, image)
+            mask = p.argmax(dim=0).to(torch.uint8)
             file = io.BytesIO()
             np.savez_compressed(file, probabilities=p.numpy(), classes=list(classes))
             write_atomically(out / f"{name}_probabilities.npz", file.getvalue())
+        else:
+            mask = predict_mask(model, config, image)
         write_mask(out / f"{name}_mask.png", mask, classes)
         write_atomically(out / f"{name}_overlay.png", png(overlay(image, mask, classes)))
         if name in on_sheet:
-            tiles.append((name, *thumbnail(image, mask)))
+            tiles.append((name, thumbnails(image, mask, classes)))
         shares = torch.bincount(mask.flatten().int(), minlength=len(classes)) / mask.numel()
         texts = [f"{c} {share:.1%}" for c, share in zip(classes, shares.tolist(), strict=True)]
         progress.write(f"{path}  {mask.shape[1]}×{mask.shape[0]}  {'  '.join(texts)}")
@@ -287,6 +313,9 @@ def main() -> None:
     if not (args.images or args.export or args.slim):
         raise UserError("give images or a folder of images: python predict.py photo.jpg --out DIR")
     model, config = load_model(args.checkpoint, args.device)
+    if args.export and config["resize"]:
+        height, width = config["resize"]
+        print(f"note: the program does not resize; give it images of {width}×{height}")
     if args.images:
         names = find_images(args.images, args.out)
         predict_files(model, config, names, args.out, args.probabilities)

@@ -37,7 +37,7 @@ from device import autocast, environment, pick_device, pick_precision
 from errors import UserError, catch_signals
 from events import log, log_hyperparameters, open_events, prediction_pictures, report
 from files import write_atomically
-from images import png
+from images import IGNORE, png
 from losses import weighted_loss
 from metrics import confusion_matrix, evaluate, scores
 from model import build_model
@@ -123,6 +123,8 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         training, validation = (load_split(config, split) for split in ("training", "validation"))
         training = limit(training, config["limit_groups"], config["limit_images"])
         per_epoch = config["images_per_epoch"] or len(training.images)
+        if (validation.masks == IGNORE).all():
+            raise UserError(f"{config['data']}: ignore: leaves no pixel of the validation split")
         check_sizes(config, training.images.shape[2:], per_epoch)
     steps_per_epoch = math.ceil(per_epoch / config["batch_size"])
     images, masks, val_images, val_masks = (
@@ -155,8 +157,8 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         lock = lock_run(run_dir) if rank == 0 else None  # held until the process ends
     with distributed.together():
         last = load_last(run_dir, device) if resume else None
-        now = config | {"data_digest": training.digest}
-        then = last["config"] | {"data_digest": last["data_digest"]} if last else now
+        now = config | {"data (its files)": training.digest}
+        then = last["config"] | {"data (its files)": last["data_digest"]} if last else now
         changed = [key for key in now if then.get(key) != now[key]]
         if changed:
             raise UserError(

@@ -195,7 +195,7 @@ def test_files_without_partner_are_all_named(root):
         f"{folder}/gt_image/gt_a.png: has no image {folder}/image/a.png; add it or remove the mask",
         f"{folder}/image/c.png: has no mask {folder}/gt_image/gt_c.png; add it or remove the image",
     ]
-    assert "(and 1 more: python data.py check" in message_of(load, root)
+    assert "(and 1 more: `make check` lists them)" in message_of(load, root)
 
 
 @pytest.mark.parametrize("missing", ["", "testing", "testing/image", "testing/gt_image"])

@@ -186,7 +186,7 @@ def test_changed_config_or_data_is_refused_naming_it(trained: tuple, changed: st
         config, named = config | {"dropout": 0.5, "seed": 3}, "another dropout, seed;"
     else:
         Image.fromarray(np.asarray(Image.open(box.image)) // 2).save(box.image)
-        named = "another data_digest;"
+        named = "another data (its files);"
     assert named in message_of(train_module.train, config, box.run, True)
     assert history(box.run) == [1, 2] and (box.run / "last.pt").read_bytes() == before
 

@@ -57,7 +57,7 @@ def test_help_lists_every_target(project: Path) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "says"),
-    [("DATA=cats", "generated"), ("DATA=no.yaml", "a YAML file"), ("PROFILE=x", "quick")],
+    [("DATA=cats", "generated"), ("DATA=no.yaml", "a file NAME.yaml"), ("PROFILE=x", "quick")],
 )
 def test_unknown_setting_is_refused(project: Path, setting: str, says: str) -> None:
     done = make(project, "report", setting)

@@ -95,7 +95,7 @@ def test_from_check_to_prediction(
     assert list(result["per_class_iou"]) == classes
     assert f"{classes[0]} only" in done.stdout
     counted = np.array(result["confusion_matrix"]).sum()
-    if name == "camvid":  # 36 rows of 12 bands, the last ignored, 4 rows partly, but sky is below
+    if name == "camvid":
         masks = [np.array(Image.open(p)) for p in sorted((root / "testannot").glob("*.png"))]
         assert counted == sum((mask != 11).sum() for mask in masks)
     else:
@@ -221,7 +221,6 @@ def many(root: Path, groups: int, frames: int) -> dict:
     for g in range(groups):
         for f in range(frames):
             for folder in ("image", "mask"):
-                path = root / f"patient{g}" / folder / "x.png"
                 path = root / folder / f"patient{g}_{f}.png"
                 save(path, np.full((8, 8), 0, np.uint8))
     return config_for(root, images="image/*.png", masks="mask/*.png", group="^[^_]+")
@@ -251,7 +250,7 @@ def test_few_groups_leave_no_split_empty(tmp_path: Path, groups: int, sizes: lis
 
 def test_too_few_groups_and_names_without_one_are_named(tmp_path: Path) -> None:
     config = many(tmp_path, groups=2, frames=4)
-    assert "groups are too few" in message_of(load_split, config, "training")
+    assert "2 group(s) of images are too few" in message_of(load_split, config, "training")
     config["group"] = "case"
     message = message_of(load_split, config, "training")
     assert "patient0_0.png: group: 'case' is not found" in message
@@ -294,3 +293,53 @@ def test_the_same_picture_in_two_splits_is_a_problem(tmp_path: Path, capsys) -> 
 )
 def test_bad_keys_are_named(override: str, says: str) -> None:
     assert says in message_of(load_config, [], [override])
+
+
+# ---- what users do
+
+
+def test_an_unpaired_file_is_one_problem(tmp_path: Path, capsys) -> None:
+    from data import check
+
+    config = many(tmp_path, groups=6, frames=2)
+    for number, path in enumerate(sorted((tmp_path / "image").iterdir())):
+        save(path, np.full((8, 8), number, np.uint8))
+    (tmp_path / "mask/patient3_1.png").unlink()
+    assert "1 problems" in message_of(check, config, None)
+    assert "patient3_1.png: has no mask" in capsys.readouterr().out
+
+
+def test_images_and_masks_in_one_folder(tmp_path: Path) -> None:
+    for i in range(6):
+        for name in (f"scan{i}.tif", f"scan{i}_mask.tif", f"._scan{i}.tif"):
+            save(tmp_path / name, np.zeros((8, 8), np.uint8))
+    for keys in (("*.tif", "*_mask.tif"), ("./*.tif", ".//*_mask.tif")):
+        config = config_for(tmp_path, images=keys[0], masks=keys[1], group="")
+        pairs = [pair for split in SPLITS for pair in find_pairs(config, split)[0]]
+        assert sorted(pair.name for pair in pairs) == [f"scan{i}" for i in range(6)]
+
+
+def test_indices_written_as_colours_are_read(tmp_path: Path) -> None:
+    indices = np.array([[0, 1], [1, 0]], np.uint8)
+    path = save(tmp_path / "a.png", np.stack([indices] * 3, axis=2))
+    config = config_for(tmp_path, mask_format="indices")
+    assert read_mask(path, config).tolist() == indices.tolist()
+
+
+def test_two_ways_to_read_one_folder_keep_a_cache_each(isic: Path, tmp_path: Path) -> None:
+    small, large = (
+        load_config([ISIC], [f"data={isic}", f"resize={size}"]) for size in ("[8, 8]", "[9, 9]")
+    )
+    for _ in range(2):
+        assert load_split(small, "testing").masks.shape[1:] == (8, 8)
+        assert load_split(large, "testing").masks.shape[1:] == (9, 9)
+    before = {path: path.stat().st_mtime_ns for path in (isic / ".cache").iterdir()}
+    load_split(small, "testing"), load_split(large, "testing")
+    assert {path: path.stat().st_mtime_ns for path in (isic / ".cache").iterdir()} == before
+
+
+def test_base_default_in_own_yaml_resets_nothing(tmp_path: Path) -> None:
+    own = tmp_path / "my.yaml"
+    own.write_text(f"base: {ROOT}/configs/default.yaml\ndata: here\n")
+    config = load_config([ROOT / "configs/best.yaml", own], [])
+    assert config["data"] == "here" and config["skip"] == "full"

@@ -156,11 +156,14 @@ def test_what_was_predicted_before_is_not_predicted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(300, 300), (129, 417), (50, 260)])
+@pytest.mark.parametrize("kernel", [3, 7])
 def test_tiles_change_nothing(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], kernel: int
 ) -> None:
     """With tiles far smaller than the image, seams included, it is as if there were none."""
-    model, config = predict.load_model(checkpoint, "cpu")
+    sizes = f"encoder=[[4, {kernel}], [4, 3], [8, {kernel}]]"
+    wide = make_checkpoint(tmp_path / "a.pt", sizes, "decoder=[[8, 3], [4, 3], [4, 3], [4, 3]]")
+    model, config = predict.load_model(wide, "cpu")
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
     whole = predict.predict_probabilities(model, config, image)
@@ -168,7 +171,7 @@ def test_tiles_change_nothing(
     tiled = predict.predict_probabilities(model, config, image)
     assert tiled.shape == whole.shape == (3, *size)
     assert (tiled - whole).abs().max() < 1e-5
-    monkeypatch.setattr(predict, "MARGIN", 0)  # the margin is what does it
+    monkeypatch.setattr(predict, "margin_of", lambda config: 0)  # the margin is what does it
     assert (predict.predict_probabilities(model, config, image) - whole).abs().max() > 1e-3
 
 
