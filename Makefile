@@ -101,7 +101,7 @@ $(RUNS)/%/config.yaml: FORCE | .venv/installed
 	@mkdir -p $(@D)
 	@$(PY) config.py --config configs/$(*D).yaml $(if $(filter quick,$(PROFILE)),$(call quick,$(*D))) $(OWN) \
 	  --set $(if $(OWN),published_iou=null "name=''",data=$(DATA_DIR)) profile=$(PROFILE) device=$(DEVICE) seed=$(patsubst seed%,%,$(*F)) \
-	  $(SET) > $@.new
+	  $(SET) > $@.new || { rm $@.new; exit 2; }
 	@if cmp -s $@.new $@; then rm $@.new; else \
 	  rm -f $(@D)/last.pt $(@D)/previous.pt $(@D)/summary.json; mv $@.new $@; fi
 FORCE:
@@ -110,7 +110,8 @@ $(RUNS)/%/summary.json: $(RUNS)/%/config.yaml | $(DATA_DIR)
 	$(PY) train.py --config $< --run-dir $(@D) --resume
 
 $(RUNS)/%/testing.json: $(RUNS)/%/summary.json
-	@$(PY) evaluate.py $(@D)/best.pt --json $@ > $@.log && head -n 1 $@.log && rm $@.log
+	@$(PY) evaluate.py $(@D)/best.pt --json $@ > $@.log || { rm $@.log; exit 2; }
+	@head -n 1 $@.log && rm $@.log
 
 define train_target
 train-$(1): $$(call results,$(1))  ## train the $(1) model and test it

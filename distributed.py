@@ -187,7 +187,8 @@ class _Normalise(torch.autograd.Function):
     def forward(
         context: object, x: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # Running statistics it wants to return float32 for bfloat16; a momentum of 0 keeps none.
+        # Running statistics of float32 make it return float32 for bfloat16 as well; with a momentum
+        # of 0 they stay as they are.
         unused = torch.zeros_like(weight), torch.zeros_like(weight)
         mean, var = (row.double() for row in torch.batch_norm_update_stats(x, *unused, 0.0))
         count = torch.full_like(mean, x.numel() / x.shape[1])
