@@ -103,6 +103,7 @@ $(RUNS)/%/config.yaml: FORCE | .venv/installed
 	  --set $(if $(OWN),published_iou=null "name=''",data=$(DATA_DIR)) profile=$(PROFILE) device=$(DEVICE) seed=$(patsubst seed%,%,$(*F)) \
 	  $(SET) > $@.new || { rm $@.new; exit 2; }
 	@if cmp -s $@.new $@; then rm $@.new; else \
+	  test ! -e $@ || echo "$(@D): its settings changed, it starts over"; \
 	  rm -f $(@D)/last.pt $(@D)/previous.pt $(@D)/summary.json; mv $@.new $@; fi
 FORCE:
 

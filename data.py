@@ -4,8 +4,7 @@
     python data.py download --out data/afo [--archive FILE.zip]
     python data.py check data/generated
 
-Where the files lie, what the masks hold and how splits are made say the keys `images` to `resize`
-of configs/default.yaml; a YAML file with those keys is all that another data set needs.
+Where files lie, what masks hold and how splits are made: the keys up to `resize` of default.yaml.
 """
 
 import argparse
@@ -34,6 +33,7 @@ from files import write_atomically
 from generate import SPLITS, generate
 from images import IGNORE, contact_sheet, png, read_pair, thumbnails
 
+SHOWN = 50  # problems that `check` prints
 SAMPLES = 8  # pairs of a split in the picture that `check` draws
 
 
@@ -350,10 +350,11 @@ def check(config: dict, picture: Path | None) -> None:
     if picture and any(shown):
         write_atomically(picture, png(contact_sheet(shown, config["classes"])))
         print(f"samples with their masks: {picture}")
-    for problem in problems:
+    for problem in problems[:SHOWN]:
         print(f"problem: {problem}")
     if problems:
-        raise UserError(f"{root}: {len(problems)} problems, listed above; mend or remove the files")
+        number = f"{len(problems)} problems, {'the first ' * (len(problems) > SHOWN)}listed above"
+        raise UserError(f"{root}: {number}; mend the files or the config")
 
 
 def main() -> None:
