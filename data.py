@@ -33,7 +33,6 @@ from files import write_atomically
 from generate import SPLITS, generate
 from images import IGNORE, contact_sheet, png, read_pair, thumbnails
 
-SHOWN = 50  # problems that `check` prints
 SAMPLES = 8  # pairs of a split in the picture that `check` draws
 
 
@@ -350,11 +349,11 @@ def check(config: dict, picture: Path | None) -> None:
     if picture and any(shown):
         write_atomically(picture, png(contact_sheet(shown, config["classes"])))
         print(f"samples with their masks: {picture}")
-    for problem in problems[:SHOWN]:
+    for problem in problems:
         print(f"problem: {problem}")
     if problems:
-        number = f"{len(problems)} problems, {'the first ' * (len(problems) > SHOWN)}listed above"
-        raise UserError(f"{root}: {number}; mend the files or the config")
+        number = f"{len(problems)} problems, listed above"
+        raise UserError(f"{root}: {number}; mend the files, or the keys that describe them")
 
 
 def main() -> None:
