@@ -50,11 +50,6 @@ summaries = $(foreach name,$(1),$(foreach seed,$(SEEDS),$(RUNS)/$(name)/seed$(se
 # speedrun have their own budget in either profile.
 quick     = $(or $(wildcard configs/quick/$(1).yaml),$(if $(filter overfit/% speedrun,$(1)),,configs/quick.yaml))
 
-# Memory that a step gives back is kept for the next one (glibc), instead of being returned to the
-# system and zeroed again: a tenth of a step of the large models.
-export MALLOC_MMAP_MAX_ := 0
-export MALLOC_TRIM_THRESHOLD_ := 4294967296
-
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:

@@ -4,18 +4,22 @@
 
 Both loops train the same model on the same images at the same batch size. The textbook loop is
 written as people write it: float32, default memory format, a Dataset that decodes PNGs, a
-DataLoader with workers. Ours is the step of train.py. Each round times one after the other, so
-that a machine whose speed drifts slows both; medians with minimum and maximum are printed.
+DataLoader with workers. Ours is that of train.py, the scores of the training images included. Each
+round times one after the other, so that a machine whose speed drifts slows both; medians with
+minimum and maximum are printed.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import resource
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -31,7 +35,7 @@ from errors import UserError, run
 from files import write_atomically
 from images import read_pair
 from losses import weighted_loss
-from metrics import evaluate
+from metrics import confusion_matrix, evaluate
 from model import build_model
 from train import train_step
 
@@ -69,20 +73,81 @@ def textbook_steps(config: dict, device: torch.device) -> Iterator[None]:
         yield
 
 
-def our_steps(
-    images: Tensor, masks: Tensor, config: dict, dtype: torch.dtype, data_seconds: list[float]
-) -> Iterator[None]:
+def our_steps(config: dict, device: torch.device, data_seconds: list[float]) -> Iterator[None]:
     """The loop of train.py; notes in `data_seconds` how long each batch took to make."""
-    model = build_model(config).to(images.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"])
+    split, dtype = load_split(config, "training"), pick_precision(device, config["precision"])
+    images, masks = split.images.to(device), split.masks.to(device)
+    images.amax(), masks.amax()  # as after an epoch: every page of the mapped cache was touched
+    model = build_model(config).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"], fused=True)
+    classes = len(config["classes"])
+    matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     while True:
         for index in torch.randperm(len(images)).split(config["batch_size"])[:-1]:
             started = time.perf_counter()
-            batch = augment(*take_batch(images, masks, index, config), config)
-            synchronise(images.device)
+            batch, mask = augment(*take_batch(images, masks, index, config), config)
+            synchronise(device)
             data_seconds.append(time.perf_counter() - started)
-            train_step(model, optimizer, *batch, config["loss"], dtype, len(index))
+            step = train_step(model, optimizer, batch, mask, config["loss"], dtype, len(index))
+            matrix += confusion_matrix(step[1].argmax(dim=1), mask, classes)
             yield
+
+
+def answer(questions: Connection, ours: bool, config: dict, device_name: str) -> None:
+    """A process with one of the two loops; ends when the other end of `questions` is closed.
+
+    The loops have a process each, so that what train.py arranges for its own (the memory of
+    `pick_device`) serves neither the textbook loop nor its peak of memory.
+
+    Answers "steps", after running `STEPS` of them, with the seconds they took and the seconds of
+    them spent on data; "evaluation" with images/s and the peak of memory so far in MiB.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    data_seconds: list[float] = []
+    if ours:
+        device = pick_device(device_name)
+        loop = our_steps(config, device, data_seconds)
+    else:
+        device = torch.device(device_name)
+        loop = textbook_steps(config, device)
+    next(loop)  # warm-up: memory is taken, kernels are chosen
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while question := questions.recv():
+            data_seconds.clear()
+            if question == "steps":
+                took = seconds(lambda: [next(loop) for _ in range(STEPS)], device)
+                questions.send((took, sum(data_seconds)))
+            else:
+                questions.send(evaluation(config, device))
+
+
+def start(ours: bool, config: dict, device: torch.device) -> Connection:
+    """Start a process with a loop; returns the connection to ask it through."""
+    spawn = torch.multiprocessing.get_context("spawn")  # it inherits nothing of this process
+    here, there = spawn.Pipe()
+    spawn.Process(target=answer, args=(there, ours, config, device.type)).start()
+    there.close()  # in this process, so that a loop that dies is noticed
+    return here
+
+
+def ask(loop: Connection, question: str) -> tuple[float, float]:
+    """What `answer` answers."""
+    try:
+        loop.send(question)
+        return loop.recv()
+    except (EOFError, BrokenPipeError):
+        raise UserError("bench: a loop ended early; the message above says why") from None
+
+
+def evaluation(config: dict, device: torch.device) -> tuple[float, float]:
+    """Images per second of `metrics.evaluate` and the peak of memory so far in MiB."""
+    split, dtype = load_split(config, "training"), pick_precision(device, config["precision"])
+    model = build_model(config).to(device, memory_format=torch.channels_last)
+    n = min(len(split.images), 512)
+    took = seconds(
+        lambda: evaluate(model, split.images[:n], split.masks[:n], config, dtype), device
+    )
+    return n / took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def synchronise(device: torch.device) -> None:
@@ -123,30 +188,23 @@ def bench(name: str, root: Path, rounds: int, device: torch.device) -> dict:
     """Time one model and print its line; returns the figures for the JSON file."""
     config = load_config([Path(__file__).parent / "configs" / f"{name}.yaml"], [f"data={root}"])
     config["crop"] = 0  # whole frames for both
-    dtype = pick_precision(device, config["precision"])
-    split = load_split(config, "training")
-    if len(split.images) < 2 * config["batch_size"]:
+    images = load_split(config, "training").images
+    if len(images) < 2 * config["batch_size"]:
         raise UserError(f"{root}: bench needs {2 * config['batch_size']} training images or more")
-    images, masks = split.images.to(device), split.masks.to(device)
-    data_seconds: list[float] = []
-    textbook = textbook_steps(config, device)
-    ours = our_steps(images, masks, config, dtype, data_seconds)
-
     times: dict[str, list[float]] = {"textbook": [], "ours": [], "peak": [], "peak32": []}
-    for loop in (textbook, ours):
-        next(loop)  # warm-up: memory is taken, kernels are chosen
-    data_seconds.clear()
-    for _ in range(rounds):
-        for key, loop in (("textbook", textbook), ("ours", ours)):
-            times[key].append(seconds(lambda loop=loop: [next(loop) for _ in range(STEPS)], device))
-        times["peak"].append(matmul_gflops(device, torch.bfloat16))
-        times["peak32"].append(matmul_gflops(device, torch.float32))
+    data_seconds = 0.0
+    with start(False, config, device) as textbook, start(True, config, device) as ours:
+        for _ in range(rounds):
+            for key, loop in (("textbook", textbook), ("ours", ours)):
+                took, on_data = ask(loop, "steps")
+                times[key].append(took)
+                data_seconds += on_data
+            times["peak"].append(matmul_gflops(device, torch.bfloat16))
+            times["peak32"].append(matmul_gflops(device, torch.float32))
+        evaluated, memory = ask(ours, "evaluation")
     batch = config["batch_size"] * STEPS
     rate = {key: [batch / t for t in times[key]] for key in ("textbook", "ours")}
     ratios = [t / o for t, o in zip(times["textbook"], times["ours"], strict=True)]
-    model = build_model(config).to(device, memory_format=torch.channels_last)
-    n = min(len(images), 256)
-    evaluation = seconds(lambda: evaluate(model, images[:n], masks[:n], config, dtype), device)
     gflops = training_gflop(config, images.shape[2:]) * statistics.median(rate["ours"])
     result = {
         "name": name,
@@ -156,9 +214,9 @@ def bench(name: str, root: Path, rounds: int, device: torch.device) -> dict:
         "gflop_per_s": gflops,
         "share_of_bf16_peak": gflops / statistics.median(times["peak"]),
         "share_of_fp32_peak": gflops / statistics.median(times["peak32"]),
-        "data_share": sum(data_seconds) / sum(times["ours"]),
-        "evaluation_images_per_s": n / evaluation,
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "data_share": data_seconds / sum(times["ours"]),
+        "evaluation_images_per_s": evaluated,
+        "peak_memory_mib": memory,
     }
     print(
         f"{name:<9}{middle(rate['textbook']):>16}{middle(rate['ours']):>16}"
