@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import json
 import os
-import resource
 import signal
 import statistics
 import time
@@ -30,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from augment import augment, take_batch
 from config import load_config
 from data import find_pairs, load_split
-from device import pick_device, pick_precision
+from device import peak_memory_mib, pick_device, pick_precision
 from errors import UserError, run
 from files import write_atomically
 from images import read_pair
@@ -147,7 +146,7 @@ def evaluation(config: dict, device: torch.device) -> tuple[float, float]:
     took = seconds(
         lambda: evaluate(model, split.images[:n], split.masks[:n], config, dtype), device
     )
-    return n / took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return n / took, peak_memory_mib()
 
 
 def synchronise(device: torch.device) -> None:

@@ -31,7 +31,7 @@ from download import download
 from errors import UserError, run
 from files import write_atomically
 from generate import SPLITS, generate
-from images import IGNORE, contact_sheet, png, read_pair, thumbnails
+from images import IGNORE, contact_sheet, legend, png, read_pair, thumbnails
 
 SAMPLES = 8  # pairs of a split in the picture that `check` draws
 
@@ -347,12 +347,12 @@ def check(config: dict, picture: Path | None) -> None:
         print("resized to {1}×{0}".format(*config["resize"]) + " for training and evaluation")
     problems = list(dict.fromkeys(problems))  # a missing folder is found once for each split
     if picture and any(shown):
-        write_atomically(picture, png(contact_sheet(shown, config["classes"])))
+        write_atomically(picture, png(contact_sheet(shown, legend(config))))
         print(f"samples with their masks: {picture}")
     for problem in problems:
         print(f"problem: {problem}")
     if problems:
-        number = f"{len(problems)} problems, listed above"
+        number = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}, listed above"
         raise UserError(f"{root}: {number}; mend the files, or the keys that describe them")
 
 

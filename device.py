@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,12 @@ def pick_precision(device: torch.device, name: str) -> torch.dtype:
 def _cpu_capabilities() -> dict:
     """What the processor can do; empty in older releases, where precision=bfloat16 forces it."""
     return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def peak_memory_mib() -> float:
+    """The most memory that this process has had resident, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, else KiB
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -79,19 +79,14 @@ def evaluate_checkpoint(path: Path, data: str | None, split: str, device_name: s
     }
 
 
-def read_json(path: Path) -> object:
-    """Parse a JSON file that this project wrote; UserError if it is missing or damaged."""
+def read_results(path: Path, needed: tuple[str, ...] = RESULT_KEYS) -> list[dict]:
+    """Read the rows that --json wrote, or a summary; UserError if the file holds anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such results; `make report` makes them") from None
     except (OSError, ValueError):
         raise UserError(f"{path}: cannot be read as JSON; remove it and run make again") from None
-
-
-def read_results(path: Path, needed: tuple[str, ...] = RESULT_KEYS) -> list[dict]:
-    """Read the rows that --json wrote, or a summary; UserError if the file holds anything else."""
-    rows = read_json(path)
     rows = rows if isinstance(rows, list) else [rows]
     if not rows or not all(
         isinstance(row, dict) and all(key in row for key in needed) for row in rows
@@ -169,7 +164,8 @@ def comparison_table(rows: list[dict]) -> str:
 
     several = max(len(group) for group in by_name.values()) > 1
     header = ["model", "parameters", "images seen", "training", "accuracy", "mean Dice", "mean IoU"]
-    header += [*classes, "dead classes", "lab IoU"] + (["n"] if several else [])
+    from_lab = any(row.get("published_iou") is not None for row in rows)
+    header += [*classes, "dead classes"] + ["lab IoU"] * from_lab + ["n"] * several
     lines = [header]
     for name, group in by_name.items():
         dead = sorted({d for row in group for d in row["dead_classes"]}, key=classes.index)
@@ -184,8 +180,8 @@ def comparison_table(rows: list[dict]) -> str:
                 mean(group, "mean_iou", spread=True),
                 *(mean([row["per_class_iou"] for row in group], name) for name in classes),
                 ", ".join(dead) or "none",
-                f"{published:.4f}" if published is not None else "–",
-                *([str(len(group))] if several else []),
+                *["–" if published is None else f"{published:.4f}"] * from_lab,
+                *[str(len(group))] * several,
             ]
         )
     text = [

@@ -1,15 +1,18 @@
 """What a run shows of itself: events for TensorBoard, a line an epoch for the terminal."""
 
+import functools
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid
 
 from augment import to_float
 from device import autocast
-from images import GREY, colourise
+from errors import UserError
+from images import colourise, contact_sheet, legend
 
 PICTURES = 4  # frames
 CURES = (
@@ -23,25 +26,38 @@ def prediction_pictures(
 ) -> Tensor:
     """(3, H, W) uint8: image, truth and prediction of a few frames, the same ones every time.
 
+    Under a legend of the classes, a frame a row.
+
     Args:
         model: in evaluation mode.
         images: (M, channels, H, W) uint8; masks: (M, H, W) uint8, where the model is.
-        config: for `classes`.
+        config: for `classes` and `ignore`.
         dtype: autocast dtype.
     """
     shown = torch.linspace(0, len(images) - 1, PICTURES).long()
     images, masks = images[shown], masks[shown]
     with torch.inference_mode(), autocast(images.device, dtype):
         predictions = model(to_float(images)).argmax(dim=1)
-    tiles = []
-    for image, *maps in zip(images.cpu(), masks.cpu(), predictions.cpu(), strict=True):
-        tiles.append(image[:3].expand(3, -1, -1))
-        tiles += [colourise(indices, config["classes"]) for indices in maps]
-    return make_grid(tiles, nrow=3, padding=4, pad_value=GREY)
+    classes, rows = config["classes"], []
+    for image, mask, predicted in zip(images.cpu(), masks.cpu(), predictions.cpu(), strict=True):
+        pictures = {
+            "image": image[:3].expand(3, -1, -1),
+            "truth": colourise(mask, classes),
+            "prediction": colourise(predicted, classes),
+        }
+        rows.append([(caption, [picture]) for caption, picture in pictures.items()])
+    return contact_sheet(rows, legend(config))
 
 
 def open_events(run_dir: Path, first_epoch: int) -> SummaryWriter:
     """A writer of TensorBoard events whose epochs from `first_epoch` on replace earlier ones."""
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        # The next call of the writer raises what its thread could not write: once is enough.
+        if not isinstance(failed.exc_value, OSError):
+            threading.__excepthook__(failed)
+
+    threading.excepthook = hook
     events = SummaryWriter(run_dir, purge_step=first_epoch)
     charts = {
         chart: ["Multiline", [f"{chart}/training", f"{chart}/validation"]]
@@ -51,8 +67,25 @@ def open_events(run_dir: Path, first_epoch: int) -> SummaryWriter:
     return events
 
 
+def _in_one_line(write: Callable[..., None]) -> Callable[..., None]:
+    """Make a full disk, which TensorBoard tells as OSError, the user's error that it is."""
+
+    @functools.wraps(write)
+    def checked(events: SummaryWriter, *args: object) -> None:
+        try:
+            write(events, *args)
+        except OSError as error:
+            raise UserError(
+                f"{events.log_dir}/events.out.tfevents…: cannot be written ({error.strerror}); "
+                "make room, or write elsewhere"
+            ) from None
+
+    return checked
+
+
+@_in_one_line
 def log_hyperparameters(events: SummaryWriter, config: dict, best: dict) -> None:
-    """Put a finished run into the HParams tab: its config beside what it reached."""
+    """Put a finished run into the HParams tab, its config beside what it reached; closes events."""
     values = {
         key: value if isinstance(value, (bool, int, float, str)) else str(value)
         for key, value in config.items()
@@ -66,8 +99,10 @@ def log_hyperparameters(events: SummaryWriter, config: dict, best: dict) -> None
     # In the run's own folder, not one below it; a step behind the last epoch, which is where a run
     # that is resumed just before its end starts to replace events.
     events.add_hparams(values, reached, run_name=".", global_step=config["epochs"] + 1)
+    events.close()
 
 
+@_in_one_line
 def log(events: SummaryWriter, entry: dict, pictures: Tensor) -> None:
     """Write the scalars and pictures of an epoch for TensorBoard."""
     for split in ("training", "validation"):

@@ -80,9 +80,9 @@ def stopped(history: list[dict], epochs: int, rate: float) -> Finding | None:
     return Finding(
         f"The run stopped after {len(history)} of {epochs} epochs",
         f"metrics.jsonl holds {len(history)} of {epochs} epochs, and no process trains here now.",
-        "The last line that the run printed says why. If the loss was nan or inf: learning_rate: "
-        f"{rate / 10:g} instead of {rate:g}. If it was interrupted: the same make again, or "
-        "train.py with --resume, goes on where it was.",
+        "The last line that the run printed says why. If it was interrupted: the same make again, "
+        "or train.py with --resume, goes on where it was. If the loss was nan or inf: "
+        f"learning_rate: {rate / 10:g} instead of {rate:g}.",
         partial(_curves, history=history) if history else None,
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
@@ -199,33 +199,44 @@ def overlay(image: Tensor, mask: Tensor, classes: dict[str, list[int]]) -> Tenso
     return torch.where(mask > 0, mixed, rgb.int()).to(torch.uint8)
 
 
+def legend(config: dict) -> dict[str, list[int]]:
+    """Name → colour of all that a picture of masks may show: the classes, and pixels ignored."""
+    return config["classes"] | ({"ignored": [GREY] * 3} if config["ignore"] else {})
+
+
 def contact_sheet(
-    rows: list[list[tuple[str, list[Tensor]]]], classes: dict[str, list[int]]
+    rows: list[list[tuple[str, list[Tensor]]]], colours: dict[str, list[int]]
 ) -> Tensor:
-    """Pictures of any size in rows, under a legend of the classes.
+    """Pictures of any size in rows, under a legend.
 
     Args:
         rows: of cells: a caption and the (3, H, W) uint8 pictures below it, see `thumbnails`; each
             is fitted into a square of `SIDE`.
-        classes: name → colour.
+        colours: name → colour, for the legend.
 
     Returns:
         (3, height, width) uint8.
     """
     gap, line = 6, 14  # pixels between pictures, and of a line of text
-    columns = max(4, *(len(row) for row in rows))
+    columns = max(3, *(len(row) for row in rows))
     row_height = line + gap + (SIDE + 3) * max(len(cell[1]) for row in rows for cell in row)
-    width, height = gap + columns * (SIDE + gap), 2 * line + len(rows) * row_height
-    sheet = Image.new("RGB", (width, height), "white")
+    width = gap + columns * (SIDE + gap)
+    x, y, places = gap, gap, {}  # of the names in the legend, in as many lines as they need
+    for name in colours:
+        length = 14 + int(ImageFont.load_default().getlength(" ".join(name.split()))) + 3 * gap
+        if x > gap and x + length > width:
+            x, y = gap, y + line + gap
+        places[name] = (x, y)
+        x += length
+    first = y + 2 * line - gap  # where the rows begin
+    sheet = Image.new("RGB", (width, first + len(rows) * row_height), "white")
     draw = ImageDraw.Draw(sheet)
-    x = gap
-    for name, colour in classes.items():
-        draw.rectangle((x, gap, x + 10, gap + 10), fill=tuple(colour), outline="black")
-        draw.text((x + 14, gap - 1), " ".join(name.split()), fill="black")
-        x += 14 + int(draw.textlength(" ".join(name.split()))) + 3 * gap
+    for name, (x, y) in places.items():
+        draw.rectangle((x, y, x + 10, y + 10), fill=tuple(colours[name]), outline="black")
+        draw.text((x + 14, y - 1), " ".join(name.split()), fill="black")
     for r, row in enumerate(rows):
         for c, (caption, pictures) in enumerate(row):
-            left, top = gap + c * (SIDE + gap), 2 * line + r * row_height
+            left, top = gap + c * (SIDE + gap), first + r * row_height
             caption = " ".join(caption.split())  # a line break cannot be drawn
             while draw.textlength(caption) > SIDE:  # the end of a name tells more than its start
                 caption = "…" + caption[2:]

@@ -132,8 +132,9 @@ def comparison(models: dict[str, list[Run]], tested: dict, pictures: Path) -> Bl
     iou, dice, accuracy = (
         f"{background[key]:.4f}" for key in ("mean_iou", "mean_dice", "pixel_accuracy")
     )
-    top = [background["name"], iou, "–", "", "–", dice, accuracy]
-    top += [", ".join(background["dead_classes"]), "–", "0", "0", "–"]
+    cells = {"": background["name"], "test mean IoU": iou, "mean Dice": dice, "accuracy": accuracy}
+    cells |= {"mark": "", "dead classes": ", ".join(background["dead_classes"])}
+    top = [cells.get(key, "–") for key in header]
     blocks: Blocks = [("h2", "The models compared"), ("table", header, [top, *rows]), ("p", RULE)]
     if not any(row[3] for row in rows):
         blocks.append(("p", "No row is marked: no lead here lies beyond seed noise as defined."))

@@ -70,8 +70,14 @@ def table(groups: dict[str, list[Run]], split: str, columns: dict[str, object]) 
     Args:
         groups: label → runs.
         split: "testing" or "validation": whose mean IoU is shown.
-        columns: header → function of the runs of an experiment to the text of a cell.
+        columns: header → function of the runs of an experiment to the text of a cell; a column
+            with nothing but "–" is left out.
     """
+    columns = {
+        key: column
+        for key, column in columns.items()
+        if any(column(runs) != "–" for runs in groups.values())
+    }
     stats = {name: of(runs, "mean_iou", split) for name, runs in groups.items()}
     best = best_of(stats)
     scored = f"{split.removesuffix('ing')} mean IoU"

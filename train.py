@@ -12,7 +12,6 @@ resumed run needs no saved random state to go on as if it had never stopped.
 import argparse
 import json
 import math
-import resource
 import sys
 import time
 from pathlib import Path
@@ -33,7 +32,7 @@ from checkpoint import (
 )
 from config import add_arguments, check_sizes, dump, load_config
 from data import limit, load_split
-from device import autocast, environment, pick_device, pick_precision
+from device import autocast, environment, peak_memory_mib, pick_device, pick_precision
 from errors import UserError, catch_signals
 from events import log, log_hyperparameters, open_events, prediction_pictures, report
 from files import write_atomically
@@ -84,7 +83,6 @@ def finish(run_dir: Path, config: dict, history: list[dict], events: SummaryWrit
     """
     best = max(history, key=lambda entry: entry["validation"]["mean_iou"])
     log_hyperparameters(events, config, best)
-    events.close()
     cost = {key: history[-1][key] for key in ("images_seen", "train_seconds")}
     checkpoint = load_checkpoint(run_dir / "best.pt", torch.device("cpu"))
     save_checkpoint(run_dir / "best.pt", checkpoint | {"cost": cost})
@@ -94,7 +92,7 @@ def finish(run_dir: Path, config: dict, history: list[dict], events: SummaryWrit
         "best_epoch": best["epoch"],
         "training": best["training"],
         "validation": best["validation"],
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mib": peak_memory_mib(),
     }
     write_atomically(run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     print(

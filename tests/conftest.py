@@ -1,9 +1,10 @@
 """What all test files share: a small data set and a way to run a script as a user does."""
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # One thread, here and in the scripts that tests start: networks this small gain nothing from more,
@@ -13,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 
 # after the line above, which torch reads as it starts
+import errors
 from config import load_config
 from generate import generate
 
@@ -41,3 +43,28 @@ def script() -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
     return run
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
+    """`call(main, *arguments)`: a script's main in this process: (exit code, stdout, stderr)."""
+
+    def run(main: Callable[[], None], *args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, args)])
+        code = 0
+        try:
+            errors.run(main)
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """Training in this process catches signals, which the tests after it must not."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -1,9 +1,8 @@
 """Tests of doctor.py: runs made sick on purpose are recognised, healthy ones give no alarm."""
 
 import shutil
-import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -79,17 +78,6 @@ def named(run_dir: Path) -> dict[str, findings.Finding]:
     found, _ = doctor.diagnose(run_dir, torch.device("cpu"))
     assert tuple(found) == doctor.ORDER
     return {name: finding for name, finding in found.items() if finding}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_and_own_signals() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

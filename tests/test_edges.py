@@ -9,8 +9,6 @@ import math
 import os
 import resource
 import shutil
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,15 +43,6 @@ def make_set(root: Path, masks: list[np.ndarray]) -> Path:
 def config_of(data: Path, *overrides: str) -> dict:
     values = [f"data={data}", "device=cpu", "precision=float32", "batch_size=2", "epochs=2"]
     return load_config([ROOT / "configs/default.yaml"], [*values, *SHALLOW, *overrides])
-
-
-@pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
-    """Training in this process catches signals, which the tests after it must not."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def run(config: dict, folder: Path) -> dict:

@@ -1,9 +1,9 @@
 """Tests of evaluate.py: right numbers in table and JSON, right statistics, unfit files refused."""
 
+import functools
 import json
 import os
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import errors
 import evaluate
 from checkpoint import save_checkpoint
 from config import load_config
@@ -55,20 +54,9 @@ def checkpoints(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
+def run(call: Callable) -> Callable:
     """Call evaluate.py as its command line does: (exit code, stdout, stderr)."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        arguments = ["evaluate.py", "--device", "cpu", *map(str, args)]
-        monkeypatch.setattr(sys, "argv", arguments)
-        code = 0
-        try:
-            errors.run(evaluate.main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
+    return functools.partial(call, evaluate.main, "--device", "cpu")
 
 
 def refused(result: tuple[int, str, str], *parts: str) -> None:

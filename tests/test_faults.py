@@ -42,15 +42,6 @@ def tiny(data: Path, *overrides: str) -> dict:
     return load_config([ROOT / "configs/default.yaml"], [*TINY, f"data={data}", *overrides])
 
 
-@pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
-    """Training in this process catches signals, which the tests after it must not."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def box(tmp_path: Path) -> Box:
     return Box(tmp_path)
@@ -243,16 +234,18 @@ def test_full_disk_while_a_checkpoint_is_written(trained: tuple, small_files: Ca
     load_checkpoint(box.run / "previous.pt", CPU)
 
 
-def test_full_disk_while_training(box: Box) -> None:
-    """As a user sees it: one line, and what was saved before is whole."""
-    train_module.train(tiny(box.set, "epochs=1"), box.run, resume=False)
-    size = (box.run / "last.pt").stat().st_size
+@pytest.mark.parametrize(("width", "name"), [(4, "events.out.tfevents"), (64, "last.pt")])
+def test_full_disk_while_training(box: Box, width: int, name: str) -> None:
+    """As a user sees it: one line. The largest file of such a run is the one that has no room."""
+    config = tiny(box.set, "epochs=1", f"encoder=[[{width}, 3]]")
+    train_module.train(config, box.run, resume=False)
+    largest = max(path.stat().st_size for path in box.run.glob(f"{name}*"))
     shutil.rmtree(box.run)
-    process = start(box.run, tiny(box.set, "epochs=1"), preexec_fn=limited(size // 2))
+    process = start(box.run, config, preexec_fn=limited(largest - 1))
     output, error = process.communicate()
     assert process.returncode == 2, error
     [line] = error.splitlines()
-    assert line.startswith(f"error: {box.run}/") and "cannot be written (" in line
+    assert line.startswith(f"error: {box.run / name}") and "cannot be written (" in line
     assert "Traceback" not in output and not list(box.run.glob("*.partial"))
 
 

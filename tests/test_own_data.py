@@ -305,7 +305,7 @@ def test_an_unpaired_file_is_one_problem(tmp_path: Path, capsys) -> None:
     for number, path in enumerate(sorted((tmp_path / "image").iterdir())):
         save(path, np.full((8, 8), number, np.uint8))
     (tmp_path / "mask/patient3_1.png").unlink()
-    assert "1 problems" in message_of(check, config, None)
+    assert "1 problem, listed above" in message_of(check, config, None)
     assert "patient3_1.png: has no mask" in capsys.readouterr().out
 
 

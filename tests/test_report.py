@@ -4,7 +4,6 @@ import itertools
 import json
 import re
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 import collect
-import errors
 import figures
 import report
 import tables
@@ -64,20 +62,14 @@ def write_run(runs: Path, data: Path, experiment: str, seed: int, iou: float, **
 
 
 @pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
+def make(call: Callable) -> Callable:
     """`make(runs, out)` calls report.py as its command line does: (exit code, stderr)."""
 
-    def call(runs: Path, out: Path) -> tuple[int, str]:
-        argv = ["report.py", "--runs", str(runs), "--out", str(out), "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", argv)
-        code = 0
-        try:
-            errors.run(report.main)
-        except SystemExit as end:
-            code = end.code
-        return code, capsys.readouterr().err
+    def run(runs: Path, out: Path) -> tuple[int, str]:
+        code, _, error = call(report.main, "--runs", runs, "--out", out, "--device", "cpu")
+        return code, error
 
-    return call
+    return run
 
 
 # ---- statistics
