@@ -244,7 +244,6 @@ def main() -> None:
         f"{'of fp32':>8}{'data':>7}{'evaluation':>12}{'peak MiB':>10}"
     )
     results = [bench(name, args.data, args.rounds, device) for name in args.models]
-    args.json.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.json, (json.dumps(results, indent=2) + "\n").encode())
     print(f"written to {args.json}; 'of bf16' and 'of fp32' are shares of the matmul peak here")
 

@@ -129,13 +129,13 @@ def clear_run(run_dir: Path) -> None:
         events.unlink()
 
 
-def restore_model(checkpoint: dict, device: torch.device) -> nn.Module:
-    """The trained model of a checkpoint, in evaluation mode."""
+def restore_model(checkpoint: dict, path: Path, device: torch.device) -> nn.Module:
+    """The trained model of a checkpoint, read from `path`, in evaluation mode."""
     try:
         model = build_model(checkpoint["config"])
         model.load_state_dict(checkpoint["model"])
     except (KeyError, RuntimeError):
         raise UserError(
-            "the checkpoint was made by another version of this project; train it again"
+            f"{path}: was made by another version of this project; train it again"
         ) from None
     return model.to(device, memory_format=torch.channels_last).eval()

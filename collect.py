@@ -49,6 +49,17 @@ def read_json(path: Path, needed: tuple[str, ...], lines: bool = False) -> list[
     return objects
 
 
+def run_config(run_dir: Path) -> dict:
+    """The config of a run; UserError if it is not there, damaged, or of other keys than today's."""
+    try:
+        return load_config([run_dir / "config.yaml"], [])
+    except UserError as error:
+        raise UserError(
+            f"{error}; if another version of the project made this run, remove its folder and make "
+            "it again"
+        ) from None
+
+
 def find_runs(root: Path) -> tuple[dict[str, list[Run]], list[str]]:
     """Read every run below a folder.
 
@@ -75,7 +86,7 @@ def find_runs(root: Path) -> tuple[dict[str, list[Run]], list[str]]:
             experiment,
             int(folder.name[4:]),
             folder,
-            load_config([folder / "config.yaml"], []),
+            run_config(folder),
             read_json(folder / "environment.json", ("device", "threads", "precision", "torch"))[0],
             read_json(folder / "metrics.jsonl", ("epoch", "training", "validation"), lines=True),
             read_json(folder / "summary.json", ("images_seen", "train_seconds", "validation"))[0],

@@ -28,7 +28,7 @@ CHOICES = {
     "precision": ("auto", "float32", "bfloat16"),
     "in_channels": (1, 3, 4),
 }
-# Inclusive ranges; what they leave open is checked in `validate`.
+# Inclusive ranges; what they leave open is checked in `load_config`.
 RANGES = {
     "published_iou": (0, 1),
     "dropout": (0, 0.99),
@@ -197,7 +197,7 @@ def _fit_structure(config: dict) -> None:
         raise UserError(f"blur_kernel: must be odd, is {config['blur_kernel']}")
 
 
-def _fit_data(config: dict) -> None:
+def _fit_data(config: dict, default: dict) -> None:
     """Check the keys that say where the files lie and what masks hold; UserError names the key."""
     for key in ("images", "masks"):
         pattern = config[key]
@@ -208,11 +208,21 @@ def _fit_data(config: dict) -> None:
             )
     if ("{split}" in config["images"]) != ("{split}" in config["masks"]):
         raise UserError("images, masks: name {split} in both, or in neither")
+    if "{split}" not in config["images"] and config["group"] == default["group"]:
+        raise UserError(
+            "group: splits are drawn, so say what in a name stays together, as in '^[^_]+' (all "
+            "before the first _), or '' if each image is by itself"
+        )
     if config["images"] == config["masks"]:
         raise UserError("images, masks: are the same; name where the masks are")
     names = config["split_folders"]
     plain = all(isinstance(n, str) and n and not set("*?[]") & set(n) for n in names)
-    if len(names) != 3 or not plain or len({*names}) < 3 or any(n[0] == "/" for n in names):
+    if (
+        len(names) != 3
+        or not plain
+        or any(n[0] == "/" for n in names)
+        or len({*map(Path, names)}) < 3
+    ):
         raise UserError("split_folders: must be three folder names, as in [train, val, test]")
     if min(config["split_shares"]) <= 0:
         raise UserError("split_shares: must be positive")
@@ -291,7 +301,7 @@ def load_config(paths: list[Path], overrides: list[str]) -> dict:
         if config[key] is not None and not low <= config[key] <= high:
             raise UserError(f"{key}: is {config[key]}; must be from {low:g} to {high:g}")
     _fit_structure(config)
-    _fit_data(config)
+    _fit_data(config, default)
     return config
 
 

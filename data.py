@@ -80,9 +80,10 @@ def find_pairs(config: dict, split: str) -> tuple[list[Pair], list[str]]:
     for pattern in patterns:
         fixed = itertools.takewhile(lambda part: "*" not in part, Path(pattern).parts)
         for place in (root, root.joinpath(*fixed)):
-            if not place.is_dir():
-                where = "the keys `data`, `images`, `masks` say where your own are"
-                return [], [f"{place}: no such folder; `make data` makes the lab's, {where}"]
+            if not (place.is_dir() and os.access(place, os.R_OK | os.X_OK)):
+                where = "make data` or `make data DATA=afo`; your own are where the keys `data`, "
+                where = f"no such folder, or not readable; the lab's comes by `{where}`images` and "
+                return [], [f"{place}: {where}`masks` say"]
         name_of = re.compile(re.escape(pattern).replace(r"\*", "([^/]+)"))
         # Names that start with a dot are not data: macOS leaves such a file beside each.
         paths = [path for path in sorted(root.glob(pattern)) if not path.name.startswith(".")]
@@ -214,7 +215,7 @@ def limit(split: Split, groups: int, images: int) -> Split:
     Args:
         groups, images: 0 means no limit.
     """
-    first = sorted(set(split.groups))[: groups or None]
+    first = set(sorted(set(split.groups))[: groups or None])
     chosen = torch.tensor([i for i, group in enumerate(split.groups) if group in first])
     if 0 < images < len(chosen):
         chosen = chosen[torch.linspace(0, len(chosen) - 1, images).long()]
@@ -263,7 +264,7 @@ def _build_cache(cache: Path, pairs: list[Pair], config: dict) -> None:
                 )
             images.write(image.transpose(2, 0, 1).tobytes())
             masks.write(mask.tobytes())
-            digest.update(line.encode())
+            digest.update(os.fsencode(line))
     (partial / "digest").write_text(digest.hexdigest())
     partial.rename(cache)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import findings
 import findings_data
 from checkpoint import load_checkpoint, restore_model
-from collect import read_json
+from collect import read_json, run_config
 from config import load_config
 from data import Split, find_pairs, limit, load_split
 from device import pick_device
@@ -32,7 +32,7 @@ from metrics import evaluate, scores
 SAMPLE = 200  # images of a split that are looked at, spread evenly: seconds on a processor
 # The findings by the names of their figures, worst first, and what explains another before it.
 ORDER = (
-    *("loss-not-finite", "unreadable-data", "dark-images", "empty-masks", "rare-foreground"),
+    *("unreadable-data", "dark-images", "empty-masks", "rare-foreground"),
     *("channel-order", "swapped-masks", "stopped", "dead-classes", "learning-rate-too-high"),
     *("loss-not-moving", "overfitting", "too-few-steps"),
 )
@@ -56,17 +56,15 @@ def diagnose(run_dir: Path, device: torch.device) -> tuple[dict[str, Finding | N
             f"{run_dir}: is no run, it has no config.yaml; give a folder that train.py wrote, as "
             "in runs/generated/quick/tuned/seed0"
         )
-    config, history = load_config([run_dir / "config.yaml"], []), []
+    config, history = run_config(run_dir), []
     if (run_dir / "metrics.jsonl").exists():
         needed = ("epoch", "images_seen", "training", "validation")
         history = read_json(run_dir / "metrics.jsonl", needed, lines=True)
     rate, epochs = config["learning_rate"], config["epochs"]
     found: dict[str, Finding | None] = dict.fromkeys(ORDER)
 
-    found["loss-not-finite"] = findings.not_finite(history, rate)
-    if not found["loss-not-finite"] and not is_training(run_dir):
+    if not is_training(run_dir):
         found["stopped"] = findings.stopped(history, epochs, rate)
-    history = findings.finite(history)
     best = max(history, key=lambda entry: entry["validation"]["mean_iou"], default=None)
 
     splits = {}
@@ -143,10 +141,7 @@ def of_the_checkpoint(
     for key in ("classes", "in_channels"):
         if checkpoint["config"][key] != config[key]:
             raise UserError(f"{path}: was trained with another {key} than config.yaml; train again")
-    try:
-        model = restore_model(checkpoint, device)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    model = restore_model(checkpoint, path, device)
 
     classes = list(config["classes"])
     order = [2, 1, 0, 3][: config["in_channels"]]
@@ -227,6 +222,10 @@ def main() -> None:
         seen = {"evidence": finding.evidence, "try": advice}
         for label, text in (seen | ({"figure": str(path)} if finding.draw else {})).items():
             print(_wrapped(f"{label + ':':<10}{text}"))
+    if number:
+        print(
+            '\nto try a key: make train-NAME RUNS=runs/try SET="key=value"; it wins over every file'
+        )
 
 
 def _wrapped(text: str) -> str:

@@ -1,5 +1,6 @@
 """The one exception for mistakes a user can mend, and how a script ends."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -10,15 +11,36 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; report a `UserError` as one line on stderr with exit code 2, Ctrl-C with 130."""
+    """Call `main`; report what a user can mend as one line on stderr with exit code 2.
+
+    That is a `UserError`, what the operating system refuses, and memory that does not suffice.
+    Ctrl-C ends with code 130, a reader that closed the pipe, as `head` does, with 1 and no word.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a name, or a ×, that the terminal has no letter for
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()  # here, where a closed pipe is caught
+        return
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        text = str(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes as it ends
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        text = f"{error.filename}: {error.strerror}"
+    except (MemoryError, RuntimeError) as error:  # PyTorch's own, and that of its allocator
+        first = (str(error).splitlines() or ["MemoryError"])[0]
+        if "memory" not in first.lower():
+            raise
+        text = f"out of memory: lower batch_size or crop, or use smaller images ({first[:200]})"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)
 
 
 def catch_signals() -> list[int]:

@@ -24,11 +24,11 @@ from metrics import evaluate, scores
 from model import count_parameters
 
 RESULT_KEYS = (
-    *("name", "checkpoint", "data", "split", "images", "digest", "profile", "parameters"),
+    *("name", "seed", "checkpoint", "data", "split", "images", "digest", "profile", "parameters"),
     *("pixel_accuracy", "mean_dice", "mean_iou", "per_class_iou", "dead_classes"),
     "confusion_matrix",
 )
-SUMMARY_KEYS = ("name", "images_seen", "training", "validation")
+SUMMARY_KEYS = ("name", "seed", "images_seen", "training", "validation")
 
 
 def evaluate_checkpoint(path: Path, data: str | None, split: str, device_name: str) -> dict:
@@ -51,13 +51,12 @@ def evaluate_checkpoint(path: Path, data: str | None, split: str, device_name: s
     config = checkpoint["config"]
     data = data or config["data"]
     loaded = load_split(config | {"data": data}, split)
-    try:
-        model = restore_model(checkpoint, device)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    model = restore_model(checkpoint, path, device)
     dtype = pick_precision(device, config["precision"])
     started = time.perf_counter()
     matrix, _ = evaluate(model, loaded.images, loaded.masks, config, dtype)
+    if not matrix.any():
+        raise UserError(f"{data}: ignore: leaves no pixel of the {split} split")
     seconds = time.perf_counter() - started
     print(f"{path}: {len(loaded.names)} images of {data}/{split} in {seconds:.1f} s", flush=True)
     return {
@@ -115,8 +114,11 @@ def goal_line(rows: list[dict], goal: float) -> str:
     """In words: which runs reached a mean IoU, and after how much training.
 
     Raises:
-        UserError: one of them did not.
+        UserError: one of them did not, or is not finished.
     """
+    for row in rows:
+        if row["train_seconds"] is None:
+            raise UserError(f"{row['checkpoint']}: is not the best.pt of a finished run")
     runs = [f"{r['mean_iou']:.4f} in {r['train_seconds']:.1f} s (seed {r['seed']})" for r in rows]
     reached = sum(row["mean_iou"] >= goal for row in rows)
     text = f"mean IoU of {goal} reached by {reached} of {len(rows)} runs: {', '.join(runs)}"
@@ -124,6 +126,30 @@ def goal_line(rows: list[dict], goal: float) -> str:
         raise UserError(text)
     seconds = statistics.median(row["train_seconds"] for row in rows)
     return f"{text}; median {seconds:.1f} s of training"
+
+
+def by_experiment(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows of each experiment, one a seed.
+
+    Runs of one name and one seed are different experiments, made with other settings: the folder
+    that holds the seeds tells them apart, or else the file.
+
+    Args:
+        rows: with name, seed and checkpoint (the path of the file they are of).
+    """
+    experiments: dict[str, list[dict]] = {}
+    for name in dict.fromkeys(row["name"] for row in rows):
+        group = [row for row in rows if row["name"] == name]
+        paths = [Path(row["checkpoint"]) for row in group]
+        labels = [name] * len(group)
+        for more in ([path.parent.parent for path in paths], paths):
+            if len({(label, row["seed"]) for label, row in zip(labels, group, strict=True)}) < len(
+                group
+            ):
+                labels = [f"{name} ({place})" for place in more]
+        for label, row in zip(labels, group, strict=True):
+            experiments.setdefault(label, []).append(row)
+    return experiments
 
 
 def background_only(row: dict) -> dict:
@@ -154,20 +180,19 @@ def comparison_table(rows: list[dict]) -> str:
                     f"{first['checkpoint']} is {value}; such rows cannot share a table, give them "
                     "apart"
                 )
-    by_name: dict[str, list[dict]] = {}
-    for row in [background_only(first), *rows]:
-        by_name.setdefault(row["name"], []).append(row)
+    nothing = background_only(first)
+    experiments = {nothing["name"]: [nothing], **by_experiment(rows)}
     classes = list(first["per_class_iou"])
 
     def mean(rows: list[dict], key: str, form: str = "{:.4f}", spread: bool = False) -> str:
         return show(over_seeds([row.get(key) for row in rows]), form, spread)
 
-    several = max(len(group) for group in by_name.values()) > 1
+    several = max(map(len, experiments.values())) > 1
     header = ["model", "parameters", "images seen", "training", "accuracy", "mean Dice", "mean IoU"]
     from_lab = any(row.get("published_iou") is not None for row in rows)
     header += [*classes, "dead classes"] + ["lab IoU"] * from_lab + ["n"] * several
     lines = [header]
-    for name, group in by_name.items():
+    for name, group in experiments.items():
         dead = sorted({d for row in group for d in row["dead_classes"]}, key=classes.index)
         published = group[0].get("published_iou")
         lines.append(
@@ -191,8 +216,7 @@ def comparison_table(rows: list[dict]) -> str:
     ]
     text.append(
         f"High accuracy is not good performance: predicting {classes[0]} everywhere has accuracy "
-        f"{by_name[lines[1][0]][0]['pixel_accuracy']:.3f} and mean IoU "
-        f"{by_name[lines[1][0]][0]['mean_iou']:.3f}."
+        f"{nothing['pixel_accuracy']:.3f} and mean IoU {nothing['mean_iou']:.3f}."
     )
     return "\n".join(text)
 
@@ -201,14 +225,12 @@ def validation_table(summaries: list[dict]) -> str:
     """Runs by validation mean IoU, best first: mean ± standard deviation over the seeds.
 
     Args:
-        summaries: what train.py writes as summary.json; the test split has no part in them.
+        summaries: what train.py writes as summary.json, with its path as `checkpoint`; the test
+            split has no part in them.
     """
-    by_name: dict[str, list[dict]] = {}
-    for summary in summaries:
-        by_name.setdefault(summary["name"], []).append(summary)
     lines = [["experiment", "images seen", "training IoU", "validation IoU", "gap", "dead", "n"]]
     rows = []
-    for name, group in by_name.items():
+    for name, group in by_experiment(summaries).items():
         train, val = ([g[split]["mean_iou"] for g in group] for split in ("training", "validation"))
         dead = sorted({d for g in group for d in g["validation"]["dead_classes"]})
         rows.append(
@@ -251,20 +273,29 @@ def main() -> None:
         help="best.pt, testing.json or summary.json",
     )
     parser.add_argument("--data", metavar="DIR", help="another data set than it was trained on")
-    parser.add_argument("--split", choices=SPLITS, default="testing")
+    parser.add_argument("--split", choices=SPLITS, help="default: testing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--goal", type=float, metavar="IOU", help="fail unless all runs reach it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args()
-    if all(path.name == "summary.json" for path in args.files):
-        print(validation_table([read_results(path, SUMMARY_KEYS)[0] for path in args.files]))
+    summaries = [path for path in args.files if path.name == "summary.json"]
+    if summaries and len(summaries) < len(args.files):
+        raise UserError(
+            f"{summaries[0]}: tells of validation, the other files of a test; give them apart"
+        )
+    if summaries:
+        rows = [read_results(path, SUMMARY_KEYS)[0] | {"checkpoint": path} for path in summaries]
+        print(validation_table(rows))
         return
+    if (args.data or args.split) and any(path.suffix == ".json" for path in args.files):
+        raise UserError("--data, --split: are for checkpoints; a .json file holds results already")
     rows = []
     for path in args.files:
         if path.suffix == ".json":
             rows += read_results(path)
         else:
-            rows.append(evaluate_checkpoint(path, args.data, args.split, args.device))
+            split = args.split or "testing"
+            rows.append(evaluate_checkpoint(path, args.data, split, args.device))
     table = comparison_table(rows)
     if args.json:
         write_atomically(args.json, (json.dumps(rows, indent=2) + "\n").encode())

@@ -5,6 +5,7 @@ a PNG. Colours are those of Okabe and Ito (2008), which colour-blind readers can
 styles, markers and hatches say the same again for a print in grey.
 """
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor, nn
 
-from augment import to_float
-from device import autocast
+from files import write_atomically
 from images import IGNORE
-from metrics import EVALUATION_BATCH, confusion_matrix
+from metrics import confusion_matrix
 
 BAND = 2  # pixels: width of the band along a contour that boundary IoU looks at
 BATCH = 50  # test images the lab scored
@@ -40,23 +40,6 @@ DPI = 110
 
 
 # ---- what is computed
-
-
-@torch.inference_mode()
-def predict(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
-    """(M, H, W) uint8 class indices that a model in evaluation mode gives to a split.
-
-    Args:
-        images: (M, channels, H, W) uint8.
-        dtype: autocast dtype.
-    """
-    device = next(model.parameters()).device
-    predictions = []
-    for batch in images.split(EVALUATION_BATCH):
-        with autocast(device, dtype):
-            logits = model(to_float(batch.to(device)))
-        predictions.append(logits.argmax(dim=1).to(torch.uint8).cpu())
-    return torch.cat(predictions)
 
 
 def frame_matrices(predictions: Tensor, masks: Tensor, num_classes: int) -> np.ndarray:
@@ -180,8 +163,9 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, np.n
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white")
+    file = io.BytesIO()
+    figure.savefig(file, facecolor="white")
+    write_atomically(path, file.getvalue())
 
 
 def _per_epoch(ax: Axes, last: int) -> None:

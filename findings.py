@@ -5,7 +5,6 @@ epochs of crops to the full protocol, stay clear of it: a false alarm costs more
 finding brings.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -45,36 +44,14 @@ class Finding(NamedTuple):
 # ---- the run as a whole
 
 
-def finite(history: list[dict]) -> list[dict]:
-    """The epochs before the first loss that is NaN or infinite.
+def stopped(history: list[dict], epochs: int, rate: float) -> Finding | None:
+    """A run that no process trains and that has fewer epochs than its config asks for.
 
     Args:
-        history: here and below, the lines of metrics.jsonl as train.py writes them.
+        history: here and below, the lines of metrics.jsonl as train.py writes them. It writes none
+            for an epoch whose loss is NaN or infinite.
+        epochs, rate: `epochs` and `learning_rate` of the config.
     """
-    return list(
-        itertools.takewhile(
-            lambda entry: math.isfinite(entry["training"]["loss"] + entry["validation"]["loss"]),
-            history,
-        )
-    )
-
-
-def not_finite(history: list[dict], rate: float) -> Finding | None:
-    """A loss that is NaN or infinite. `rate`: the learning_rate."""
-    good = finite(history)
-    if len(good) == len(history):
-        return None
-    return Finding(
-        "The loss is no longer a number",
-        f"The loss is NaN or infinite from epoch {len(good) + 1} on; nothing after it was learnt.",
-        f"learning_rate: {rate / 10:g} instead of {rate:g}; if that does not help, precision: "
-        "float32.",
-        partial(_curves, history=good) if good else None,
-    )
-
-
-def stopped(history: list[dict], epochs: int, rate: float) -> Finding | None:
-    """A run that no process trains and that has fewer epochs than its config asks for."""
     if len(history) >= epochs:
         return None
     return Finding(

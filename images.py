@@ -30,10 +30,11 @@ def _open(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; was it moved?") from None
     except Image.DecompressionBombError:
-        raise UserError(f"{path}: claims far too many pixels for an image; remove it") from None
+        raise UserError(f"{path}: has, or claims, too many pixels (178 million at most)") from None
     except (
         OSError,
         SyntaxError,
+        TypeError,
         ValueError,
         struct.error,
     ) as error:  # what Pillow raises on damaged files
@@ -53,12 +54,20 @@ def _open(path: Path) -> Image.Image:
 def read_image(path: Path, channels: int) -> np.ndarray:
     """Read an image as (H, W, channels) uint8, converting grey, palette, RGB and RGBA.
 
-    A picture that a camera noted to be turned (EXIF orientation) is turned upright.
+    A picture that a camera noted to be turned (EXIF orientation) is turned upright. Where alpha is
+    not among the channels, what is transparent is shown on white.
 
     Raises:
-        UserError: the file is missing, damaged, too large to be honest, or has 16 bits.
+        UserError: the file is missing, damaged, of too many pixels, or has 16 bits.
     """
     image = _open(path)
+    if channels < 4 and image.has_transparency_data:  # below may lie any colour, often black
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return _pixels(image, channels)
+
+
+def _pixels(image: Image.Image, channels: int) -> np.ndarray:
     # Through RGBA: the one mode to which Pillow converts all the others without loss.
     image = image if image.mode == MODES[channels] else image.convert("RGBA")
     return np.asarray(image.convert(MODES[channels])).reshape(image.height, image.width, channels)
@@ -78,7 +87,7 @@ def read_mask(path: Path, config: dict) -> np.ndarray:
     if config["mask_format"] == "indices":
         return _read_indices(path, config)
     classes = config["classes"]
-    rgb = read_image(path, 3).astype(np.uint32)
+    rgb = _pixels(_open(path), 3).astype(np.uint32)
     colour = rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
     mask = np.full(colour.shape, len(classes), np.uint8)
     for index, (r, g, b) in enumerate(classes.values()):

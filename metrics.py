@@ -1,6 +1,7 @@
 """One integer confusion matrix for a whole split, and every score read from it."""
 
 import math
+from collections.abc import Iterator
 from itertools import islice
 
 import torch
@@ -12,7 +13,17 @@ from distributed import rank_and_world, sum_over_ranks
 from images import IGNORE
 from losses import weighted_loss
 
-EVALUATION_BATCH = 32  # larger ones leave the processor's caches and were no faster
+EVALUATION_BATCH = 32  # images of 128×128; more leave the processor's caches, and were no faster
+
+
+def in_batches(images: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Batches of whole images: `EVALUATION_BATCH`, or fewer if they are larger than 128×128.
+
+    So the memory that evaluation takes hardly grows with the images. Args: (M, …, H, W) each.
+    """
+    size = EVALUATION_BATCH * 128**2 // (images.shape[-2] * images.shape[-1])
+    size = min(max(size, 1), EVALUATION_BATCH)
+    return zip(*(tensor.split(size) for tensor in (images, *others)), strict=True)
 
 
 def confusion_matrix(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
@@ -85,17 +96,17 @@ def evaluate(
         dtype: autocast dtype.
 
     Returns:
-        (C, C) int64 confusion matrix on the model's device and the mean loss per image, of
-        batches of `EVALUATION_BATCH` (Dice losses depend on what is pooled).
+        (C, C) int64 confusion matrix on the model's device and the mean loss per image, in the
+        batches of `in_batches` (Dice losses depend on what is pooled).
     """
     device = next(model.parameters()).device
     model.eval()
     num_classes = len(config["classes"])
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), device=device)
-    batches = zip(images.split(EVALUATION_BATCH), masks.split(EVALUATION_BATCH), strict=True)
     rank, world = rank_and_world()
-    for batch, mask in islice(batches, rank, None, world):  # whole ones: the Dice losses pool them
+    # Whole batches to each rank, since the Dice losses pool them.
+    for batch, mask in islice(in_batches(images, masks), rank, None, world):
         mask = mask.to(device, non_blocking=True)
         with autocast(device, dtype):
             logits = model(to_float(batch.to(device, non_blocking=True)))
@@ -103,6 +114,23 @@ def evaluate(
         loss_sum += weighted_loss(logits, mask, config["loss"]) * len(batch)
     sum_over_ranks(matrix, loss_sum)
     return matrix, loss_sum.item() / len(images)
+
+
+@torch.inference_mode()
+def predict_split(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
+    """(M, H, W) uint8 class indices that a model in evaluation mode gives to a split.
+
+    Args:
+        images: (M, channels, H, W) uint8.
+        dtype: autocast dtype.
+    """
+    device = next(model.parameters()).device
+    predictions = []
+    for (batch,) in in_batches(images):
+        with autocast(device, dtype):
+            logits = model(to_float(batch.to(device)))
+        predictions.append(logits.argmax(dim=1).to(torch.uint8).cpu())
+    return torch.cat(predictions)
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:

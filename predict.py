@@ -49,10 +49,7 @@ def load_model(checkpoint: str | Path, device: str = "auto") -> tuple[nn.Module,
     """
     where = pick_device(device)
     content = load_checkpoint(Path(checkpoint), where)
-    try:
-        return restore_model(content, where), content["config"]
-    except UserError as error:
-        raise UserError(f"{checkpoint}: {error}") from None
+    return restore_model(content, Path(checkpoint), where), content["config"]
 
 
 def margin_of(config: dict) -> int:

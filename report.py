@@ -27,6 +27,7 @@ from errors import UserError, run
 from evaluate import background_only
 from files import write_atomically
 from images import IGNORE
+from metrics import predict_split
 from tables import (
     RULE,
     Blocks,
@@ -84,9 +85,10 @@ def run_models(models: dict[str, list[Run]], device_name: str) -> dict:
                     f"{config['data']}: is not the data that {one.folder} was tested on; restore "
                     "it, or remove that run's testing.json and run make again"
                 )
-            model = restore_model(load_checkpoint(one.folder / "best.pt", device), device)
+            best = one.folder / "best.pt"
+            model = restore_model(load_checkpoint(best, device), best, device)
             dtype = pick_precision(device, config["precision"])
-            predicted = figures.predict(model, split.images, dtype)
+            predicted = predict_split(model, split.images, dtype)
             # Ignored pixels count nowhere, right or wrong.
             predicted = predicted.where(split.masks != IGNORE, IGNORE)
             frames = figures.frame_matrices(predicted, split.masks, len(classes))
@@ -331,7 +333,6 @@ def main() -> None:
     check_tables(groups)
 
     pictures, facts = args.out / "figures", {}
-    pictures.mkdir(parents=True, exist_ok=True)
     blocks = introduction(groups, unfinished, facts)
     tested: dict = {}
     if models:

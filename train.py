@@ -86,8 +86,11 @@ def finish(run_dir: Path, config: dict, history: list[dict], events: SummaryWrit
     cost = {key: history[-1][key] for key in ("images_seen", "train_seconds")}
     checkpoint = load_checkpoint(run_dir / "best.pt", torch.device("cpu"))
     save_checkpoint(run_dir / "best.pt", checkpoint | {"cost": cost})
+    # Again, since `make` writes other settings there before train.py refuses to run a second time.
+    write_atomically(run_dir / "config.yaml", dump(config).encode())
     summary = {
         "name": config["name"],
+        "seed": config["seed"],
         **cost,
         "best_epoch": best["epoch"],
         "training": best["training"],
@@ -121,8 +124,9 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         training, validation = (load_split(config, split) for split in ("training", "validation"))
         training = limit(training, config["limit_groups"], config["limit_images"])
         per_epoch = config["images_per_epoch"] or len(training.images)
-        if (validation.masks == IGNORE).all():
-            raise UserError(f"{config['data']}: ignore: leaves no pixel of the validation split")
+        for split, masks in (("training", training.masks), ("validation", validation.masks)):
+            if all((mask == IGNORE).all() for mask in masks):  # the first that is not ends it
+                raise UserError(f"{config['data']}: ignore: leaves no pixel of the {split} split")
         check_sizes(config, training.images.shape[2:], per_epoch)
     steps_per_epoch = math.ceil(per_epoch / config["batch_size"])
     images, masks, val_images, val_masks = (
@@ -157,7 +161,7 @@ def train(config: dict, run_dir: Path, resume: bool) -> None:
         last = load_last(run_dir, device) if resume else None
         now = config | {"data (its files)": training.digest}
         then = last["config"] | {"data (its files)": last["data_digest"]} if last else now
-        changed = [key for key in now if then.get(key) != now[key]]
+        changed = [key for key in now if then.get(key) != now[key] and key != "device"]
         if changed:
             raise UserError(
                 f"{run_dir}: was trained with another {', '.join(changed)}; go back to that, or "

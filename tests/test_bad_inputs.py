@@ -154,7 +154,7 @@ DATA: dict[str, Case] = {
     ),
     "check of a bad set": (
         changed(stray, lambda box: ["data.py", "check", box.set]),
-        ("set: 1 problems, listed above",),
+        ("set: 1 problem, listed above",),
     ),
 }
 CONFIG: dict[str, Case] = {

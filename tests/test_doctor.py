@@ -230,6 +230,17 @@ def test_run_that_still_trains_is_not_called_stopped(healthy: Path, tmp_path: Pa
     lock.close()
 
 
+def test_run_of_another_version_is_told_as_one(
+    healthy: Path, tmp_path: Path, call: Callable
+) -> None:
+    run = shutil.copytree(healthy, tmp_path / "run")
+    config = run / "config.yaml"
+    config.write_text(config.read_text() + "limit_sequences: 0\n")
+    code, _, error = call(doctor.main, run)
+    [line] = error.splitlines()
+    assert code == 2 and "'limit_sequences'" in line and "another version" in line
+
+
 def test_folder_that_is_no_run_is_refused(healthy: Path, tmp_path: Path, script: Callable) -> None:
     done = script("doctor.py", tmp_path)
     [line] = done.stderr.splitlines()
@@ -296,14 +307,6 @@ def test_jumps_and_spikes_are_named_by_epoch() -> None:
 def test_spike_in_the_first_epochs_is_compared_with_guessing() -> None:
     spike = rate_finding(FALLING, [900.0, 80.0, 0.2, 0.1, 0.1, 0.1])
     assert "epochs 1, 2, at most to 900 where guessing has 1.39" in spike.evidence
-
-
-def test_loss_that_is_not_a_number_ends_what_is_looked_at() -> None:
-    sick = history_of([0.7, 0.2, float("nan")], [0.7, float("inf"), 0.1], [0.3, 0.5, 0.5])
-    assert findings.finite(sick) == sick[:1]
-    assert "from epoch 2 on" in findings.not_finite(sick, 0.05).evidence
-    assert "0.005 instead of 0.05" in findings.not_finite(sick, 0.05).advice
-    assert findings.not_finite(FINE, 0.05) is None
 
 
 def test_class_that_died_late_is_told_from_one_that_never_lived() -> None:

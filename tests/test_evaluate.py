@@ -207,6 +207,30 @@ def test_mean_and_deviation_over_seeds(
     assert column(out, "training")["small"] == "61 s"
 
 
+def test_runs_of_one_name_and_seed_are_rows_of_their_own(
+    run: Callable, dataset: Path, tmp_path: Path
+) -> None:
+    """As after make … RUNS=runs/rate SET=…; a mean over them would be one over settings."""
+    paths = []
+    for settings, width in (("a", 4), ("b", 5)):
+        for seed in (0, 1):
+            folder = tmp_path / settings / "small" / f"seed{seed}"
+            folder.mkdir(parents=True)
+            paths.append(write_checkpoint(folder, dataset, "small", seed, encoder=[[width, 3]]))
+    code, out, _ = run(*paths)
+    assert code == 0
+    a, b = (f"small ({tmp_path / settings / 'small'})" for settings in "ab")
+    counts = [line.split()[-1] for line in out.splitlines() if line.startswith("small (")]
+    assert counts == ["2", "2"] and a in out and b in out
+    parameters = column(out.replace(a, "a").replace(b, "b"), "parameters")
+    assert parameters["a"] != parameters["b"]
+    # Two files of one run.
+    twin = paths[0].with_name("last.pt")
+    twin.write_bytes(paths[0].read_bytes())
+    code, out, _ = run(paths[0], twin)
+    assert code == 0 and f"small ({paths[0]})" in out and f"small ({twin})" in out
+
+
 def test_results_stand_for_their_checkpoints(
     run: Callable, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

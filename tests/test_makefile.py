@@ -76,7 +76,7 @@ def install(project: Path) -> None:
 def test_own_data_win_over_profile_and_experiment(project: Path) -> None:
     install(project)
     (project / "mine.yaml").write_text(
-        "data: my/folder\ncrop: 77\nimages: 'a/*.png'\nmasks: 'b/*.png'\n"
+        "data: my/folder\ncrop: 77\ngroup: ''\nimages: 'a/*.png'\nmasks: 'b/*.png'\n"
     )
     target = "runs/mine/quick/tuned/seed0/config.yaml"
     assert make(project, target, "DATA=mine.yaml").returncode == 0
@@ -110,6 +110,11 @@ def test_only_a_changed_value_discards_a_run(project: Path) -> None:
     config.write_text(config.read_text() + "# a comment\n")
     assert remake()
     assert (run / "config.yaml").stat().st_mtime_ns == written  # nothing is trained again
+    # Another device does not start a run over: an unfinished one goes on there, a finished stays.
+    assert make(project, target, "DEVICE=cpu").returncode == 0
+    assert (run / "last.pt").exists() and "device: cpu" in (run / "config.yaml").read_text()
+    (run / "summary.json").touch()
+    assert remake() and "device: cpu" in (run / "config.yaml").read_text()
     config.write_text(config.read_text() + "dropout: 0.25\n")
     assert not remake()
     assert "dropout: 0.25" in (run / "config.yaml").read_text()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from losses import IGNORE, weighted_loss
-from metrics import EVALUATION_BATCH, confusion_matrix, evaluate, scores
+from metrics import EVALUATION_BATCH, confusion_matrix, evaluate, in_batches, scores
 
 CLASSES = ["background", "square", "triangle", "circle"]
 COLOURS = {name: [i, i, i] for i, name in enumerate(CLASSES)}
@@ -259,6 +259,15 @@ def test_evaluate_is_the_same_as_at_once(count: int) -> None:
         batch_loss = weighted_loss(logits[part], masks[part], config["loss"]).item()
         expected += batch_loss * (part.stop - part.start) / count
     assert loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("side", "sizes"), [(16, [32, 8]), (128, [32, 8]), (256, [8] * 5), (1024, [1] * 40)]
+)
+def test_batches_of_larger_images_hold_fewer(side: int, sizes: list[int]) -> None:
+    images = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(40, 3, side, side)
+    batches = list(in_batches(images, images[:, 0]))
+    assert [len(batch) for batch, _ in batches] == [len(mask) for _, mask in batches] == sizes
 
 
 def test_evaluate_leaves_no_gradients() -> None:

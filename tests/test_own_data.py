@@ -13,7 +13,9 @@ from PIL import Image
 from config import load_config
 from data import SPLITS, find_pairs, load_split
 from errors import UserError
+from evaluate import evaluate_checkpoint
 from images import IGNORE, read_mask, read_pair
+from train import train
 
 ISIC, CAMVID = ROOT / "configs/data/isic.yaml", ROOT / "configs/data/camvid.yaml"
 TINY = [
@@ -284,6 +286,7 @@ def test_the_same_picture_in_two_splits_is_a_problem(tmp_path: Path, capsys) -> 
         ("images=photos/*.png", "{split}"),
         ("group='('", "group: "),
         ("split_folders=[train, val]", "split_folders: "),
+        ("split_folders=[train, ./train/, val]", "split_folders: "),
         ("split_shares=[1, 0, 0]", "split_shares: "),
         ("ignore=[255]", "ignore: "),
         ("ignore=[0, 0, 0]", "one of the classes"),
@@ -293,6 +296,32 @@ def test_the_same_picture_in_two_splits_is_a_problem(tmp_path: Path, capsys) -> 
 )
 def test_bad_keys_are_named(override: str, says: str) -> None:
     assert says in message_of(load_config, [], [override])
+
+
+def test_drawn_splits_need_a_group() -> None:
+    """That of the lab's names would put the files IMG_0001 to IMG_0099 into one group."""
+    files = ["images=photos/*.png", "masks=labels/*.png"]
+    assert message_of(load_config, [], files).startswith("group: splits are drawn")
+    assert load_config([], [*files, "group=''"])["group"] == ""
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_splits_of_ignored_pixels_alone_are_refused(tmp_path: Path, split: str) -> None:
+    for name in SPLITS:
+        for i in range(4):
+            value = 255 if name == split else i % 2
+            save(tmp_path / name / f"image/{i}.png", np.full((16, 16), 7, np.uint8))
+            save(tmp_path / name / f"gt/{i}.png", np.full((16, 16), value, np.uint8))
+    keys = {"images": "{split}/image/*.png", "masks": "{split}/gt/*.png", "group": "", "epochs": 1}
+    keys |= {"classes": {"no": [0, 0, 0], "yes": [9, 9, 9]}, "mask_format": "indices"}
+    keys |= {"encoder": [[4, 3]], "decoder": [[4, 3]], "ignore": [255], "device": "cpu"}
+    config = config_for(tmp_path, **keys)
+
+    def train_and_test() -> None:
+        train(config, tmp_path / "run", resume=False)
+        evaluate_checkpoint(tmp_path / "run/best.pt", None, "testing", "cpu")
+
+    assert f"ignore: leaves no pixel of the {split} split" in message_of(train_and_test)
 
 
 # ---- what users do

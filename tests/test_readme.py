@@ -48,7 +48,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     (root / ".venv/installed").touch()
-    shutil.copytree(dataset, root / "data/afo")
+    for name in ("data/afo", "data/quick/generated"):
+        shutil.copytree(dataset, root / name)
     rng = np.random.default_rng(0)
     for i in range(8):
         for folder, suffix in (("photos", "jpg"), ("labels", "png")):
