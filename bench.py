@@ -1,6 +1,6 @@
 """Measure training speed beside a textbook loop, in one run, alternating.
 
-    python bench.py [--data DIR] [--rounds 3] [--json report/bench.json]
+    python bench.py [--data DIR] [--rounds 5] [--json report/bench.json]
 
 Both loops train the same model on the same images at the same batch size. The textbook loop is
 written as people write it: float32, default memory format, a Dataset that decodes PNGs, a
@@ -232,7 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data/quick/generated"), metavar="DIR")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--rounds", type=int, default=3, help=f"of {STEPS} steps of each loop")
+    parser.add_argument("--rounds", type=int, default=5, help=f"of {STEPS} steps of each loop")
     parser.add_argument("--json", type=Path, default=Path("report/bench.json"), metavar="FILE")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args()
