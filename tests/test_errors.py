@@ -83,7 +83,7 @@ def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:
 
 
 def test_a_model_too_large_for_the_memory(dataset: Path, tmp_path: Path, script: Callable) -> None:
-    wide = ["encoder=[[90000000, 3]]", "decoder=[[4, 3]]", "skip=pooled", "images_per_epoch=8"]
+    wide = ["encoder=[[1000000000000, 3]]", "decoder=[[4, 3]]", "skip=pooled", "images_per_epoch=8"]
     config = ["--config", "configs/tuned.yaml", "--run-dir", tmp_path / "run"]
     done = script("train.py", *config, "--data", dataset, "--set", *wide, "device=cpu")
     [line] = done.stderr.splitlines()
