@@ -93,14 +93,9 @@ check: | $(DATA_DIR) .venv/installed  ## list all problems of the data, and draw
 # The resolved config of a run. It is written only when its content changes, so that a comment in a
 # config, or another DEVICE, trains nothing again; a real change discards the run it no longer describes.
 $(RUNS)/%/config.yaml: FORCE | .venv/installed
-	@mkdir -p $(@D)
 	@$(PY) config.py --config configs/$(*D).yaml $(if $(filter quick,$(PROFILE)),$(call quick,$(*D))) $(OWN) \
 	  --set $(if $(OWN),published_iou=null "name=''",data=$(DATA_DIR)) profile=$(PROFILE) device=$(DEVICE) seed=$(patsubst seed%,%,$(*F)) \
-	  $(SET) > $@.new || { rm $@.new; exit 2; }
-	@if test -e $@ && test "$$(grep -v ^device: $@)" = "$$(grep -v ^device: $@.new)"; then \
-	  if test -e $(@D)/summary.json || cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi; \
-	else test ! -e $@ || echo "$(@D): its settings changed, it starts over"; \
-	  rm -f $(@D)/last.pt $(@D)/previous.pt $(@D)/summary.json; mv $@.new $@; fi
+	  $(SET) --run-dir $(@D)
 FORCE:
 
 $(RUNS)/%/summary.json: $(RUNS)/%/config.yaml | $(DATA_DIR)
@@ -160,8 +155,10 @@ bench: | $(filter-out $(OWN),$(DATA_DIR)) .venv/installed  ## measure training s
 	$(if $(OWN),$(error make bench: measures the lab's data; leave DATA=$(OWN) out))$(PY) bench.py --data $(DATA_DIR) --device $(DEVICE)
 
 # One seed after the other, under -j too, so that the clock of none sees the others.
-$(RUNS)/speedrun/seed1/summary.json: | $(RUNS)/speedrun/seed0/summary.json
-$(RUNS)/speedrun/seed2/summary.json: | $(RUNS)/speedrun/seed1/summary.json
+ifneq ($(filter speedrun,$(MAKECMDGOALS)),)
+$(RUNS)/speedrun/seed1/summary.json: | $(RUNS)/speedrun/seed0/testing.json
+$(RUNS)/speedrun/seed2/summary.json: | $(RUNS)/speedrun/seed1/testing.json
+endif
 speedrun: $(foreach seed,0 1 2,$(RUNS)/speedrun/seed$(seed)/testing.json)  ## seconds of training to a test mean IoU of 0.99, three seeds
 	@$(PY) evaluate.py $^ --goal 0.99
 

@@ -60,7 +60,13 @@ class TextbookDataset(Dataset):
 
 def textbook_steps(config: dict, device: torch.device) -> Iterator[None]:
     """The textbook loop; a step for each value asked of it."""
-    loader = DataLoader(TextbookDataset(config), config["batch_size"], shuffle=True, num_workers=2)
+    loader = DataLoader(
+        TextbookDataset(config),
+        config["batch_size"],
+        shuffle=True,
+        num_workers=2,
+        multiprocessing_context="fork",  # as by itself; in a spawned process they would be spawned
+    )
     model = build_model(config).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"])
     for images, masks in itertools.chain.from_iterable(itertools.repeat(loader)):
@@ -110,7 +116,7 @@ def answer(questions: Connection, ours: bool, config: dict, device_name: str) ->
         device = torch.device(device_name)
         loop = textbook_steps(config, device)
     next(loop)  # warm-up: memory is taken, kernels are chosen
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    with contextlib.suppress(EOFError, ConnectionError):
         while question := questions.recv():
             data_seconds.clear()
             if question == "steps":
@@ -134,7 +140,7 @@ def ask(loop: Connection, question: str) -> tuple[float, float]:
     try:
         loop.send(question)
         return loop.recv()
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):
         raise UserError("bench: a loop ended early; the message above says why") from None
 
 

@@ -1,10 +1,8 @@
 """Checkpoints: plain data, written atomically, that describe themselves."""
 
-import fcntl
 import hashlib
 import io
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import nn
@@ -106,19 +104,6 @@ def load_last(run_dir: Path, device: torch.device) -> dict | None:
             "which starts over"
         )
     return checkpoint
-
-
-def lock_run(run_dir: Path) -> TextIO:
-    """Take a run directory for this process; UserError if another has it or it is read-only."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / "lock", "w")  # noqa: SIM115 (open as long as it is held)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{run_dir}: another process trains here; give another --run-dir") from None
-    except OSError as error:
-        raise UserError(f"{run_dir}: cannot be written ({error.strerror})") from None
-    return lock
 
 
 def clear_run(run_dir: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from errors import UserError, run
+from files import lock_run, write_atomically
 
 DEFAULT = Path(__file__).parent / "configs" / "default.yaml"
 LOSSES = ("cross_entropy", "dice_pooled", "dice_per_class")
@@ -197,7 +198,7 @@ def _fit_structure(config: dict) -> None:
         raise UserError(f"blur_kernel: must be odd, is {config['blur_kernel']}")
 
 
-def _fit_data(config: dict, default: dict) -> None:
+def _fit_data(config: dict, group_given: bool) -> None:
     """Check the keys that say where the files lie and what masks hold; UserError names the key."""
     for key in ("images", "masks"):
         pattern = config[key]
@@ -208,7 +209,7 @@ def _fit_data(config: dict, default: dict) -> None:
             )
     if ("{split}" in config["images"]) != ("{split}" in config["masks"]):
         raise UserError("images, masks: name {split} in both, or in neither")
-    if "{split}" not in config["images"] and config["group"] == default["group"]:
+    if "{split}" not in config["images"] and not group_given:
         raise UserError(
             "group: splits are drawn, so say what in a name stays together, as in '^[^_]+' (all "
             "before the first _), or '' if each image is by itself"
@@ -301,8 +302,34 @@ def load_config(paths: list[Path], overrides: list[str]) -> dict:
         if config[key] is not None and not low <= config[key] <= high:
             raise UserError(f"{key}: is {config[key]}; must be from {low:g} to {high:g}")
     _fit_structure(config)
-    _fit_data(config, default)
+    _fit_data(config, any("group" in values for _, values in sources))
     return config
+
+
+def prepare_run(config: dict, run_dir: Path) -> None:
+    """Make the config.yaml of a run directory say `config`, and remove what it no longer describes.
+
+    Nothing is written where nothing but comments changed, nor, of a finished run, the device.
+
+    Raises:
+        UserError: the run is being trained with other settings.
+    """
+    path, text = run_dir / "config.yaml", dump(config)
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def lines(text: str) -> list[str]:
+        return [line for line in text.splitlines() if not line.startswith("device:")]
+
+    same = lines(old) == lines(text)
+    if old == text or (same and (run_dir / "summary.json").exists()):
+        return
+    with lock_run(run_dir):
+        if old and not same:
+            print(f"{run_dir}: its settings changed, it starts over", flush=True)
+        if not same:
+            for name in ("last.pt", "previous.pt", "summary.json"):
+                (run_dir / name).unlink(missing_ok=True)
+        write_atomically(path, text.encode())
 
 
 def check_sizes(config: dict, size: tuple[int, int], per_epoch: int) -> None:
@@ -346,8 +373,13 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print the resolved config.")
     add_arguments(parser)
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="write it there instead")
     args = parser.parse_args()
-    sys.stdout.write(dump(load_config(args.config, args.overrides)))
+    config = load_config(args.config, args.overrides)
+    if args.run_dir:
+        prepare_run(config, args.run_dir)
+    else:
+        sys.stdout.write(dump(config))
 
 
 if __name__ == "__main__":

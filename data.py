@@ -157,7 +157,7 @@ def load_split(config: dict, split: str) -> Split:
     if problems:
         more = f" (and {len(problems) - 1} more: `make check` lists them)"
         raise UserError(problems[0] + (more if len(problems) > 1 else ""))
-    made_by = [list(config["classes"].items()), channels]
+    made_by = [2, list(config["classes"].items()), channels]  # 2: counts changes of the decoding
     made_by += [config[key] for key in ("mask_format", "ignore", "resize")]
     settings = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:8]
     stamp = hashlib.sha256()

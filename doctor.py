@@ -26,7 +26,7 @@ from device import pick_device
 from errors import UserError, run
 from files import write_atomically
 from findings import Finding
-from images import contact_sheet, png, read_image
+from images import contact_sheet, png, read_colours, read_image
 from metrics import evaluate, scores
 
 SAMPLE = 200  # images of a split that are looked at, spread evenly: seconds on a processor
@@ -175,7 +175,8 @@ def unreadable(config: dict, split: str, error: str) -> Finding:
         with contextlib.suppress(UserError):  # it may be the one that cannot be read
             row = []
             for path in (pair.image, pair.mask):
-                picture = torch.from_numpy(read_image(path, 3).copy()).permute(2, 0, 1)
+                pixels = read_image(path, 3) if path == pair.image else read_colours(path)
+                picture = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
                 values = f" {picture.min()}…{picture.max()}"
                 row.append((path.name + values, [picture]))
             rows.append(row)
@@ -222,9 +223,9 @@ def main() -> None:
         seen = {"evidence": finding.evidence, "try": advice}
         for label, text in (seen | ({"figure": str(path)} if finding.draw else {})).items():
             print(_wrapped(f"{label + ':':<10}{text}"))
-    if number:
+    if number and not found["unreadable-data"]:
         print(
-            '\nto try a key: make train-NAME RUNS=runs/try SET="key=value"; it wins over every file'
+            _wrapped('to try a key: the make that trained it, with RUNS=runs/try SET="key=value"')
         )
 
 

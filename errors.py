@@ -16,24 +16,27 @@ def run(main: Callable[[], None]) -> None:
     That is a `UserError`, what the operating system refuses, and memory that does not suffice.
     Ctrl-C ends with code 130, a reader that closed the pipe, as `head` does, with 1 and no word.
     """
-    for stream in (sys.stdout, sys.stderr):  # a name, or a ×, that the terminal has no letter for
-        stream.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if stream:  # not closed; a name, or a ×, may be what the terminal has no letter for
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
-        sys.stdout.flush()  # here, where a closed pipe is caught
+        print(end="", flush=True)  # here, where a closed pipe or a full disk is caught
         return
     except UserError as error:
         text = str(error)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes as it ends
-        sys.exit(1)
     except OSError as error:
-        if error.filename is None:
+        if not error.errno:
             raise
-        text = f"{error.filename}: {error.strerror}"
-    except (MemoryError, RuntimeError) as error:  # PyTorch's own, and that of its allocator
-        first = (str(error).splitlines() or ["MemoryError"])[0]
-        if "memory" not in first.lower():
+        if error.filename is None:  # standard output, which Python would flush once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(1)
+        text = f"{error.filename or 'standard output'}: {error.strerror}"
+    except (MemoryError, RuntimeError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        known = ("out of memory", "can't allocate memory", "not enough memory")  # of PyTorch
+        if not isinstance(error, MemoryError) and not any(text in first for text in known):
             raise
         text = f"out of memory: lower batch_size or crop, or use smaller images ({first[:200]})"
     except KeyboardInterrupt:

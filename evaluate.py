@@ -131,23 +131,22 @@ def goal_line(rows: list[dict], goal: float) -> str:
 def by_experiment(rows: list[dict]) -> dict[str, list[dict]]:
     """The rows of each experiment, one a seed.
 
-    Runs of one name and one seed are different experiments, made with other settings: the folder
-    that holds the seeds tells them apart, or else the file.
+    Runs of one name in several folders, or of one seed, were made with other settings: the folder
+    that holds the seeds tells them apart, or else the file. One given twice counts once.
 
     Args:
         rows: with name, seed and checkpoint (the path of the file they are of).
     """
+    rows = list({(row["name"], row["seed"], str(row["checkpoint"])): row for row in rows}.values())
     experiments: dict[str, list[dict]] = {}
     for name in dict.fromkeys(row["name"] for row in rows):
         group = [row for row in rows if row["name"] == name]
         paths = [Path(row["checkpoint"]) for row in group]
-        labels = [name] * len(group)
-        for more in ([path.parent.parent for path in paths], paths):
-            if len({(label, row["seed"]) for label, row in zip(labels, group, strict=True)}) < len(
-                group
-            ):
-                labels = [f"{name} ({place})" for place in more]
-        for label, row in zip(labels, group, strict=True):
+        folders = [path.parent.parent for path in paths]
+        seeds = {(folder, row["seed"]) for folder, row in zip(folders, group, strict=True)}
+        places = paths if len(seeds) < len(group) else folders
+        for place, row in zip(places, group, strict=True):
+            label = name if len({*places}) == 1 else f"{name} ({place})"
             experiments.setdefault(label, []).append(row)
     return experiments
 
@@ -283,12 +282,14 @@ def main() -> None:
         raise UserError(
             f"{summaries[0]}: tells of validation, the other files of a test; give them apart"
         )
+    if (args.data or args.split) and any(path.suffix == ".json" for path in args.files):
+        raise UserError("--data, --split: are for checkpoints; a .json file holds results already")
+    if (args.json or args.goal) and summaries:
+        raise UserError("--json, --goal: are for tests, not for summary.json")
     if summaries:
         rows = [read_results(path, SUMMARY_KEYS)[0] | {"checkpoint": path} for path in summaries]
         print(validation_table(rows))
         return
-    if (args.data or args.split) and any(path.suffix == ".json" for path in args.files):
-        raise UserError("--data, --split: are for checkpoints; a .json file holds results already")
     rows = []
     for path in args.files:
         if path.suffix == ".json":

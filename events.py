@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from augment import to_float
-from device import autocast
 from errors import UserError
 from images import colourise, contact_sheet, legend
+from metrics import predict_split
 
 PICTURES = 4  # frames
 CURES = (
@@ -34,12 +33,11 @@ def prediction_pictures(
         config: for `classes` and `ignore`.
         dtype: autocast dtype.
     """
-    shown = torch.linspace(0, len(images) - 1, PICTURES).long()
+    shown = torch.linspace(0, len(images) - 1, PICTURES).long().unique()
     images, masks = images[shown], masks[shown]
-    with torch.inference_mode(), autocast(images.device, dtype):
-        predictions = model(to_float(images)).argmax(dim=1)
+    predictions = predict_split(model, images, dtype)
     classes, rows = config["classes"], []
-    for image, mask, predicted in zip(images.cpu(), masks.cpu(), predictions.cpu(), strict=True):
+    for image, mask, predicted in zip(images.cpu(), masks.cpu(), predictions, strict=True):
         pictures = {
             "image": image[:3].expand(3, -1, -1),
             "truth": colourise(mask, classes),

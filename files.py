@@ -1,8 +1,10 @@
-"""Writing files."""
+"""Writing files, and the lock of a run directory."""
 
 import contextlib
+import fcntl
 import os
 from pathlib import Path
+from typing import TextIO
 
 from errors import UserError
 
@@ -34,3 +36,16 @@ def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); make room, or write elsewhere"
         ) from None
+
+
+def lock_run(run_dir: Path) -> TextIO:
+    """Take a run directory for this process; UserError if another has it or it is read-only."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / "lock", "w")  # noqa: SIM115 (open as long as it is held)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{run_dir}: another process works here; give another folder") from None
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot be written ({error.strerror})") from None
+    return lock

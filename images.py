@@ -73,6 +73,15 @@ def _pixels(image: Image.Image, channels: int) -> np.ndarray:
     return np.asarray(image.convert(MODES[channels])).reshape(image.height, image.width, channels)
 
 
+def read_colours(path: Path) -> np.ndarray:
+    """Read a mask as (H, W, 3) uint8, the colours in the file, transparent or not.
+
+    Raises:
+        UserError: as `read_image`.
+    """
+    return _pixels(_open(path), 3)
+
+
 def read_mask(path: Path, config: dict) -> np.ndarray:
     """Read a mask as (H, W) uint8 class indices, `IGNORE` where the config's `ignore` says so.
 
@@ -87,7 +96,7 @@ def read_mask(path: Path, config: dict) -> np.ndarray:
     if config["mask_format"] == "indices":
         return _read_indices(path, config)
     classes = config["classes"]
-    rgb = _pixels(_open(path), 3).astype(np.uint32)
+    rgb = read_colours(path).astype(np.uint32)
     colour = rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
     mask = np.full(colour.shape, len(classes), np.uint8)
     for index, (r, g, b) in enumerate(classes.values()):

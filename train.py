@@ -27,7 +27,6 @@ from checkpoint import (
     clear_run,
     load_checkpoint,
     load_last,
-    lock_run,
     save_checkpoint,
 )
 from config import add_arguments, check_sizes, dump, load_config
@@ -35,7 +34,7 @@ from data import limit, load_split
 from device import autocast, environment, peak_memory_mib, pick_device, pick_precision
 from errors import UserError, catch_signals
 from events import log, log_hyperparameters, open_events, prediction_pictures, report
-from files import write_atomically
+from files import lock_run, write_atomically
 from images import IGNORE, png
 from losses import weighted_loss
 from metrics import confusion_matrix, evaluate, scores
@@ -86,8 +85,6 @@ def finish(run_dir: Path, config: dict, history: list[dict], events: SummaryWrit
     cost = {key: history[-1][key] for key in ("images_seen", "train_seconds")}
     checkpoint = load_checkpoint(run_dir / "best.pt", torch.device("cpu"))
     save_checkpoint(run_dir / "best.pt", checkpoint | {"cost": cost})
-    # Again, since `make` writes other settings there before train.py refuses to run a second time.
-    write_atomically(run_dir / "config.yaml", dump(config).encode())
     summary = {
         "name": config["name"],
         "seed": config["seed"],

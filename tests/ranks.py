@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import distributed
 import train as train_module
-from checkpoint import lock_run
 from config import load_config
 from errors import UserError
+from files import lock_run
 from model import build_model
 
 ROOT = Path(__file__).parent.parent

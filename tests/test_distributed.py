@@ -81,7 +81,7 @@ def parts(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output, errors = end(process)
     assert sum("resuming after step" in line for line in output) == 1
     [error] = errors  # of two processes, of which one alone asks for the directory
-    assert error.startswith(f"error: {out}/taken: another process trains here")
+    assert error.startswith(f"error: {out}/taken: another process works here")
     assert process.returncode != 0
     return out
 

@@ -14,8 +14,8 @@ import doctor
 import errors
 import findings
 import findings_data
-from checkpoint import lock_run
 from config import dump, load_config
+from files import lock_run
 from train import train
 
 ROOT = Path(__file__).parent.parent

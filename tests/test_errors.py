@@ -36,7 +36,14 @@ def test_what_the_system_refuses_is_one_line(
     assert code == 2 and line.startswith("error: ") and says in line
 
 
-@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), ValueError("x"), OSError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("more than one element refers to a single memory location"),
+        ValueError("x"),
+        OSError("x"),
+    ],
+)
 def test_mistakes_of_the_project_keep_their_trace(call: Callable, error: Exception) -> None:
     def main() -> None:
         raise error
@@ -80,6 +87,20 @@ def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 1
+
+
+def test_standard_output_that_is_closed_or_full(tmp_path: Path) -> None:
+    command = f"{sys.executable} config.py --config configs/tuned.yaml"
+    for redirect, code in ((">/dev/full", 2), (">/dev/full 2>&-", 2)):
+        done = subprocess.run(
+            f"{command} {redirect}", shell=True, cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == code and "Traceback" not in done.stderr
+        assert "2>" in redirect or done.stderr == (
+            "error: standard output: No space left on device\n"
+        )
+    closed = subprocess.run(f"{command} --run-dir {tmp_path} >&-", shell=True, cwd=ROOT)
+    assert closed.returncode == 0 and (tmp_path / "config.yaml").exists()
 
 
 def test_a_model_too_large_for_the_memory(dataset: Path, tmp_path: Path, script: Callable) -> None:

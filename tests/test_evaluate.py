@@ -224,6 +224,12 @@ def test_runs_of_one_name_and_seed_are_rows_of_their_own(
     assert counts == ["2", "2"] and a in out and b in out
     parameters = column(out.replace(a, "a").replace(b, "b"), "parameters")
     assert parameters["a"] != parameters["b"]
+    # Different seeds in different folders are no seeds of one experiment either.
+    code, out, _ = run(paths[0], paths[3])
+    assert code == 0 and a in out and b in out
+    # The same file twice counts once.
+    code, out, _ = run(paths[0], paths[0])
+    assert code == 0 and "±" not in out
     # Two files of one run.
     twin = paths[0].with_name("last.pt")
     twin.write_bytes(paths[0].read_bytes())

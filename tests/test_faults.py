@@ -26,10 +26,11 @@ from PIL import Image
 import data as data_module
 import files as files_module
 import train as train_module
-from checkpoint import load_checkpoint, load_last, lock_run, save_checkpoint, write_atomically
+from checkpoint import load_checkpoint, load_last, save_checkpoint
 from config import load_config
 from data import load_split
 from errors import UserError
+from files import lock_run, write_atomically
 
 CPU = torch.device("cpu")
 TINY = [

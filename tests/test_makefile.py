@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from files import lock_run
+
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A copy of what make reads, with no environment of its own yet."""
-    for name in ("Makefile", "requirements.txt", "config.py", "errors.py"):
+    for name in ("Makefile", "requirements.txt", "config.py", "errors.py", "files.py"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     return tmp_path
@@ -90,6 +92,21 @@ def test_what_needs_a_name_says_so(project: Path, target: str) -> None:
     install(project)
     done = make(project, target)
     assert done.returncode == 2 and f"make {target} " in done.stderr
+
+
+def test_settings_of_a_run_that_trains_stay(project: Path) -> None:
+    """Else its results would be filed under the settings of the make that was refused."""
+    install(project)
+    run = project / "runs/generated/quick/tuned/seed0"
+    target = str((run / "config.yaml").relative_to(project))
+    assert make(project, target).returncode == 0
+    (run / "last.pt").touch()
+    before = (run / "config.yaml").read_bytes()
+    with lock_run(run):
+        done = make(project, target, "SET=epochs=9")
+        assert done.returncode == 2 and "another process works here" in done.stderr
+        assert make(project, target).returncode == 0  # nothing to write
+    assert (run / "config.yaml").read_bytes() == before and (run / "last.pt").exists()
 
 
 def test_only_a_changed_value_discards_a_run(project: Path) -> None:

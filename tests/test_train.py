@@ -188,15 +188,6 @@ def test_tensorboard_shows_both_splits_and_pictures(run: Path) -> None:
     assert {(255, 0, 0), (0, 255, 0), (0, 0, 255)} <= colours
 
 
-def test_a_run_says_with_what_it_was_made(dataset: Path, tmp_path: Path, monkeypatch) -> None:
-    """A second `make` with other settings writes them there before its train.py is refused."""
-    config, path = tiny(dataset, epochs=1), tmp_path / "config.yaml"
-    monkeypatch.setattr(script_module, "log", lambda *_: path.write_text("learning_rate: 9\n"))
-    train(config, tmp_path, resume=False)
-    assert load_config([path], []) == config
-    assert path.stat().st_mtime_ns <= (tmp_path / "summary.json").stat().st_mtime_ns
-
-
 def test_resume_with_another_config_is_refused(run: Path, script: Callable) -> None:
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     arguments = ("--config", run / "config.yaml", "--run-dir", run, "--resume")
