@@ -2,8 +2,8 @@
 
     python config.py --config configs/tuned.yaml configs/quick.yaml --set batch_size=64
 
-prints the resolved config. It is a flat mapping, read at the entrance of a script and passed on
-as plain values.
+prints the resolved config or, with --run-dir as in the Makefile, starts a run directory with it. It
+is a flat mapping, read at the entrance of a script and passed on as plain values.
 """
 
 import argparse
@@ -373,7 +373,7 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print the resolved config.")
     add_arguments(parser)
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="write it there instead")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="write it there")
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
     if args.run_dir:
