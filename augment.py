@@ -1,7 +1,8 @@
 """From resident uint8 images to an augmented float batch on the device.
 
-Images and masks move together under crops and flips; blur and colour jitter touch images only.
-Randomness is drawn per image from torch's global generator.
+Images and masks move together under crops and flips; blur and colour jitter change images only.
+Randomness is drawn anew for each image from torch's global generator, on the CPU where Python
+needs the value, so that no step waits for a GPU.
 """
 
 import torch
@@ -9,23 +10,36 @@ import torchvision.transforms.v2.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from images import IGNORE
+from metrics import IGNORE
 
 
-def _corner(mask: Tensor, crop: int, on_objects: float) -> tuple[int, int]:
-    """Top and left of a random crop within a (H, W) mask."""
-    height, width = mask.shape
-    if on_objects > 0 and torch.rand(()) < on_objects:
-        foreground = ((mask > 0) & (mask != IGNORE)).flatten().nonzero()
-        if len(foreground):
-            # The pixel lies anywhere in the crop, not in its middle: else the model would learn
-            # that the middle of a picture is never background.
-            pixel = int(foreground[torch.randint(len(foreground), ())])
-            dy, dx = torch.randint(crop, (2,)).tolist()
-            top, left = pixel // width - dy, pixel % width - dx
-            return min(max(top, 0), height - crop), min(max(left, 0), width - crop)
-    top = int(torch.randint(height - crop + 1, ()))
-    return top, int(torch.randint(width - crop + 1, ()))
+def choose_corners(masks: Tensor, crop: int, on_objects: float) -> tuple[Tensor, Tensor]:
+    """Choose where the random crops of a batch begin.
+
+    Args:
+        masks: (N, H, W) uint8.
+        crop: side in pixels, less than H and W.
+        on_objects: share of the crops that are placed around a random foreground pixel.
+
+    Returns:
+        Top and left of each crop, both (N,) int64, on the masks' device.
+    """
+    n, height, width = masks.shape
+    choice, pixel, y, x = torch.rand(4, n, device=masks.device)
+    top, left = (y * (height - crop + 1)).long(), (x * (width - crop + 1)).long()
+    if on_objects > 0:
+        # The k-th foreground pixel is where the running count reaches k.
+        count = ((masks > 0) & (masks != IGNORE)).flatten(1).cumsum(dim=1, dtype=torch.int32)
+        total = count[:, -1]
+        k = torch.minimum((pixel * total).int() + 1, total)
+        found = torch.searchsorted(count, k[:, None])[:, 0]
+        # The pixel lies anywhere in the crop, not in its middle: else the model would learn that
+        # the middle of a picture is never background.
+        around_y = (found // width - (y * crop).long()).clamp(0, height - crop)
+        around_x = (found % width - (x * crop).long()).clamp(0, width - crop)
+        use = (choice < on_objects) & (total > 0)
+        top, left = torch.where(use, around_y, top), torch.where(use, around_x, left)
+    return top, left
 
 
 def take_batch(images: Tensor, masks: Tensor, index: Tensor, config: dict) -> tuple[Tensor, Tensor]:
@@ -40,25 +54,23 @@ def take_batch(images: Tensor, masks: Tensor, index: Tensor, config: dict) -> tu
     Returns:
         (N, channels, h, w) and (N, h, w) uint8.
     """
-    crop, on_objects = config["crop"], config["crop_on_objects"]
+    crop, index = config["crop"], index.to(images.device)
     if crop == 0 or crop >= min(masks.shape[1:]):
         return images[index], masks[index]
-    image_crops, mask_crops = [], []
-    for i in index.tolist():
-        top, left = _corner(masks[i], crop, on_objects)
-        rows, columns = slice(top, top + crop), slice(left, left + crop)
-        image_crops.append(images[i, :, rows, columns])
-        mask_crops.append(masks[i, rows, columns])
-    return torch.stack(image_crops), torch.stack(mask_crops)
+    top, left = choose_corners(masks[index], crop, config["crop_on_objects"])
+    side = torch.arange(crop, device=images.device)
+    rows, columns = (top[:, None] + side)[:, :, None], (left[:, None] + side)[:, None, :]
+    index = index[:, None, None]
+    return images[index, :, rows, columns].permute(0, 3, 1, 2), masks[index, rows, columns]
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 (N, channels, H, W) in 0…255 to float32 in [0, 1], channels-last in memory."""
+    """Convert uint8 (N, channels, H, W) in 0…255 to float32 in [0, 1], channels-last in memory."""
     return images.float().div_(255).contiguous(memory_format=torch.channels_last)
 
 
 def augment(images: Tensor, masks: Tensor, config: dict) -> tuple[Tensor, Tensor]:
-    """Augment a batch where it lies.
+    """Augment a batch on its own device.
 
     Args:
         images: (N, channels, H, W) uint8; masks: (N, H, W) uint8.
@@ -73,15 +85,19 @@ def augment(images: Tensor, masks: Tensor, config: dict) -> tuple[Tensor, Tensor
             images = torch.where(flip[:, None, None, None], images.flip(axis), images)
             masks = torch.where(flip[:, None, None], masks.flip(axis), masks)
     images = to_float(images)
-    if config["blur"] > 0:
+    for i in chosen(images, config["blur"]):
         low, high = config["blur_sigma"]
-        for i in torch.rand(len(images)).lt(config["blur"]).nonzero().flatten().tolist():
-            sigma = low + (high - low) * float(torch.rand(()))
-            images[i] = F.gaussian_blur(images[i], [config["blur_kernel"]] * 2, [sigma] * 2)
+        sigma = low + (high - low) * float(torch.rand(()))
+        images[i] = F.gaussian_blur(images[i], [config["blur_kernel"]] * 2, [sigma] * 2)
     if config["jitter"] > 0:
-        brightness, contrast, saturation, hue = config["jitter_strength"]
-        colour_jitter = v2.ColorJitter(brightness, contrast, saturation, hue)
-        for i in torch.rand(len(images)).lt(config["jitter"]).nonzero().flatten().tolist():
-            colour = slice(0, min(3, images.shape[1]))  # alpha, the fourth channel, is no colour
-            images[i, colour] = colour_jitter(images[i, colour])
+        colour_jitter = v2.ColorJitter(*config["jitter_strength"])
+        for i in chosen(images, config["jitter"]):
+            images[i, :3] = colour_jitter(images[i, :3])  # alpha, the fourth channel, is no colour
     return images, masks
+
+
+def chosen(images: Tensor, probability: float) -> list[int]:
+    """Choose images of a batch at random; returns their indices."""
+    if probability == 0:
+        return []
+    return torch.rand(len(images)).lt(probability).nonzero().flatten().tolist()

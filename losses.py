@@ -1,14 +1,19 @@
-"""Losses on logits (N, C, H, W) against masks (N, H, W); all in float32 whatever autocast does."""
+"""Losses on logits (N, C, H, W) against masks (N, H, W); all in float32 whatever autocast does.
+
+A loss is a function of logits and mask in `LOSSES`; `loss: {name: weight}` in a config uses it.
+"""
+
+from common import UserError
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from images import IGNORE
+from metrics import IGNORE
 
 
 def cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the pixels of the negative log-likelihood of the true class; in [0, inf)."""
+    """Average the negative log-likelihood of the true class over the pixels; in [0, inf)."""
     counted = (mask != IGNORE).sum().clamp(min=1)  # all ignored: a loss of 0, not 0/0
     total = F.cross_entropy(logits, mask.long(), ignore_index=IGNORE, reduction="sum")
     return total / counted
@@ -23,7 +28,7 @@ def _probabilities_and_target(logits: Tensor, mask: Tensor) -> tuple[Tensor, Ten
 
 
 def dice_pooled(logits: Tensor, mask: Tensor) -> Tensor:
-    """The lab's Dice loss: one soft Dice per image over all its classes and pixels; in [0, 1].
+    """Compute the lab's Dice loss: one soft Dice per image over all classes and pixels; in [0, 1].
 
     1 − mean_n 2·Σ_ck p·t / (Σ_ck p + Σ_ck t), with softmax p and one-hot t (the soft Dice of
     Sudre et al. 2017, arXiv:1707.03237, without class weights). Since Σ_c p = Σ_c t = 1 at every
@@ -37,7 +42,7 @@ def dice_pooled(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def dice_per_class(logits: Tensor, mask: Tensor) -> Tensor:
-    """Soft Dice per class over the whole batch, averaged over the classes it shows; in [0, 1].
+    """Average the soft Dice of each class over the whole batch; in [0, 1].
 
     1 − mean_c 2·Σ_nk p·t / (Σ_nk p + Σ_nk t) (Sudre et al. 2017, "batch Dice"). Every class
     weighs the same however few pixels it has. A class without a pixel in the batch's masks is
@@ -45,9 +50,10 @@ def dice_per_class(logits: Tensor, mask: Tensor) -> Tensor:
     """
     p, t = _probabilities_and_target(logits, mask)
     overlap, total, true = (p * t).sum(dim=(0, 2)), (p + t).sum(dim=(0, 2)), t.sum(dim=(0, 2))
-    shown = true > 0
-    dice = torch.where(shown, 2 * overlap / total.clamp(min=1e-12), 0.0)
-    return 1 - dice.sum() / shown.sum() if shown.any() else 0 * p.sum()
+    present = true > 0
+    dice = torch.where(present, 2 * overlap / total.clamp(min=1e-12), 0.0)
+    # No class present: a loss of 0. A tensor decides, since an `if` would make a GPU wait.
+    return present.any().to(dice) - dice.sum() / present.sum().clamp(min=1)
 
 
 LOSSES = {
@@ -58,7 +64,7 @@ LOSSES = {
 
 
 def weighted_loss(logits: Tensor, mask: Tensor, weights: dict[str, float]) -> Tensor:
-    """Weighted sum of losses.
+    """Add up losses by their weights.
 
     Args:
         logits: (N, C, H, W), any float dtype.
@@ -67,8 +73,15 @@ def weighted_loss(logits: Tensor, mask: Tensor, weights: dict[str, float]) -> Te
 
     Returns:
         Scalar, float32 (float64 if the logits are).
+
+    Raises:
+        UserError: no weight is given, or one for an unknown loss or that is not a number.
     """
+    for name, weight in weights.items() or [("nothing", None)]:
+        if name not in LOSSES or not isinstance(weight, (int, float)):
+            known = ", ".join(LOSSES)
+            raise UserError(f"loss: {name}: {weight} is no loss with its weight; known: {known}")
     with torch.autocast(logits.device.type, enabled=False):
         if logits.dtype != torch.float64:
             logits = logits.float()
-        return sum(w * LOSSES[name](logits, mask) for name, w in weights.items())
+        return sum(weight * LOSSES[name](logits, mask) for name, weight in weights.items())

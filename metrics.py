@@ -1,59 +1,71 @@
-"""One integer confusion matrix for a whole split, and every score read from it."""
+"""Every score of the project, read from integer confusion matrices; statistics over seeds.
+
+Counts of images add up exactly to those of a split, in any order and batch size. A class that is
+neither in the masks nor predicted has no score: NaN or None, and left out of means.
+"""
 
 import math
-from collections.abc import Iterator
-from itertools import islice
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from augment import to_float
-from device import autocast
-from distributed import rank_and_world, sum_over_ranks
-from images import IGNORE
-from losses import weighted_loss
-
-EVALUATION_BATCH = 32  # images of 128×128; more leave the processor's caches, and were no faster
-
-
-def in_batches(images: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Batches of whole images: `EVALUATION_BATCH`, or fewer if they are larger than 128×128.
-
-    So the memory that evaluation takes hardly grows with the images. Args: (M, …, H, W) each.
-    """
-    size = EVALUATION_BATCH * 128**2 // (images.shape[-2] * images.shape[-1])
-    size = min(max(size, 1), EVALUATION_BATCH)
-    return zip(*(tensor.split(size) for tensor in (images, *others)), strict=True)
+IGNORE = 255  # mask value of a pixel that counts neither in losses nor in scores
+BOUNDARY = 2  # pixels: width of the band along a contour that boundary IoU looks at
+# 97.5 % quantiles of Student's t distribution by degrees of freedom.
+T_QUANTILES = {
+    **{1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262},
+    **{10: 2.228, 12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000, 120: 1.980},
+}
 
 
-def confusion_matrix(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
-    """Count pixels by (true class, predicted class).
+# ---- counts and what is read from them
 
-    Matrices of batches add up to the matrix of the split exactly, in any order and batch size.
+
+def confusion_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
+    """Count the pixels of each image by (true class, predicted class).
 
     Args:
-        prediction: integer class indices in [0, C), any shape.
-        mask: class indices in [0, C) or `IGNORE` (not counted), of the same shape.
+        prediction: (N, H, W) integer class indices in [0, C).
+        mask: (N, H, W) class indices in [0, C) or `IGNORE`, which is not counted.
         num_classes: C.
 
     Returns:
-        (C, C) int64 on the same device; row = true class, column = predicted class.
+        (N, C, C) int64 on the same device; row = true class, column = predicted class.
     """
-    counted = mask != IGNORE
-    # Ignored pixels go to one extra bin rather than through a boolean index, which would make
-    # a GPU wait for their number.
-    index = torch.where(counted, mask.long() * num_classes + prediction.long(), num_classes**2)
-    counts = torch.bincount(index.flatten(), minlength=num_classes**2 + 1)
-    return counts[:-1].view(num_classes, num_classes)
+    # Ignored pixels are counted in a cell of their own, and cells by scatter_add_: a boolean index
+    # or bincount would make a GPU wait for their number.
+    cells = num_classes**2
+    cell = torch.where(mask == IGNORE, cells, mask.long() * num_classes + prediction).flatten(1)
+    counts = torch.zeros(len(mask), cells + 1, dtype=torch.int64, device=mask.device)
+    counts.scatter_add_(1, cell, torch.ones_like(cell))
+    return counts[:, :-1].view(-1, num_classes, num_classes)
+
+
+def iou(matrices: Tensor) -> Tensor:
+    """Divide true positives by the union: IoU = TP / (TP + FP + FN) (Jaccard 1912).
+
+    Args:
+        matrices: (..., C, C) integer confusion matrices.
+
+    Returns:
+        (..., C) float64 in [0, 1]; NaN where a class is neither true nor predicted.
+    """
+    m = matrices.double()
+    tp = m.diagonal(dim1=-2, dim2=-1)
+    return tp / (m.sum(dim=-1) + m.sum(dim=-2) - tp)
+
+
+def mean_iou(matrices: Tensor) -> Tensor:
+    """Average the IoU over the classes: (..., C, C) to (...) float64, NaN if there is no pixel."""
+    return iou(matrices).nanmean(dim=-1)
 
 
 def scores(matrix: Tensor, classes: list[str]) -> dict:
-    """Every score of a split from its confusion matrix.
+    """Read every score of a split from its confusion matrix.
 
-    With true positives TP, false positives FP and false negatives FN of a class over all pixels:
-    IoU = TP / (TP + FP + FN) (Jaccard 1912), Dice = 2·TP / (2·TP + FP + FN) (Dice 1945). A class
-    that is neither in the masks nor predicted has no score: it is None here and left out of the
-    means. A class that is in the masks and never predicted scores 0 and is listed as dead.
+    Dice = 2·TP / (2·TP + FP + FN) (Dice 1945) = 2·IoU / (1 + IoU). A class that is in the masks
+    and never predicted has IoU 0 and is listed as dead.
 
     Args:
         matrix: (C, C) integer, row = true class, column = predicted class.
@@ -64,79 +76,86 @@ def scores(matrix: Tensor, classes: list[str]) -> dict:
         None if no pixel was counted; per_class_iou, per_class_dice by name; dead_classes by name.
     """
     m = matrix.detach().cpu().double()
-    tp, true, predicted = m.diag(), m.sum(dim=1), m.sum(dim=0)
-    union = true + predicted - tp
-    iou = [_ratio(a, b) for a, b in zip(tp.tolist(), union.tolist(), strict=True)]
-    dice = [_ratio(2 * a, b) for a, b in zip(tp.tolist(), (true + predicted).tolist(), strict=True)]
+    each = iou(m)
+    dice = 2 * each / (1 + each)
+    dead = (m.sum(dim=1) > 0) & (m.sum(dim=0) == 0)
     return {
-        "pixel_accuracy": _ratio(tp.sum().item(), m.sum().item()),
-        "mean_iou": _mean(iou),
-        "mean_iou_foreground": _mean(iou[1:]),
-        "mean_dice": _mean(dice),
-        "per_class_iou": dict(zip(classes, iou, strict=True)),
-        "per_class_dice": dict(zip(classes, dice, strict=True)),
-        "dead_classes": [
-            name
-            for name, t, p in zip(classes, true.tolist(), predicted.tolist(), strict=True)
-            if t > 0 and p == 0
-        ],
+        "pixel_accuracy": number(m.trace() / m.sum()),
+        "mean_iou": number(each.nanmean()),
+        "mean_iou_foreground": number(each[1:].nanmean()),
+        "mean_dice": number(dice.nanmean()),
+        "per_class_iou": dict(zip(classes, map(number, each), strict=True)),
+        "per_class_dice": dict(zip(classes, map(number, dice), strict=True)),
+        "dead_classes": [name for name, is_dead in zip(classes, dead, strict=True) if is_dead],
     }
 
 
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module, images: Tensor, masks: Tensor, config: dict, dtype: torch.dtype
-) -> tuple[Tensor, float]:
-    """Run a model over a whole split, of which several processes share the batches.
+def number(value: Tensor) -> float | None:
+    """Convert a scalar to a float, NaN to None, as JSON has no NaN."""
+    return None if value.isnan() else value.item()
+
+
+def boundary_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
+    """Count what boundary IoU (Cheng et al. 2021, arXiv:2103.16562) divides.
+
+    It is the IoU of inner bands: of a class, the pixels at most `BOUNDARY` away (in rows and
+    columns) from one that is not of the class. As in the authors' code, the image border is a
+    contour.
 
     Args:
-        model: maps (N, channels, H, W) float in [0, 1] to (N, C, H, W) logits; set to eval mode.
-        images: (M, channels, H, W) uint8; masks: (M, H, W) uint8, on any device.
-        config: for `classes` and `loss`.
-        dtype: autocast dtype.
+        prediction: (N, H, W) class indices; mask: the same, or `IGNORE`, which is of no class.
 
     Returns:
-        (C, C) int64 confusion matrix on the model's device and the mean loss per image, in the
-        batches of `in_batches` (Dice losses depend on what is pooled).
+        (N, C + 1, C + 1) int64 confusion matrices of the bands, where class C means "in no band".
     """
-    device = next(model.parameters()).device
-    model.eval()
-    num_classes = len(config["classes"])
-    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    loss_sum = torch.zeros((), device=device)
-    rank, world = rank_and_world()
-    # Whole batches to each rank, since the Dice losses pool them.
-    for batch, mask in islice(in_batches(images, masks), rank, None, world):
-        mask = mask.to(device, non_blocking=True)
-        with autocast(device, dtype):
-            logits = model(to_float(batch.to(device, non_blocking=True)))
-        matrix += confusion_matrix(logits.argmax(dim=1), mask, num_classes)
-        loss_sum += weighted_loss(logits, mask, config["loss"]) * len(batch)
-    sum_over_ranks(matrix, loss_sum)
-    return matrix, loss_sum.item() / len(images)
+    prediction = prediction.where(mask != IGNORE, IGNORE)
+    bands = (_bands(pixels, num_classes) for pixels in (prediction, mask))
+    return confusion_matrices(*bands, num_classes + 1)
 
 
-@torch.inference_mode()
-def predict_split(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
-    """(M, H, W) uint8 class indices that a model in evaluation mode gives to a split.
+def boundary_iou(matrices: Tensor) -> Tensor:
+    """Read boundary IoU, (..., C) float64, from `boundary_matrices`; NaN if there is no band."""
+    return iou(matrices)[..., :-1]
 
-    Args:
-        images: (M, channels, H, W) uint8.
-        dtype: autocast dtype.
+
+def _bands(labels: Tensor, num_classes: int) -> Tensor:
+    """Replace (N, H, W) classes by C wherever the window around a pixel holds one class alone."""
+    height, width = labels.shape[1:]
+    padded = F.pad(labels, [BOUNDARY] * 4, value=IGNORE - 1)  # a value that no class has
+    inside = torch.ones_like(labels, dtype=torch.bool)
+    for y in range(2 * BOUNDARY + 1):
+        for x in range(2 * BOUNDARY + 1):
+            inside &= padded[:, y : y + height, x : x + width] == labels
+    return labels.masked_fill(inside | (labels == IGNORE), num_classes)
+
+
+# ---- statistics over seeds
+
+
+def mean_std(values: list[float | None]) -> dict | None:
+    """Compute mean and sample standard deviation (None if n = 1); None if a value is missing."""
+    if any(value is None for value in values):
+        return None
+    n, mean = len(values), math.fsum(values) / len(values)
+    std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else None
+    return {"mean": mean, "std": std, "n": n, "values": values}
+
+
+def compare(a: dict, b: dict) -> str:
+    """Compare two means of `mean_std` by Welch's t test (1947), two-sided, at 95 %.
+
+    Returns:
+        "more" or "less" if mean a lies beyond noise above or below mean b, else "noise"; "one
+        seed" if either has no standard deviation.
     """
-    device = next(model.parameters()).device
-    predictions = []
-    for (batch,) in in_batches(images):
-        with autocast(device, dtype):
-            logits = model(to_float(batch.to(device)))
-        predictions.append(logits.argmax(dim=1).to(torch.uint8).cpu())
-    return torch.cat(predictions)
-
-
-def _ratio(numerator: float, denominator: float) -> float | None:
-    return numerator / denominator if denominator > 0 else None
-
-
-def _mean(values: list[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return math.fsum(present) / len(present) if present else None
+    if a["std"] is None or b["std"] is None:
+        return "one seed"
+    parts = [stat["std"] ** 2 / stat["n"] for stat in (a, b)]
+    difference, error = a["mean"] - b["mean"], math.sqrt(sum(parts))
+    # Welch-Satterthwaite; rounded down to a row of the table, which asks for more
+    weights = [part**2 / (stat["n"] - 1) for part, stat in zip(parts, (a, b), strict=True)]
+    freedom = sum(parts) ** 2 / sum(weights) if sum(weights) else 1
+    quantile = T_QUANTILES[max(row for row in T_QUANTILES if row <= max(freedom, 1))]
+    if abs(difference) <= quantile * error:
+        return "noise"
+    return "more" if difference > 0 else "less"

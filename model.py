@@ -1,4 +1,4 @@
-"""The U-Net of the lab and its variants: one class, driven by the config.
+"""The U-Net of the lab and its variants; its checkpoints; where and how precisely it computes.
 
     python model.py --config configs/tuned.yaml [--set key=value ...]
 
@@ -6,13 +6,20 @@ prints the stages, their output sizes, the parameters and the GFLOP per image.
 """
 
 import argparse
+import contextlib
+import ctypes
+import io
+from pathlib import Path
+
+from common import UserError, reading, run, write_atomically
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import add_arguments, load_config
-from errors import run
+
+FORMAT = "flying-objects-segmentation 1"  # of checkpoints
 
 
 def double_conv(in_channels: int, out_channels: int, kernel: int, dropout: float) -> nn.Sequential:
@@ -30,7 +37,7 @@ def double_conv(in_channels: int, out_channels: int, kernel: int, dropout: float
 
 
 def start_bilinear(up: nn.ConvTranspose2d) -> None:
-    """Set a 3×3, stride 2 transposed conv to bilinear up-sampling of each channel by itself."""
+    """Make a 3×3, stride 2 transposed conv the bilinear up-sampling of each channel by itself."""
     hat = torch.tensor([0.5, 1.0, 0.5])
     with torch.no_grad():
         up.weight.zero_()
@@ -59,6 +66,9 @@ class UNet(nn.Module):
         upsampling_init: how a transposed conv that maps n channels to n classes starts. "random":
             PyTorch's. "bilinear": as bilinear up-sampling, each channel wired to its own class
             (Long et al. 2015, arXiv:1411.4038); it keeps the classes of the lab's heads alive.
+
+    Raises:
+        UserError: a stage is not [channels, odd kernel], or the numbers of stages do not fit.
     """
 
     def __init__(
@@ -72,6 +82,17 @@ class UNet(nn.Module):
         upsampling_init: str,
     ) -> None:
         super().__init__()
+        for key, stages in (("encoder", encoder), ("decoder", decoder)):
+            with reading(
+                key, "give each stage as [channels, odd kernel], as in [[16, 3], [32, 3]]"
+            ):
+                for width, kernel in stages:
+                    named = (key, width) == ("decoder", "classes")
+                    if not (named or (type(width) is int and width > 0)) or kernel % 2 == 0:
+                        raise ValueError(f"[{width}, {kernel}] is no stage")
+        if not encoder or len(decoder) != len(encoder) + (skip == "full"):
+            wanted = "one stage more than" if skip == "full" else "as many stages as"
+            raise UserError(f"decoder: with skip: {skip} it needs {wanted} the encoder")
         widths = [num_classes if width == "classes" else int(width) for width, _ in decoder]
         self.skip = skip
         self.encoder = nn.ModuleList()
@@ -100,8 +121,17 @@ class UNet(nn.Module):
         if upsampling_init == "bilinear" and widths[-1] == num_classes and skip == "pooled":
             start_bilinear(self.up[-1])
 
+        self.stride = 2 ** len(encoder)  # pixels of the input under one of the deepest features
+        # Pixels that a logit sees on each side: at each stage two kernels and a pooling or
+        # up-sampling, rounded up to the stride.
+        scales = [2**i for i in range(len(encoder))]
+        scales += [2 ** (len(encoder) - i) for i in range(len(decoder))]
+        kernels = [kernel for _, kernel in (*encoder, *decoder)]
+        reach = sum(s * (2 * (k // 2) + 1) for s, k in zip(scales, kernels, strict=True))
+        self.receptive_radius = -(-reach // self.stride) * self.stride
+
     def forward(self, images: Tensor) -> Tensor:
-        """Logits for a batch of images of any size.
+        """Compute logits for a batch of images of any size.
 
         Args:
             images: (N, in_channels, H, W) float in [0, 1].
@@ -110,9 +140,8 @@ class UNet(nn.Module):
             (N, C, H, W) logits, of the dtype that autocast chooses.
         """
         height, width = images.shape[-2:]
-        multiple = 2 ** len(self.encoder)
         # Replicated borders look like the image going on; zeros would look like a black object.
-        pad_h, pad_w = -height % multiple, -width % multiple
+        pad_h, pad_w = -height % self.stride, -width % self.stride
         x = images * 2 - 1  # centred, so that the zero padding of the convs is neither colour
         if pad_h or pad_w:
             x = F.pad(x, (0, pad_w, 0, pad_h), mode="replicate")
@@ -132,7 +161,7 @@ class UNet(nn.Module):
 
 
 def build_model(config: dict) -> UNet:
-    """The model that a config describes, with fresh weights."""
+    """Build the model that a config describes, with fresh weights."""
     return UNet(
         in_channels=config["in_channels"],
         num_classes=len(config["classes"]),
@@ -144,41 +173,132 @@ def build_model(config: dict) -> UNet:
     )
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Count the trainable values of a model."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def summarise(model: UNet, in_channels: int, size: int) -> str:
-    """Stages with their output sizes, parameters, and GFLOP of one size×size image.
+    """Tabulate stages with their output sizes, parameters, and GFLOP of one size×size image.
 
     A multiply-add counts as two operations; only convolutions count, as in
     torch.utils.flop_counter.
     """
     from torch.utils.flop_counter import FlopCounterMode  # slow to import, needed only here
 
-    rows: list[tuple[str, str, int]] = []
-
-    def note(name: str, module: nn.Module) -> None:
-        parameters = sum(p.numel() for p in module.parameters())
-        module.register_forward_hook(
-            lambda _module, _inputs, out: rows.append(
-                (name, "×".join(map(str, out.shape[1:])), parameters)
-            )
+    shapes: dict[nn.Module, str] = {}
+    stages = {f"encoder {i}": stage for i, stage in enumerate(model.encoder, 1)}
+    for i, (stage, up) in enumerate(zip(model.decoder, model.up, strict=True), 1):
+        stages |= {f"decoder {i}": stage, f"decoder {i} up": up}
+    for stage in stages.values():
+        stage.register_forward_hook(
+            lambda module, _, out: shapes.update({module: "×".join(map(str, out.shape[1:]))})
         )
-
-    for i, stage in enumerate(model.encoder):
-        note(f"encoder {i + 1}", stage)
-    for i, (stage, up) in enumerate(zip(model.decoder, model.up, strict=True)):
-        note(f"decoder {i + 1}", stage)
-        note(f"decoder {i + 1} up" if isinstance(up, nn.ConvTranspose2d) else "classes", up)
     with FlopCounterMode(display=False) as flops, torch.inference_mode():
         model.eval()(torch.zeros(1, in_channels, size, size))
     lines = [f"{'stage':<14}{'output':>14}{'parameters':>14}"]
-    lines += [f"{name:<14}{shape:>14}{parameters:>14,}" for name, shape, parameters in rows]
+    lines += [f"{k:<14}{shapes[m]:>14}{count_parameters(m):>14,}" for k, m in stages.items()]
     lines.append(f"{'total':<14}{'':>14}{count_parameters(model):>14,}")
     lines.append(f"{flops.get_total_flops() / 1e9:.3f} GFLOP per {size}×{size} image")
     return "\n".join(lines)
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Number of trainable values."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+# ---- checkpoints
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint atomically.
+
+    Args:
+        path: the .pt file.
+        checkpoint: `config`, `model` (a state dict) and whatever else, as plain data and tensors.
+    """
+    file = io.BytesIO()  # in memory first: on a full disk torch.save's own error is unreadable
+    torch.save({"format": FORMAT, **checkpoint}, file)
+    write_atomically(path, file.getvalue())
+
+
+def read_checkpoint(path: Path, device: torch.device) -> dict:
+    """Read a checkpoint of this project; nothing in the file is executed.
+
+    Returns:
+        What `save_checkpoint` was given; `config` has every key of today's default.yaml.
+
+    Raises:
+        UserError: the file is missing, damaged, or not a checkpoint of this project.
+    """
+    with reading(path, "give a .pt file that train.py wrote"):
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if checkpoint["format"] != FORMAT:
+            raise ValueError(f"its format is {checkpoint['format']}, not {FORMAT}")
+        stored, default = checkpoint["config"], load_config([])
+        checkpoint["config"] = {key: stored.get(key, default[key]) for key in default}
+    return checkpoint
+
+
+def restore_model(path: Path, device: torch.device) -> tuple[UNet, dict]:
+    """Restore the model of a checkpoint, in evaluation mode; returns it and the checkpoint.
+
+    Raises:
+        UserError: as `read_checkpoint`, or the weights do not fit the config.
+    """
+    checkpoint = read_checkpoint(path, device)
+    with reading(path, "give a .pt file that this version of the project wrote"):
+        model = build_model(checkpoint["config"])
+        model.load_state_dict(checkpoint["model"])
+        model.to(device, memory_format=torch.channels_last)
+    return model.eval(), checkpoint
+
+
+# ---- where and how precisely to compute
+
+
+def pick_device(name: str) -> torch.device:
+    """Pick the device for "auto" or a name as "cpu", "cuda", "mps"; UserError if it is not there.
+
+    "auto" is the accelerator that PyTorch finds, or else the CPU.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    there = {"cpu"} | ({found.type} if found else set())
+    if name not in there | {"auto"}:
+        raise UserError(
+            f"device {name}: PyTorch finds {' and '.join(sorted(there))}; use DEVICE=cpu"
+        )
+    return torch.device((found.type if found else "cpu") if name == "auto" else name)
+
+
+def pick_precision(device: torch.device, name: str) -> torch.dtype:
+    """Pick the autocast dtype for "auto", "float32" or "bfloat16".
+
+    "auto" takes bfloat16 only where the processor multiplies it natively: emulated, it is many
+    times slower than float32.
+    """
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        has = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases
+        native = any(has.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    if name == "auto":
+        return torch.bfloat16 if native else torch.float32
+    return getattr(torch, name)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Make a context in which convolutions compute in `dtype`; none if it is float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def keep_memory() -> None:
+    """Keep the memory that a step frees for the next one, where the C library is glibc.
+
+    By default glibc gives every large block back to the system, which zeroes it before it hands
+    it out again: a tenth of a step of the wide models, more in float32.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def main() -> None:

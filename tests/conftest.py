@@ -1,7 +1,7 @@
-"""What all test files share: a small data set and a way to run a script as a user does."""
+"""What all test files share: a small data set, and scripts run as a user runs them."""
 
 import os
-import signal
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,36 +11,50 @@ from pathlib import Path
 # and on a busy machine threads that wait for each other cost minutes.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from common import ROOT, run
+
 import pytest
 
-# after the line above, which torch reads as it starts
-import errors
 from config import load_config
-from generate import generate
+from tools.generate import generate
 
-ROOT = Path(__file__).parent.parent
+# Settings of a run of a second: 3 sequences of 32×32, a small network.
+TINY = {
+    "encoder": "[[8, 3], [16, 3]]",
+    "decoder": "[[16, 3], [8, 3]]",
+    "loss": "{cross_entropy: 1, dice_per_class: 1}",
+    "images_per_epoch": "16",
+    "batch_size": "8",
+    "epochs": "2",
+}
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A drawn data set of 3, 2 and 2 sequences at 32×32. Read-only: copy it to change it."""
+    """Generate a data set of 3, 2 and 2 sequences at 32×32. Read-only: copy it to change it."""
     root = tmp_path_factory.mktemp("data") / "set"
     generate(root, {"training": 3, "validation": 2, "testing": 2}, size=32, seed=0, workers=1)
     return root
 
 
 def config_for(root: Path, **values: object) -> dict:
-    """The default config for a data set, some keys given: `config_for(root, classes=CLASSES)`."""
+    """Load the default config for a data set, some keys given: `config_for(root, classes=…)`."""
     return load_config([], [f"data={root}"]) | values
+
+
+def tiny(root: Path, **values: object) -> list[str]:
+    """List the overrides of a run of a second: `--set` of a script, or for `load_config`."""
+    return [f"{key}={value}" for key, value in (TINY | {"data": root} | values).items()]
 
 
 @pytest.fixture(scope="session")
 def script() -> Callable[..., subprocess.CompletedProcess]:
     """`script("data.py", "check", folder)` runs a script of the project as a user does."""
 
-    def run(*args: object, timeout: float = 120) -> subprocess.CompletedProcess:
+    def run(*args: object, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
         command = [sys.executable, *map(str, args)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+        options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": timeout}
+        return subprocess.run(command, env=os.environ | env, **options)
 
     return run
 
@@ -49,22 +63,34 @@ def script() -> Callable[..., subprocess.CompletedProcess]:
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
     """`call(main, *arguments)`: a script's main in this process: (exit code, stdout, stderr)."""
 
-    def run(main: Callable[[], None], *args: object) -> tuple[int, str, str]:
+    def call_main(main: Callable[[], None], *args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, args)])
         code = 0
         try:
-            errors.run(main)
+            run(main)
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
 
-    return run
+    return call_main
 
 
-@pytest.fixture(scope="module", autouse=True)
-def signals_as_before() -> Iterator[None]:
-    """Training in this process catches signals, which the tests after it must not."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def corruptions(data: bytes, number: int = 200) -> Iterator[bytes]:
+    """Yield damaged copies of a file: random bytes flipped, cut, inserted or zeroed."""
+    rng = random.Random(0)
+    for _ in range(number):
+        copy, start = bytearray(data), rng.randrange(len(data))
+        stop = min(len(data), start + rng.choice((1, 2, 16, 256)))
+        noise = rng.randbytes(stop - start)
+        kind = rng.choice(("flip", "cut", "insert", "zero", "end"))
+        if kind == "flip":
+            copy[start:stop] = noise
+        elif kind == "cut":
+            del copy[start:stop]
+        elif kind == "insert":
+            copy[start:start] = noise
+        elif kind == "zero":
+            copy[start:stop] = bytes(stop - start)
+        else:
+            del copy[start:]
+        yield bytes(copy)

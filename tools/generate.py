@@ -1,4 +1,6 @@
-"""Draw sequences like those of the Artificial Flying Objects data set.
+"""Generate sequences like those of the Artificial Flying Objects data set.
+
+    python data.py generate --out data/generated [--sequences 300 60 60] [--frames K] [--seed 0]
 
 Every number below was measured on the real training split (128×128), by fitting the shapes of the
 first frames: redrawn from fitted places and sizes, two of three come out identical, nearly all
@@ -6,23 +8,22 @@ masks do, and the rest differ in a pixel or two. The shapes are the square, tria
 markers of a plotting program, drawn with eight samples per pixel.
 """
 
+import argparse
 import multiprocessing
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from pathlib import Path
 
+from common import SPLITS, UserError
+
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from errors import UserError
-
-SPLITS = ("training", "validation", "testing")
 SHAPES = ("square", "triangle", "circular")  # drawn in the mask's red, green and blue
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
 MIN_SIZE = 16  # a square is then one to four pixels wide
@@ -42,7 +43,7 @@ ARRIVED = 1.12, 1.167  # (x, y) in pixels: one unit of the plot's axes, where a 
 def covered(
     shape: str, centre: np.ndarray, diameter: float, xs: np.ndarray, ys: np.ndarray
 ) -> np.ndarray:
-    """Return which of the points (`xs`, `ys`) a marker covers, bool of their broadcast shape.
+    """Tell which of the points (`xs`, `ys`) a marker covers, bool of their broadcast shape.
 
     `centre` (x, y), the marker's `diameter` and the points are in pixels, y downwards; the centres
     of pixels lie on whole numbers.
@@ -81,9 +82,16 @@ def resolve(
 
 
 def draw_sequence(
-    shape: str, colour: str, size: int, rng: np.random.Generator
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the frames of a sequence as (image, mask), both uint8 (size, size, 3)."""
+    shape: str, colour: str, size: int, rng: np.random.Generator, frames: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield the frames of a sequence as (number, image, mask), both uint8 (size, size, 3).
+
+    Args:
+        shape, colour: of the moving object, in `SHAPES` and `COLOURS`.
+        size: side of a frame in pixels.
+        rng: the only source of randomness.
+        frames: how many frames, chosen at random; 0: all of them.
+    """
     scale = size / 128
     # One shape of each other kind stands still; shapes and colours follow the moving one in turn.
     kinds = [(SHAPES.index(shape) + step) % 3 for step in range(3)]
@@ -108,104 +116,120 @@ def draw_sequence(
             scene[covered(other, still[i], diameters[i + 1], xs, ys)] = label
     without_mover = resolve(scene, colours, classes)
 
-    arrived = False
-    while not arrived:
+    places = [place]
+    while not (np.abs(target - places[-1]) <= np.multiply(ARRIVED, scale)).all():
+        places.append(places[-1] + APPROACH * (target - places[-1]))
+    kept = range(len(places))
+    if 0 < frames < len(places):
+        kept = sorted(rng.choice(len(places), frames, replace=False))
+    for i in kept:
         # Only what is near the moving shape differs between frames.
         reach = 2 / 3 * diameters[0] + 2
-        left, top = np.clip(np.floor(place - reach).astype(int), 0, size)
-        right, bottom = np.clip(np.ceil(place + reach).astype(int), 0, size)
+        left, top = np.clip(np.floor(places[i] - reach).astype(int), 0, size)
+        right, bottom = np.clip(np.ceil(places[i] + reach).astype(int), 0, size)
         near = np.s_[:, top:bottom, left:right]
-        mover = covered(shape, place, diameters[0], xs[:, :, left:right], ys[:, top:bottom])
+        mover = covered(shape, places[i], diameters[0], xs[:, :, left:right], ys[:, top:bottom])
         labels = np.maximum(scene[near], MOVER * mover.astype(np.uint8))
         image, mask = (pixels.copy() for pixels in without_mover)
         image[near[1:]], mask[near[1:]] = resolve(labels, colours, classes)
-        yield image, mask
-        arrived = (np.abs(target - place) <= np.multiply(ARRIVED, scale)).all()
-        place = place + APPROACH * (target - place)
+        yield i + 1, image, mask
 
 
-def write_sequence(folder: Path, split: str, index: int, total: int, size: int, seed: int) -> int:
-    """Draw and save sequence `index` of `total` of a split; return the number of its frames."""
+def write_sequence(
+    folder: Path, split: str, index: int, total: int, size: int, seed: int, frames: int
+) -> int:
+    """Draw and save sequence `index` of `total` of a split; returns the number of its images."""
     # A seed of its own for every sequence: nothing depends on the workers or the other splits.
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     combination = index * len(SHAPES) * len(COLOURS) // total  # grouped, as in the real data
     shape = SHAPES[combination // len(COLOURS)]
     colour = list(COLOURS)[combination % len(COLOURS)]
-    for frame, (image, mask) in enumerate(draw_sequence(shape, colour, size, rng), start=1):
+    images = 0
+    for frame, image, mask in draw_sequence(shape, colour, size, rng, frames):
         name = f"{index + 1:06d}_{shape}_{colour}_{frame:06d}.png"
         Image.fromarray(image).save(folder / split / "image" / name, compress_level=1)
         Image.fromarray(mask).save(folder / split / "gt_image" / f"gt_{name}", compress_level=1)
-    return frame
+        images += 1
+    return images
 
 
-def follow_parent() -> None:
-    """Leave Ctrl-C to the parent process, which tidies up; end when it is killed.
-
-    A worker that outlives it would write into the folder of the next run.
-    """
+def ignore_interrupt() -> None:
+    """Leave Ctrl-C to the parent process, which ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def write_all(folder: Path, sequences: dict[str, int], size: int, seed: int, workers: int) -> int:
-    """Write all splits into `folder`; return the number of frames."""
-    jobs = [(split, index, total) for split, total in sequences.items() for index in range(total)]
-    for split in sequences:
-        (folder / split / "image").mkdir(parents=True)
-        (folder / split / "gt_image").mkdir()
-    arguments = (repeat(folder), *zip(*jobs, strict=True), repeat(size), repeat(seed))
-    progress = {"total": len(jobs), "unit": "sequence", "desc": "generate", "disable": None}
-    if workers == 1:
-        return sum(tqdm(map(write_sequence, *arguments), **progress))
-    # Spawned, not forked: the caller may have threads (torch) that a fork would break.
-    pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), multiprocessing.get_context("spawn"), follow_parent
-    )
-    try:
-        return sum(tqdm(pool.map(write_sequence, *arguments), **progress))
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def generate(
-    out: Path, sequences: dict[str, int], size: int, seed: int, workers: int | None = None
+    out: Path,
+    sequences: dict[str, int],
+    size: int,
+    seed: int,
+    frames: int = 0,
+    workers: int | None = None,
 ) -> int:
     """Generate a data set of `size`×`size` RGB PNG pairs in the layout of the real one.
 
-    `sequences` maps split names to numbers of sequences, `workers` is a number of processes (None:
-    one per core). The same seed gives the same bytes whatever the workers and the other splits.
-    `out` appears only when all is written. Returns the number of frames. Raises UserError for bad
-    values, for an `out` that exists and is not an empty folder, and where it cannot be written.
-    """
-    out = Path(out).absolute()
-    if size < MIN_SIZE:
-        raise UserError(f"size {size} is too small: use {MIN_SIZE} or more")
-    if seed < 0:
-        raise UserError(f"seed {seed} is negative: use 0 or more")
-    for split, total in sequences.items():
-        if not 1 <= total <= 999_999:
-            raise UserError(f"{total} {split} sequences: use 1 to 999999")
+    The same seed gives the same bytes whatever the workers and the other splits.
 
-    partial = out.parent / (out.name + ".partial")
+    Args:
+        out: a new or empty folder; it appears only when all is written.
+        sequences: number of sequences of each split.
+        size: side of an image in pixels.
+        seed: whole number, 0 or more.
+        frames: random frames of each sequence; 0: all of them.
+        workers: processes; None: one per core.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        UserError: a value is out of range; `out` is not empty.
+    """
+    total = sum(sequences.values())
+    if min(sequences.values()) < 1 or max(sequences.values()) > 999_999:
+        raise UserError("--sequences: must be from 1 to 999999")
+    if size < MIN_SIZE or seed < 0 or frames < 0:
+        raise UserError(f"--size: must be {MIN_SIZE} or more, --seed and --frames 0 or more")
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+    if out.exists():
+        raise UserError(f"{out}: is there already; remove it or give another --out")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    for split in sequences:
+        for folder in ("image", "gt_image"):
+            (partial / split / folder).mkdir(parents=True)
+    jobs = [(split, index, count) for split, count in sequences.items() for index in range(count)]
+    columns = (
+        repeat(partial),
+        *zip(*jobs, strict=True),
+        repeat(size),
+        repeat(seed),
+        repeat(frames),
+    )
+    workers = min(workers or os.cpu_count() or 1, total)
+    # Spawned, not forked: the caller may have threads (torch) that a fork would break.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, ignore_interrupt) if workers > 1 else None
     try:
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise UserError(f"{out} exists and is not empty: remove it or choose another folder")
-        if partial.exists():
-            shutil.rmtree(partial)  # left by a run that was killed
-        partial.mkdir(parents=True)
-        try:
-            frames = write_all(partial, sequences, size, seed, workers or os.cpu_count() or 1)
-            if out.exists():
-                out.rmdir()
-            partial.rename(out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    return frames
+        written = (pool.map if pool else map)(write_sequence, *columns)
+        images = sum(tqdm(written, "generate", total, unit="sequence", disable=None))
+        partial.rename(out)
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
+        shutil.rmtree(partial, ignore_errors=True)
+    return images
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    counts = {"nargs": 3, "type": int, "default": [300, 60, 60], "metavar": "N"}
+    parser.add_argument("--sequences", help="training, validation, testing", **counts)
+    parser.add_argument("--frames", type=int, default=0, help="random frames of each; 0: all")
+    parser.add_argument("--size", type=int, default=128, help="side of an image in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    args = parser.parse_args()
+    sequences = dict(zip(SPLITS, args.sequences, strict=True))
+    images = generate(args.out, sequences, args.size, args.seed, args.frames)
+    print(f"{images} images in {args.out}; next: python data.py check {args.out}")

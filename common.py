@@ -1,0 +1,98 @@
+"""What every script shares: errors in one line, whole files, the identity of the training code.
+
+Imported before torch: libgomp reads GOMP_SPINCOUNT when torch loads it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# By default a waiting thread spins for so long that two trainings on the same cores slow each other
+# down tenfold; with a short spin they share the cores, and one alone loses nearly nothing.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+ROOT = Path(__file__).resolve().parent
+SPLITS = ("training", "validation", "testing")
+TRAINING_CODE = ("train.py", "model.py", "losses.py", "augment.py", "data.py")
+
+
+class UserError(Exception):
+    """A mistake in the input. Its one line says which file or key, what is wrong and the fix."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; print what a user can fix as one line on stderr and exit with 2.
+
+    That is a `UserError`, or a file that the operating system refuses. Ctrl-C exits with 130. All
+    else is a bug and keeps its trace. Under torchrun, which ends all processes when one ends, all
+    but rank 0 wait before they speak: most errors are the same everywhere, or follow from the
+    first one.
+    """
+    rank = int(os.environ.get("RANK", -1))  # -1: not started by torchrun
+    try:
+        main()
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise
+        if rank > 0:
+            time.sleep(5)
+        named = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"error: {named}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception:
+        if rank >= 0:
+            time.sleep(10)
+        raise
+
+
+@contextlib.contextmanager
+def reading(source: object, advice: str = "replace it") -> Iterator[None]:
+    """Turn whatever goes wrong while `source` is read into a UserError that names it.
+
+    Args:
+        source: the file, address or option.
+        advice: what to do about it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 (damaged files fail in too many ways to list)
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = " ".join(str(reason).split())[:200]
+        raise UserError(f"{source}: cannot be read ({reason}); {advice}") from None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:  # a full disk is reported without a name
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room") from None
+
+
+def read_json(path: Path) -> object:
+    """Read a JSON file; UserError if it cannot be read."""
+    with reading(path, "remove it and run make again"):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def code_digest() -> str:
+    """Twelve hexadecimal digits that change with the code that decides what a run learns."""
+    code = b"".join((ROOT / name).read_bytes() for name in TRAINING_CODE)
+    return hashlib.sha256(code).hexdigest()[:12]
