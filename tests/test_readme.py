@@ -8,15 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from common import ROOT
+
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
 
 TEXT = (ROOT / "README.md").read_text()
 TINY = [
     *("encoder=[[4, 3], [4, 5]]", "decoder=[[4, 3], [6, 3]]", "images_per_epoch=8", "batch_size=4"),
-    *("epochs=1", "crop=0", "device=cpu", "precision=float32"),
+    *("epochs=1", "crop=0", "precision=float32"),
 ]
 
 
@@ -25,7 +26,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every command the README shows, in blocks and within the text."""
+    """List every command the README shows, in blocks and within the text."""
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     inline = re.findall(
         r"`((?:make|python|torchrun) [^`]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.S)
@@ -36,10 +37,10 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
-    """The project as a user has it, with data and an environment, the tests' own."""
+    """Copy the project as a user has it, with data and the environment of the tests."""
     root = tmp_path_factory.mktemp("project")
     for path in ROOT.iterdir():
-        if path.name in ("configs", "docs", "weights", "tests"):
+        if path.name in ("configs", "docs", "weights", "tests", "tools"):
             shutil.copytree(path, root / path.name, ignore=shutil.ignore_patterns("__pycache__"))
         elif path.suffix in (".py", ".md", ".txt") or path.name == "Makefile":
             shutil.copy(path, root)
@@ -48,7 +49,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     (root / ".venv/installed").touch()
-    for name in ("data/afo", "data/quick/generated"):
+    for name in ("data/afo", "data/generated"):
         shutil.copytree(dataset, root / name)
     rng = np.random.default_rng(0)
     for i in range(8):
@@ -74,19 +75,18 @@ def run(root: Path, *command: object) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("command", [c for c in commands() if re.match(r"(OMP_\S+ )?make ", c)])
 def test_make_command_is_one(copy: Path, command: str) -> None:
-    """Its targets and variables exist; what they run is run by the other tests and by CI."""
+    """Targets and variables exist; what they run is run by the other tests and by CI."""
     words = [word for word in shlex.split(command) if not word.startswith(("OMP_", "-"))]
     settings = [word for word in words if "=" in word]
     targets = [word for word in words if "=" not in word and word != "make"]
     known = {*re.findall(r"^([A-Z_]+)\s+\?=", (copy / "Makefile").read_text(), re.M), "RUN"}
     assert {setting.split("=")[0] for setting in settings} <= known
-    # What calls make again does so in a dry run too, and the worked example is made below.
-    targets = [target for target in targets if target not in ("report", "train-mine")]
+    targets = [target for target in targets if target != "train-mine"]  # it is made below
     run(copy, "make", "-n", *(targets or ["help"]), *settings)
 
 
 def python_command(command: str) -> list[str]:
-    """A command of the README with what makes it small."""
+    """Split a command of the README and add what makes it small."""
     words = shlex.split(
         command.replace("…", "").replace("torchrun", "python -m torch.distributed.run")
     )
