@@ -289,16 +289,16 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def keep_memory() -> None:
-    """Keep the memory that a step frees for the next one, where the C library is glibc.
+def keep_memory(keep: bool = True) -> None:
+    """Keep the memory that a step frees for the next one, or not, where the C library is glibc.
 
     By default glibc gives every large block back to the system, which zeroes it before it hands
     it out again: a tenth of a step of the wide models, more in float32.
     """
     with contextlib.suppress(OSError, AttributeError):  # another library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+        mallopt(-4, 0 if keep else 1 << 16)  # M_MMAP_MAX: blocks that are mapped by themselves
+        mallopt(-1, -1 if keep else 1 << 17)  # M_TRIM_THRESHOLD: the heap shrinks from so much on
 
 
 def main() -> None:

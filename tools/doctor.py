@@ -7,6 +7,7 @@ protocol, stay clear of them: a false alarm costs more trust than a finding brin
 """
 
 import argparse
+import contextlib
 import io
 import json
 import math
@@ -28,150 +29,218 @@ from runs import DEAD_CLASS_FIX, locked
 from train import load_data
 
 SAMPLE = 200  # images of a split that are looked at, evenly spaced: seconds on a processor
-RARE = 0.001  # share of the pixels: one image of 128×128 has 16 of them
-CLEARLY_BETTER = 0.05  # of mean IoU with swapped channels; healthy: 0.01 at most
-DEAD_IOU = 0.01  # a class below is found in a few stray pixels only: as good as never predicted
+LOW_IOU = 0.5  # predicting one class of two or more everywhere stays below
 JUMP = 1.5  # times the epoch before; training losses are means over an epoch and calmer than that
 SPIKE = 3.0  # times the worse of the epochs beside it; or, in any epoch, times the loss of guessing
 NOTABLE = 0.05  # of the loss of guessing: a smaller rise is noise of a loss that is almost zero
-STILL = 0.03  # share of its first value that a loss falls by in any epoch that learns
-LOW_IOU = 0.5  # predicting one class of two or more everywhere stays below
-GAP = 0.1  # of mean IoU on full images; healthy runs of the quick and full profile: 0.02 at most
 CLIMB = 0.03  # of mean IoU over the last third of the epochs, and a third of it in the last one
-FEW_STEPS = 500  # half of the quick profile's
-POOR_IOU = 0.7  # what the quick profile passes within its first 500 steps
 CHECK = "python data.py check --config RUN_DIR/config.yaml --picture look.png"
-Findings = Iterator[tuple[str, str, str]]  # title, evidence, advice
+Finding = tuple[str, str, str]  # title, evidence, what to try; main fills in RUN_DIR
 
 
 def read_run(run_dir: Path) -> tuple[dict, dict[str, np.ndarray]]:
     """Read config.yaml and metrics.jsonl; UserError if a file is damaged or it is no run.
 
     Returns:
-        The config; and for E epochs "training loss", "validation mean_iou" and so on (E,), NaN
-        where there is none, "images_seen" (E,), and of the validation split "iou" (E, C) and
-        "dead" (E, C) bool: in the masks, but (almost) never predicted.
+        The config; and of E epochs "training loss", "validation mean_iou" and so on (E,), NaN where
+        there is none, "images_seen" (E,), and of the validation split "iou" (E, C) and "dead"
+        (E, C) bool: which classes are in its masks and (almost) never predicted.
     """
-    config_path, path, history = run_dir / "config.yaml", run_dir / "metrics.jsonl", {}
-    if not config_path.is_file():
-        raise UserError(f"{run_dir}: is no run, without config.yaml; give a folder train.py wrote")
-    config = load_config([config_path])
-    classes = list(config["classes"])
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir}: is no run, has no config.yaml; give a folder train.py wrote")
+    config, history, path = load_config([run_dir / "config.yaml"]), {}, run_dir / "metrics.jsonl"
     with reading(path, "train this run again"):
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         epochs = [json.loads(line) for line in lines]
         for split in ("training", "validation"):
-            for key in ("loss", "mean_iou", "mean_iou_foreground", "pixel_accuracy"):
+            for key in ("loss", "mean_iou", "mean_iou_foreground"):
                 history[f"{split} {key}"] = np.array([e[split][key] for e in epochs], float)
         history["images_seen"] = np.array([e["images_seen"] for e in epochs], int)
-        scores = [e["validation"] for e in epochs]
-        iou = np.array([[s["per_class_iou"][name] for name in classes] for s in scores], float)
-        dead = np.array([[name in s["dead_classes"] for name in classes] for s in scores], bool)
-        history["iou"] = iou = iou.reshape(-1, len(classes))
-        history["dead"] = dead.reshape(iou.shape) | ((iou > 0) & (iou < DEAD_IOU))
+        rows = [e["validation"] for e in epochs]
+        iou = np.array([[r["per_class_iou"][c] for c in config["classes"]] for r in rows], float)
+        dead = np.array([[c in r["dead_classes"] for c in config["classes"]] for r in rows], bool)
+        # Below 0.01 a class is found in a few stray pixels only: as good as never predicted.
+        history |= {"iou": iou, "dead": dead | ((iou > 0) & (iou < 0.01))}
     return config, history
 
 
-def score_checkpoint(
-    run_dir: Path, config: dict, training: Split, validation: Split, device: torch.device
-) -> list[float]:
-    """Score best.pt, or else last.pt, on full images; NaN if there is neither.
+def diagnose(run_dir: Path, config: dict, history: dict, device: torch.device) -> list[Finding]:
+    """Run all checks on a run and what `read_run` returned; lists causes before symptoms."""
+    try:
+        splits = dict(zip(("training", "validation"), load_data(config), strict=True))
+    except UserError as error:
+        fix = f"fix the files, or what config.yaml says of them; {CHECK} lists every problem"
+        found = [("The data cannot be read as config.yaml says", str(error), fix)]
+    else:
+        found = list(check_data(config, history, splits))
+        found += [] if found else check_checkpoint(run_dir, config, splits, device)
+    return [*found, *check_progress(run_dir, config, history), *check_loss(config, history)]
+
+
+def check_data(config: dict, history: dict, splits: dict[str, Split]) -> Iterator[Finding]:
+    """Find black images, and classes that are absent from the training masks or rare."""
+    for name, split in splits.items():
+        colours = limit(split, 0, SAMPLE).images[:, :3]  # alpha is no colour
+        if colours.max() <= 1:
+            evidence = f"all {colours.numel():,} values looked at are 0 or 1, of 0 to 255"
+            fix = "if they were saved as 0…1, multiply by 255 and save them again as uint8"
+            yield f"The {name} images are black", evidence, fix
+    masks = splits["training"].masks.split(64)
+    counts = sum(torch.bincount(few.flatten(), minlength=256) for few in masks).tolist()
+    counts = dict(zip(config["classes"], counts, strict=False))
+    absent = ", ".join(name for name, count in counts.items() if count == 0)
+    pixels, background = sum(counts.values()), next(iter(counts))
+    share = 1 - counts[background] / pixels
+    best = np.nan_to_num(history["validation mean_iou_foreground"]).max(initial=0)
+    if absent:
+        evidence = f"0 of {pixels:,} pixels; what no mask has cannot be learnt"
+        fix = (
+            f"limit_groups: 0, limit_images: 0, other `masks`, `mask_format` or `classes` ({CHECK})"
+        )
+        yield f"The training masks have no {absent}", evidence, fix
+    elif share < 0.001 and best <= LOW_IOU:  # one image of 128×128 has 16 such pixels
+        evidence = f"{background} everywhere would be right at {1 - share:.3%} of the pixels"
+        fix = "crop: 64, crop_on_objects: 1.0, loss: {cross_entropy: 1, dice_per_class: 1}"
+        yield f"Only {share:.3%} of the training pixels are foreground", evidence, fix
+
+
+def check_checkpoint(
+    run_dir: Path, config: dict, splits: dict[str, Split], device: torch.device
+) -> Iterator[Finding]:
+    """Find swapped channels, or else overfitting: run best.pt or last.pt on full images.
 
     The training score of metrics.jsonl would not do: it is that of crops, with dropout, of a model
-    that changed while it was taken.
-
-    Returns:
-        mean IoU on training, on validation, and on validation with red and blue swapped.
+    that changed while it was taken. UserError if the checkpoint is damaged or of other classes.
     """
     path = run_dir / ("best.pt" if (run_dir / "best.pt").exists() else "last.pt")
     if not path.exists():
-        return [math.nan] * 3
+        return
     model, checkpoint = restore_model(path, device)
-    for key in ("classes", "in_channels"):
-        if checkpoint["config"][key] != config[key]:
-            raise UserError(f"{path}: was trained with another {key} than config.yaml; train again")
-    swap = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[config["in_channels"]]
-    training, validation = (limit(split, 0, SAMPLE) for split in (training, validation))
-    scores = []
-    for split in (training, validation, validation._replace(images=validation.images[:, swap])):
+    if any(checkpoint["config"][key] != config[key] for key in ("classes", "in_channels")):
+        raise UserError(f"{path}: has other classes or channels than config.yaml; train again")
+    few = {name: limit(split, 0, SAMPLE) for name, split in splits.items()}
+    order, val = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[config["in_channels"]], few["validation"]
+    few["validation with red and blue swapped"] = val._replace(images=val.images[:, order])
+    scores = {}
+    for name, split in few.items():
         pixels = split.images, split.masks
         matrices, _, _ = evaluate(model, *pixels, checkpoint["config"], torch.float32)
-        scores.append(mean_iou(matrices.sum(dim=0)).item())
-    return scores
+        scores[name] = mean_iou(matrices.sum(dim=0)).item()
+    evidence = "mean IoU: " + ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+    train, val, swapped = scores.values()
+    if swapped - val >= 0.05:  # healthy runs: 0.01 at most
+        fix = f"cv2.cvtColor(image, cv2.COLOR_BGR2RGB) for the split that looks wrong ({CHECK})"
+        yield "One split has red and blue swapped (BGR instead of RGB)", evidence, fix
+    elif train - val >= 0.1:  # healthy runs of the quick and full profile: 0.02 at most
+        fix = "more images, of other places and days; horizontal_flip: 0.5, dropout: 0.1"
+        yield "The model is much better on its training images (overfitting)", evidence, fix
 
 
-def check_data(config: dict, history: dict, training: Split, validation: Split) -> Findings:
-    """Find black images, and classes that are absent or rare."""
-    for name, split in (("training", training), ("validation", validation)):
-        colours = limit(split, 0, SAMPLE).images[:, :3]  # alpha is no colour
-        if colours.max() <= 1:
-            yield (
-                f"The {name} images are black: no value is above 1",
-                f"all {colours.numel():,} values looked at are 0 or 1; images have 0 to 255",
-                "0…1 was probably saved without a factor of 255: multiply, and save them again",
-            )
-    names, counts = list(config["classes"]), torch.zeros(256, dtype=torch.int64)
-    for masks in training.masks.split(64):
-        counts += torch.bincount(masks.flatten(), minlength=256)
-    shares = (counts / counts[: len(names)].sum()).tolist()[: len(names)]
-    absent = ", ".join(name for name, share in zip(names, shares, strict=True) if share == 0)
-    learnt = np.nan_to_num(history["validation mean_iou_foreground"]).max(initial=0) > LOW_IOU
-    if absent or (sum(shares[1:]) < RARE and not learnt):
-        yield (
-            f"No training mask has {absent}" if absent else "Nearly all of the masks is background",
-            f"foreground is {sum(shares[1:]):.3%} of the training pixels, {names[0]} {shares[0]:.3%}",
-            f"see whether the masks are right ({CHECK}): `masks`, `mask_format`, `classes`, "
-            "limit_groups: 0, limit_images: 0. For rare classes crop: 64, crop_on_objects: 1.0, "
-            "loss: {cross_entropy: 1, dice_per_class: 1}",
-        )
-
-
-def check_classes(config: dict, history: dict) -> Findings:
-    """Find dead classes."""
-    dead, names = history["dead"], np.array([str(name) for name in config["classes"]])
+def check_progress(run_dir: Path, config: dict, history: dict) -> Iterator[Finding]:
+    """Find a run that stopped early, and dead classes."""
+    done, epochs, rate = len(history["iou"]), config["epochs"], config["learning_rate"]
+    with contextlib.suppress(UserError), locked(run_dir):  # an error: it is training now
+        if done < epochs:
+            evidence = f"metrics.jsonl has {done} of {epochs} epochs, and no process trains now"
+            fix = "train.py --resume goes on if it was interrupted; if the loss was nan or inf: "
+            fix += f"learning_rate: {rate / 10:g} instead of {rate:g}"
+            yield f"The run stopped after {done} of {epochs} epochs", evidence, fix
+    dead, names = history["dead"], np.array(list(config["classes"]))
     if dead[-1:].any():
-        others, listed = names[~dead[-1]], ", ".join(names[dead[-1]])
-        since = np.flatnonzero([True, *~dead[:, dead[-1]].all(axis=1)]).max() + 1
-        accuracy = history["validation pixel_accuracy"][-1]
-        yield (
-            f"The model predicts only {others[0]}" if len(others) == 1 else f"Dead classes: {listed}",
-            f"since epoch {since} of {len(dead)} (almost) never predicted, though in the validation "
-            f"masks: {listed}. Pixel accuracy is {accuracy:.3f}",
-            f"{DEAD_CLASS_FIX}. For rare classes crop: 64, crop_on_objects: 1.0",
-        )
+        since = 1 + np.flatnonzero([True, *~dead[:, dead[-1]].all(axis=1)]).max()
+        alive, listed = names[~dead[-1]], ", ".join(names[dead[-1]])
+        title = f"The model predicts only {alive[0]}" if len(alive) == 1 else "Dead classes"
+        evidence = f"in the masks, but never predicted since epoch {since} of {done}: {listed}"
+        yield title, evidence, f"{DEAD_CLASS_FIX}, crop: 64 with crop_on_objects: 1.0"
 
 
-def check_loss(config: dict, history: dict) -> Findings:
-    """Find a loss that is not finite, jumps, spikes or is not moving."""
+def check_loss(config: dict, history: dict) -> Iterator[Finding]:
+    """Find a loss that is unstable, or not moving, or else scores that were still improving."""
     train, val = (history[f"{split} loss"].tolist() for split in ("training", "validation"))
-    rate, normal = config["learning_rate"], load_config([])["learning_rate"]
-    # Guessing: all classes are called equally likely at every pixel. Dice is 1 at most.
+    rate, epochs = config["learning_rate"], config["epochs"]
+    # The loss of guessing, where all classes are equally likely; that of Dice is at most 1.
     guess = {"cross_entropy": math.log(len(config["classes"]))}
     guess = sum(weight * guess.get(name, 1) for name, weight in config["loss"].items())
     notes = []
     for i, (t, v) in enumerate(zip(train, val, strict=True)):
         before = train[i - 1] if i else math.inf
         beside = max(val[i - 1 : i] + val[i + 1 : i + 2]) if i else math.inf
-        lowest = min(val[i + 1 :], default=math.inf)  # that it comes down to later
+        later = min(val[i + 1 :], default=math.inf)
         if not math.isfinite(t + v):
-            notes.append(f"epoch {i + 1}: {t} in training, {v} in validation")
-        elif t > JUMP * before and t - before > NOTABLE * guess:
-            notes.append(f"epoch {i + 1}: jumps from {before:.3g} to {t:.3g} in training")
-        elif v > SPIKE * max(guess, lowest) or v - beside > max(NOTABLE * guess, (SPIKE - 1) * beside):
-            notes.append(f"epoch {i + 1}: spikes to {v:.3g} in validation")
+            notes.append(f"{t} in training and {v} in validation in epoch {i + 1}")
+        elif t - before > max(NOTABLE * guess, (JUMP - 1) * before):
+            notes.append(f"{t:.3g} after {before:.3g} in training in epoch {i + 1}")
+        elif v - beside > max(NOTABLE * guess, (SPIKE - 1) * beside):
+            notes.append(f"{v:.3g} beside {beside:.3g} in validation in epoch {i + 1}")
+        elif v > SPIKE * max(guess, later):
+            notes.append(f"{v:.3g} in validation in epoch {i + 1}, {guess:.3g} for guessing")
     if train and train[-1] > JUMP * guess:
-        notes.append(f"at the end {train[-1]:.3g} in training, where guessing has {guess:.3g}")
+        notes.append(f"{train[-1]:.3g} in training at the end, {guess:.3g} for guessing")
     if notes:
-        yield (
-            "The learning rate is too high: the loss is unstable",
-            f"loss in {'; '.join(notes)}",
-            f"learning_rate: {rate / 3:.2g} or {rate / 10:.2g} instead of {rate:g}, and schedule: "
-            "one_cycle, which ends with small steps",
+        fix = f"learning_rate: {rate / 3:.2g} or {rate / 10:.2g}, schedule: one_cycle"
+        yield f"The learning rate, {rate:g}, is too high", f"loss of {'; '.join(notes)}", fix
+        return
+    train_iou, iou = (np.nan_to_num(history[f"{s} mean_iou"]) for s in ("training", "validation"))
+    best, last = iou.max(initial=0), iou[-1:].sum()
+    if best <= LOW_IOU and len(train) > 1 and min(train[1:]) >= (1 - STILL) * train[0]:
+        default = load_config([])["learning_rate"]
+        evidence = (
+            f"training loss {train[0]:.4g} in epoch 1, never below {min(train[1:]):.4g} later"
         )
-    best = np.nan_to_num(history["validation mean_iou"]).max(initial=0)
-    if len(train) > 1 and min(train[1:]) >= (1 - STILL) * train[0] and best <= LOW_IOU:
-        ...
+        fix = (
+            f"learning_rate: {default:g}, {rate * 3:g} or {rate / 3:g}; if none helps, {CHECK}: do "
+        )
+        yield f"The loss is not moving", evidence, fix + "masks belong to their images?"
+        return
+    early = iou[: len(iou) - math.ceil(len(iou) / 3)]  # but the last third
+    climbing = config["schedule"] == "constant" and len(early) and last - early.max() > CLIMB
+    steps = history["images_seen"][-1:].sum() // config["batch_size"]
+    few = steps < FEW_STEPS and max(best, train_iou.max(initial=0)) < POOR_IOU
+    rising = last - iou[:-1].max(initial=0) > CLIMB / 3
+    if len(iou) >= epochs and rising and (few or climbing):
+        evidence = f"mean IoU was {last:.3f} after {steps} steps, its highest"
+        fix = f"epochs: {3 * epochs}, or a larger images_per_epoch; schedule: one_cycle"
+        yield "Too few steps: the model was still improving at the end", evidence, fix
+
+
+def draw(config: dict, history: dict, path: Path) -> None:
+    """Draw loss and mean IoU of both splits, and validation IoU of each class, by epoch."""
+    both = ("training", "validation")
+    panels = {
+        "loss": {split: history[f"{split} loss"] for split in both},
+        "mean IoU": {split: history[f"{split} mean_iou"] for split in both},
+        "validation IoU by class": dict(zip(config["classes"], history["iou"].T, strict=True)),
+    }
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    for ax, (title, lines) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for name, values in lines.items():
+            ax.plot(range(1, len(values) + 1), values, ".-", label=name)
+        ax.set(title=title, xlabel="epoch", yscale="log" if title == "loss" else "linear")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend()
+    file = io.BytesIO()
+    figure.savefig(file)
+    write_atomically(path, file.getvalue())
 
 
 def main() -> None:
-    pass
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a folder train.py wrote")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
+    args = parser.parse_args()
+    config, history = read_run(args.run_dir)
+    found, done = (
+        diagnose(args.run_dir, config, history, pick_device(args.device)),
+        len(history["iou"]),
+    )
+    said = f"{len(found)} finding(s), causes first" if found else "nothing found wrong"
+    print(f"{args.run_dir}: {said} (epoch {done} of {config['epochs']}; see doctor.png)")
+    for title, evidence, fix in found:
+        text = f"\n{title}\n  evidence: {evidence}\n  try: {fix}"
+        print(text.replace("RUN_DIR", str(args.run_dir)))
+    if done:
+        draw(config, history, args.run_dir / "doctor.png")
+
+
+if __name__ == "__main__":
+    run(main)

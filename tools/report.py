@@ -81,7 +81,7 @@ def collect_facts(groups: Groups, unfinished: list[str], out: Path) -> dict:
 def fill_template(text: str, found: dict) -> str:
     """Fill the sections of a template; of one that lacks a fact only its make target is left."""
     sections = []
-    for section in re.split(r"^(?=#)", text, flags=re.MULTILINE):
+    for section in re.split(r"^(?=#)", text, flags=re.MULTILINE)[1:]:
         heading, _, body = section.partition("\n")
         title, _, target = heading.partition(" <!-- ")
         try:
