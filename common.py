@@ -4,6 +4,7 @@ Imported before torch: libgomp reads GOMP_SPINCOUNT when torch loads it.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -37,12 +38,13 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:
-            raise
+        if isinstance(error, OSError):
+            if error.filename is None and error.errno != errno.ENOSPC:
+                raise
+            error = f"{error.filename or 'disk'}: {error.strerror}"
         if rank > 0:
             time.sleep(5)
-        named = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-        print(f"error: {named}", file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,23 +1,23 @@
 """Tests of augment.py: images and masks move together, and pixels stay what they are."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as reference
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from augment import augment, take_batch, to_float
 from config import load_config
-
-ROOT = Path(__file__).parent.parent
+from losses import LOSSES, weighted_loss
+from metrics import confusion_matrices
 
 
 def settings(**changes: object) -> dict:
     """The config with nothing switched on but what is given."""
-    return load_config([ROOT / "configs/default.yaml"], []) | changes
+    return load_config([]) | changes
 
 
 def windows(crop: int, on_objects: float) -> dict:
@@ -327,3 +327,25 @@ def test_flip_of_one_image_of_odd_size(key: str) -> None:
     out, mask = augment(images, masks, settings(**{key: 1.0}))
     assert torch.equal(back(out)[:, 2], mask)
     assert not torch.equal(mask, masks)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuse operations on large tensors that make the host wait for a GPU's result."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, on_device = str(function), [a for a in args if isinstance(a, Tensor) and a.dim() > 1]
+        waits = ("nonzero", "bincount", "_local_scalar_dense", "masked_select", "unique")
+        assert not (on_device and any(word in name for word in waits)), name
+        if "index.Tensor" in name:
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), name
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_a_gpu() -> None:
+    images, masks = speaking(count=6)
+    with NoWaiting():
+        batch = take_batch(images, masks, torch.arange(6), windows(6, 0.5))
+        batch, mask = augment(*batch, everything())
+        confusion_matrices(mask.long(), mask, 4)
+        logits = torch.zeros(6, 4, 6, 6, requires_grad=True)
+        weighted_loss(logits, mask, dict.fromkeys(LOSSES, 1.0)).backward()

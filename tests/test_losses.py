@@ -2,6 +2,8 @@
 
 import math
 
+from common import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import config
-from losses import IGNORE, LOSSES, cross_entropy, dice_per_class, dice_pooled, weighted_loss
+from losses import LOSSES, cross_entropy, dice_per_class, dice_pooled, weighted_loss
+from metrics import IGNORE
 
 NAMES = list(LOSSES)
 few = settings(max_examples=25, deadline=None, derandomize=True)
@@ -79,8 +81,14 @@ LOOPS = {
 }
 
 
-def test_every_loss_is_known_to_the_config_and_tested_here() -> None:
-    assert set(LOSSES) == set(config.LOSSES) == set(LOOPS)
+def test_every_loss_is_tested_here() -> None:
+    assert set(LOSSES) == set(LOOPS)
+
+
+@pytest.mark.parametrize("weights", [{}, {"dice": 1.0}, {"cross_entropy": "much"}])
+def test_unknown_losses_and_weights_are_named(weights: dict) -> None:
+    with pytest.raises(UserError, match=r"loss: .*cross_entropy, dice_pooled"):
+        weighted_loss(*batch(), weights)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,19 +1,28 @@
 """Tests of metrics.py: counting against a double loop, and every score against its definition."""
 
 import json
+import math
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from losses import IGNORE, weighted_loss
-from metrics import EVALUATION_BATCH, confusion_matrix, evaluate, in_batches, scores
+from metrics import (
+    IGNORE,
+    boundary_iou,
+    boundary_matrices,
+    compare,
+    confusion_matrices,
+    mean_iou,
+    mean_std,
+    scores,
+)
 
 CLASSES = ["background", "square", "triangle", "circle"]
-COLOURS = {name: [i, i, i] for i, name in enumerate(CLASSES)}
 few = settings(max_examples=30, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
 
@@ -29,6 +38,11 @@ def pair(
     prediction = torch.where(right, mask, guess)
     mask[torch.rand(shape, generator=generator) < ignored] = IGNORE
     return prediction, mask.to(torch.uint8)
+
+
+def confusion_matrix(prediction: Tensor, mask: Tensor, classes: int) -> Tensor:
+    """Count all images together."""
+    return confusion_matrices(prediction.flatten()[None], mask.flatten()[None], classes)[0]
 
 
 def loop_matrix(prediction: Tensor, mask: Tensor, classes: int) -> list[list[int]]:
@@ -212,67 +226,81 @@ def test_large_counts_are_exact() -> None:
     assert 1 - result["pixel_accuracy"] == pytest.approx(0.5e-12, rel=1e-3)
 
 
-# ---- over a whole split
+# ---- many matrices at once, boundaries
 
 
-class Net(nn.Module):
-    """Batch norm and dropout: both must be in evaluation mode, else a batch shows in the scores."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout2d(0.5), nn.Conv2d(8, 4, 1)
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        assert images.dtype == torch.float32
-        return self.layers(images)
+def test_each_image_has_its_matrix_and_mean_iou() -> None:
+    prediction, mask = pair(0)
+    mask[2] = IGNORE
+    each = confusion_matrices(prediction, mask, 4)
+    for i in range(len(mask)):
+        assert each[i].tolist() == loop_matrix(prediction[i], mask[i], 4)
+        expected = scores(each[i], CLASSES)["mean_iou"]
+        value = mean_iou(each)[i].item()
+        assert math.isnan(value) if expected is None else value == pytest.approx(expected)
+    assert torch.equal(each.sum(dim=0), confusion_matrix(prediction, mask, 4))
 
 
-def split(count: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(256, (count, 3, 6, 5), generator=generator, dtype=torch.uint8)
-    masks = torch.randint(4, (count, 6, 5), generator=generator, dtype=torch.uint8)
-    masks[torch.rand(masks.shape, generator=generator) < 0.1] = IGNORE
-    return images, masks
+def slow_bands(labels: np.ndarray, c: int) -> np.ndarray:
+    """Pixels of class c at most two rows and columns from one that is not, border included."""
+    padded = np.pad(labels, 2, constant_values=254)
+    band = np.zeros(labels.shape, bool)
+    for n, y, x in product(*map(range, labels.shape)):
+        window = np.pad(labels[n], 2, constant_values=254)[y : y + 5, x : x + 5]
+        band[n, y, x] = labels[n, y, x] == c and (window != c).any()
+    assert padded.shape[1] == labels.shape[1] + 4
+    return band
 
 
-@pytest.mark.parametrize("count", [1, EVALUATION_BATCH, 2 * EVALUATION_BATCH + 7])
-def test_evaluate_is_the_same_as_at_once(count: int) -> None:
-    torch.manual_seed(0)
-    model = Net().train()
-    before = [value.clone() for value in model.state_dict().values()]
-    images, masks = split(count)
-    config = {"classes": COLOURS, "loss": {"cross_entropy": 1.0, "dice_per_class": 0.5}}
-    matrix, loss = evaluate(model, images, masks, config, torch.float32)
-    assert not model.training
-    for old, new in zip(before, model.state_dict().values(), strict=True):
-        assert torch.equal(old, new)
-
-    with torch.no_grad():
-        logits = model(torch.from_numpy(images.numpy().astype(np.float32) / 255))
-    assert matrix.tolist() == loop_matrix(logits.argmax(1), masks, 4)
-    # The mean per image of the losses of the batches.
-    expected = 0.0
-    for start in range(0, count, EVALUATION_BATCH):
-        part = slice(start, min(start + EVALUATION_BATCH, count))
-        batch_loss = weighted_loss(logits[part], masks[part], config["loss"]).item()
-        expected += batch_loss * (part.stop - part.start) / count
-    assert loss == pytest.approx(expected, rel=1e-5)
+def test_boundary_iou_is_the_iou_of_inner_bands() -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(3, (2, 3, 2, 3), generator=generator, dtype=torch.uint8)
+    mask, prediction = blocks.repeat_interleave(7, 2).repeat_interleave(7, 3)  # 14×21 each
+    mask[0, 3:5, 4:9] = IGNORE
+    found = boundary_iou(boundary_matrices(prediction, mask, 4).sum(dim=0)).tolist()
+    seen = np.where(mask.numpy() == 255, 255, prediction.numpy())
+    for c in range(3):
+        a, b = slow_bands(seen, c), slow_bands(mask.numpy(), c)
+        assert found[c] == pytest.approx((a & b).sum() / (a | b).sum())
+    assert math.isnan(found[3])  # a class without a band
 
 
-@pytest.mark.parametrize(
-    ("side", "sizes"), [(16, [32, 8]), (128, [32, 8]), (256, [8] * 5), (1024, [1] * 40)]
-)
-def test_batches_of_larger_images_hold_fewer(side: int, sizes: list[int]) -> None:
-    images = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(40, 3, side, side)
-    batches = list(in_batches(images, images[:, 0]))
-    assert [len(batch) for batch, _ in batches] == [len(mask) for _, mask in batches] == sizes
+# ---- statistics over seeds
 
 
-def test_evaluate_leaves_no_gradients() -> None:
-    model = Net()
-    config = {"classes": COLOURS, "loss": {"cross_entropy": 1.0}}
-    matrix, loss = evaluate(model, *split(3), config, torch.bfloat16)
-    assert isinstance(loss, float) and not matrix.requires_grad
-    assert all(p.grad is None for p in model.parameters())
+def test_mean_and_standard_deviation() -> None:
+    stat = mean_std([0.5, 0.7, 0.9])
+    assert stat["mean"] == pytest.approx(0.7) and stat["std"] == pytest.approx(0.2)
+    assert stat["n"] == 3 and mean_std([0.5])["std"] is None and mean_std([0.5, None]) is None
+
+
+def p_value(a: list[float], b: list[float]) -> float:
+    """Two-sided p of Welch's t test, by summing up the density of Student's t."""
+    va, vb = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
+    t = abs(np.mean(a) - np.mean(b)) / math.sqrt(va + vb)
+    df = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    xs = np.linspace(0, t, 20_001)
+    factor = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
+    density = factor * (1 + xs**2 / df) ** (-(df + 1) / 2)
+    return 1 - 2 * float(((density[1:] + density[:-1]) / 2 * np.diff(xs)).sum())
+
+
+def test_compare_is_welchs_t_test() -> None:
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(300):
+        a = (rng.normal(0, 1, rng.integers(2, 8)) + rng.normal(0, 2)).tolist()
+        b = rng.normal(0, rng.choice([0.3, 1, 3]), rng.integers(2, 8)).tolist()
+        found, p = compare(mean_std(a), mean_std(b)), p_value(a, b)
+        outcomes.add(found)
+        if p > 0.05:
+            assert found == "noise"
+        elif p < 0.02:  # degrees of freedom are rounded down, which asks for a little more
+            assert found == ("more" if np.mean(a) > np.mean(b) else "less")
+    assert outcomes == {"noise", "more", "less"}
+    assert compare(mean_std([0.5]), mean_std([0.1, 0.2])) == "one seed"
+
+
+def test_two_standard_errors_are_not_enough_for_three_seeds() -> None:
+    a, b = mean_std([0.0, 1.0, 2.0]), mean_std([2.0, 3.0, 4.0])  # difference 2, error 0.816
+    assert compare(a, b) == "noise"

@@ -1,17 +1,30 @@
 """Tests of model.py: sizes, parameters, wiring, the bilinear start, and the command line."""
 
+import pickle
 from pathlib import Path
+
+from common import ROOT, UserError
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import corruptions
 from torch import Tensor, nn
 
 from config import load_config
-from model import UNet, build_model, count_parameters, summarise
+from model import (
+    UNet,
+    build_model,
+    count_parameters,
+    pick_device,
+    pick_precision,
+    read_checkpoint,
+    restore_model,
+    save_checkpoint,
+    summarise,
+)
 
-ROOT = Path(__file__).parent.parent
 SIZES = [(1, 1), (127, 130), (37, 53), (16, 16), (3, 200)]
 
 
@@ -108,8 +121,14 @@ def test_the_word_classes_in_the_decoder_stands_for_their_number(classes: int) -
 
 def test_decoder_of_another_length_is_refused() -> None:
     for skip, decoder in (("pooled", [[6, 3]] * 3), ("full", [[6, 3]] * 2)):
-        with pytest.raises(ValueError):
+        with pytest.raises(UserError, match="decoder: with skip"):
             small(skip, decoder=decoder)
+
+
+@pytest.mark.parametrize("stage", [[4, 2], [0, 3], [4], "ab", ["classes", 3], [4.5, 3], None])
+def test_what_is_no_stage_is_named(stage: object) -> None:
+    with pytest.raises(UserError, match=r"encoder: .*\[channels, odd kernel\]"):
+        small(encoder=[[4, 3], stage])
 
 
 # ---- wiring
@@ -283,3 +302,87 @@ def test_command_line_prints_stages_total_and_flop(script) -> None:
     assert stages[4] == ["decoder", "1", "64×8×8", str(9 * (128 + 64) * 64 + 6 * 64)]
     assert stages[-1] == ["decoder", "4", "up", "4×128×128", str(9 * 4 * 4 + 4)]
     assert flop.endswith(" GFLOP per 128×128 image") and float(flop.split()[0]) > 0.1
+
+
+# ---- checkpoints, device, precision
+
+CPU = torch.device("cpu")
+
+
+def checkpoint(path: Path) -> dict:
+    """Save a checkpoint of a small model; returns what was saved."""
+    names = ["encoder=[[4, 3], [4, 3]]", "decoder=[[4, 3], [4, 3]]", "precision=float32"]
+    config = load_config([], names)
+    content = {"config": config, "model": build_model(config).state_dict(), "data_digest": "a"}
+    save_checkpoint(path, content)
+    return content
+
+
+def test_checkpoint_comes_back(tmp_path: Path) -> None:
+    saved = checkpoint(tmp_path / "a.pt")
+    model, content = restore_model(tmp_path / "a.pt", CPU)
+    assert not model.training and content["config"] == saved["config"]
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, saved["model"][key])
+
+
+def test_config_of_an_older_checkpoint_is_completed(tmp_path: Path) -> None:
+    saved = checkpoint(tmp_path / "a.pt")
+    older = {k: v for k, v in saved["config"].items() if k != "jitter"} | {"device": "auto"}
+    save_checkpoint(tmp_path / "b.pt", saved | {"config": older})
+    assert read_checkpoint(tmp_path / "b.pt", CPU)["config"] == saved["config"]
+
+
+def test_shipped_weights_load(capfd: pytest.CaptureFixture) -> None:
+    model, content = restore_model(ROOT / "weights/best.pt", CPU)
+    pick_precision(pick_device("cpu"), content["config"]["precision"])
+    assert list(content["config"]["classes"]) == ["background", "square", "triangle", "circle"]
+    assert count_parameters(model) == 1_035_908
+    assert capfd.readouterr() == ("", "")  # loading a model prints nothing
+
+
+class Hostile:
+    """What runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("owned"),))
+
+
+def test_hostile_pickle_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": "flying-objects-segmentation 1", "model": Hostile()}, "a.pt")
+    Path("b.pt").write_bytes(pickle.dumps(Hostile()))
+    for name in ("a.pt", "b.pt"):
+        with pytest.raises(UserError, match=name):
+            read_checkpoint(Path(name), CPU)
+    assert not Path("owned").exists()
+
+
+def test_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "a.pt")
+    path = tmp_path / "b.pt"
+    for data in corruptions((tmp_path / "a.pt").read_bytes()):
+        path.write_bytes(data)
+        try:
+            model, _ = restore_model(path, CPU)
+            assert model(pictures(1, 3, 8, 8)).shape == (1, 4, 8, 8)
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+
+
+def test_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match=r"device tpu: PyTorch finds .*cpu"):
+        pick_device("tpu")
+    assert pick_device("cpu") == CPU
+
+
+def test_receptive_radius_is_as_far_as_a_change_is_seen() -> None:
+    for skip in ("pooled", "full"):
+        model, side = small(skip), 96
+        images = pictures(1, 3, side, side)
+        changed = images.clone()
+        changed[..., side // 2, side // 2] += 1
+        with torch.no_grad():
+            seen = (model(changed) != model(images)).any(dim=1)[0].nonzero() - side // 2
+        assert seen.abs().max() <= model.receptive_radius <= 2 * seen.abs().max()
+        assert model.receptive_radius % model.stride == 0 and model.stride == 4

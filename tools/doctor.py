@@ -8,13 +8,12 @@ protocol, stay clear of them: a false alarm costs more trust than a finding brin
 
 import argparse
 import contextlib
-import io
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import UserError, reading, run, write_atomically
+from common import SPLITS, UserError, reading, run
 
 import numpy as np
 import torch
@@ -34,12 +33,13 @@ JUMP = 1.5  # times the epoch before; training losses are means over an epoch an
 SPIKE = 3.0  # times the worse of the epochs beside it; or, in any epoch, times the loss of guessing
 NOTABLE = 0.05  # of the loss of guessing: a smaller rise is noise of a loss that is almost zero
 CLIMB = 0.03  # of mean IoU over the last third of the epochs, and a third of it in the last one
+TRAINED = SPLITS[:2]  # training and validation, which training sees
 CHECK = "python data.py check --config RUN_DIR/config.yaml --picture look.png"
-Finding = tuple[str, str, str]  # title, evidence, what to try; main fills in RUN_DIR
+Findings = Iterator[tuple[str, str, str]]  # title, evidence, what to try; main fills in RUN_DIR
 
 
 def read_run(run_dir: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """Read config.yaml and metrics.jsonl; UserError if a file is damaged or it is no run.
+    """Read config.yaml and metrics.jsonl; UserError if one is damaged or the folder is no run.
 
     Returns:
         The config; and of E epochs "training loss", "validation mean_iou" and so on (E,), NaN where
@@ -52,7 +52,7 @@ def read_run(run_dir: Path) -> tuple[dict, dict[str, np.ndarray]]:
     with reading(path, "train this run again"):
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         epochs = [json.loads(line) for line in lines]
-        for split in ("training", "validation"):
+        for split in TRAINED:
             for key in ("loss", "mean_iou", "mean_iou_foreground"):
                 history[f"{split} {key}"] = np.array([e[split][key] for e in epochs], float)
         history["images_seen"] = np.array([e["images_seen"] for e in epochs], int)
@@ -64,20 +64,21 @@ def read_run(run_dir: Path) -> tuple[dict, dict[str, np.ndarray]]:
     return config, history
 
 
-def diagnose(run_dir: Path, config: dict, history: dict, device: torch.device) -> list[Finding]:
-    """Run all checks on a run and what `read_run` returned; lists causes before symptoms."""
+def diagnose(run_dir: Path, config: dict, history: dict, device: torch.device) -> Findings:
+    """Run all checks on a run and what `read_run` returned, causes before symptoms."""
     try:
-        splits = dict(zip(("training", "validation"), load_data(config), strict=True))
+        splits = dict(zip(TRAINED, load_data(config), strict=True))
     except UserError as error:
         fix = f"fix the files, or what config.yaml says of them; {CHECK} lists every problem"
-        found = [("The data cannot be read as config.yaml says", str(error), fix)]
+        yield "The data cannot be read as config.yaml says", str(error), fix
     else:
-        found = list(check_data(config, history, splits))
-        found += [] if found else check_checkpoint(run_dir, config, splits, device)
-    return [*found, *check_progress(run_dir, config, history), *check_loss(config, history)]
+        causes = list(check_data(config, history, splits))
+        yield from causes or check_checkpoint(run_dir, config, splits, device)
+    yield from check_progress(run_dir, config, history)
+    yield from check_loss(config, history)
 
 
-def check_data(config: dict, history: dict, splits: dict[str, Split]) -> Iterator[Finding]:
+def check_data(config: dict, history: dict, splits: dict[str, Split]) -> Findings:
     """Find black images, and classes that are absent from the training masks or rare."""
     for name, split in splits.items():
         colours = limit(split, 0, SAMPLE).images[:, :3]  # alpha is no colour
@@ -85,18 +86,15 @@ def check_data(config: dict, history: dict, splits: dict[str, Split]) -> Iterato
             evidence = f"all {colours.numel():,} values looked at are 0 or 1, of 0 to 255"
             fix = "if they were saved as 0…1, multiply by 255 and save them again as uint8"
             yield f"The {name} images are black", evidence, fix
-    masks = splits["training"].masks.split(64)
-    counts = sum(torch.bincount(few.flatten(), minlength=256) for few in masks).tolist()
+    counts = torch.bincount(splits["training"].masks.flatten(), minlength=256).tolist()
     counts = dict(zip(config["classes"], counts, strict=False))
     absent = ", ".join(name for name, count in counts.items() if count == 0)
-    pixels, background = sum(counts.values()), next(iter(counts))
+    background, pixels = next(iter(counts)), sum(counts.values())
     share = 1 - counts[background] / pixels
     best = np.nan_to_num(history["validation mean_iou_foreground"]).max(initial=0)
     if absent:
         evidence = f"0 of {pixels:,} pixels; what no mask has cannot be learnt"
-        fix = (
-            f"limit_groups: 0, limit_images: 0, other `masks`, `mask_format` or `classes` ({CHECK})"
-        )
+        fix = f"fix `masks` or `classes` ({CHECK}); or limit_groups: 0, limit_images: 0"
         yield f"The training masks have no {absent}", evidence, fix
     elif share < 0.001 and best <= LOW_IOU:  # one image of 128×128 has 16 such pixels
         evidence = f"{background} everywhere would be right at {1 - share:.3%} of the pixels"
@@ -104,9 +102,7 @@ def check_data(config: dict, history: dict, splits: dict[str, Split]) -> Iterato
         yield f"Only {share:.3%} of the training pixels are foreground", evidence, fix
 
 
-def check_checkpoint(
-    run_dir: Path, config: dict, splits: dict[str, Split], device: torch.device
-) -> Iterator[Finding]:
+def check_checkpoint(run_dir: Path, config: dict, splits: dict, device: torch.device) -> Findings:
     """Find swapped channels, or else overfitting: run best.pt or last.pt on full images.
 
     The training score of metrics.jsonl would not do: it is that of crops, with dropout, of a model
@@ -118,16 +114,13 @@ def check_checkpoint(
     model, checkpoint = restore_model(path, device)
     if any(checkpoint["config"][key] != config[key] for key in ("classes", "in_channels")):
         raise UserError(f"{path}: has other classes or channels than config.yaml; train again")
-    few = {name: limit(split, 0, SAMPLE) for name, split in splits.items()}
-    order, val = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[config["in_channels"]], few["validation"]
-    few["validation with red and blue swapped"] = val._replace(images=val.images[:, order])
-    scores = {}
-    for name, split in few.items():
-        pixels = split.images, split.masks
-        matrices, _, _ = evaluate(model, *pixels, checkpoint["config"], torch.float32)
-        scores[name] = mean_iou(matrices.sum(dim=0)).item()
-    evidence = "mean IoU: " + ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
-    train, val, swapped = scores.values()
+    train, val = (limit(split, 0, SAMPLE) for split in splits.values())
+    order, scores = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[config["in_channels"]], []
+    for split in (train, val, val._replace(images=val.images[:, order])):
+        matrices, _, _ = evaluate(model, split.images, split.masks, config, torch.float32)
+        scores.append(mean_iou(matrices.sum(dim=0)).item())
+    train, val, swapped = scores
+    evidence = f"mean IoU: training {train:.3f}, validation {val:.3f}, this swapped {swapped:.3f}"
     if swapped - val >= 0.05:  # healthy runs: 0.01 at most
         fix = f"cv2.cvtColor(image, cv2.COLOR_BGR2RGB) for the split that looks wrong ({CHECK})"
         yield "One split has red and blue swapped (BGR instead of RGB)", evidence, fix
@@ -136,15 +129,13 @@ def check_checkpoint(
         yield "The model is much better on its training images (overfitting)", evidence, fix
 
 
-def check_progress(run_dir: Path, config: dict, history: dict) -> Iterator[Finding]:
+def check_progress(run_dir: Path, config: dict, history: dict) -> Findings:
     """Find a run that stopped early, and dead classes."""
     done, epochs, rate = len(history["iou"]), config["epochs"], config["learning_rate"]
     with contextlib.suppress(UserError), locked(run_dir):  # an error: it is training now
         if done < epochs:
-            evidence = f"metrics.jsonl has {done} of {epochs} epochs, and no process trains now"
-            fix = "train.py --resume goes on if it was interrupted; if the loss was nan or inf: "
-            fix += f"learning_rate: {rate / 10:g} instead of {rate:g}"
-            yield f"The run stopped after {done} of {epochs} epochs", evidence, fix
+            fix = f"train.py --resume goes on; learning_rate: {rate / 10:g} if the loss was nan"
+            yield f"The run stopped after {done} of {epochs} epochs", "no process trains now", fix
     dead, names = history["dead"], np.array(list(config["classes"]))
     if dead[-1:].any():
         since = 1 + np.flatnonzero([True, *~dead[:, dead[-1]].all(axis=1)]).max()
@@ -154,10 +145,11 @@ def check_progress(run_dir: Path, config: dict, history: dict) -> Iterator[Findi
         yield title, evidence, f"{DEAD_CLASS_FIX}, crop: 64 with crop_on_objects: 1.0"
 
 
-def check_loss(config: dict, history: dict) -> Iterator[Finding]:
+def check_loss(config: dict, history: dict) -> Findings:
     """Find a loss that is unstable, or not moving, or else scores that were still improving."""
-    train, val = (history[f"{split} loss"].tolist() for split in ("training", "validation"))
-    rate, epochs = config["learning_rate"], config["epochs"]
+    train, val = (history[f"{split} loss"].tolist() for split in TRAINED)
+    train_iou, iou = (np.nan_to_num(history[f"{split} mean_iou"]) for split in TRAINED)
+    rate, epochs, best = config["learning_rate"], config["epochs"], iou.max(initial=0)
     # The loss of guessing, where all classes are equally likely; that of Dice is at most 1.
     guess = {"cross_entropy": math.log(len(config["classes"]))}
     guess = sum(weight * guess.get(name, 1) for name, weight in config["loss"].items())
@@ -165,52 +157,37 @@ def check_loss(config: dict, history: dict) -> Iterator[Finding]:
     for i, (t, v) in enumerate(zip(train, val, strict=True)):
         before = train[i - 1] if i else math.inf
         beside = max(val[i - 1 : i] + val[i + 1 : i + 2]) if i else math.inf
-        later = min(val[i + 1 :], default=math.inf)
-        if not math.isfinite(t + v):
-            notes.append(f"{t} in training and {v} in validation in epoch {i + 1}")
-        elif t - before > max(NOTABLE * guess, (JUMP - 1) * before):
-            notes.append(f"{t:.3g} after {before:.3g} in training in epoch {i + 1}")
-        elif v - beside > max(NOTABLE * guess, (SPIKE - 1) * beside):
-            notes.append(f"{v:.3g} beside {beside:.3g} in validation in epoch {i + 1}")
-        elif v > SPIKE * max(guess, later):
-            notes.append(f"{v:.3g} in validation in epoch {i + 1}, {guess:.3g} for guessing")
-    if train and train[-1] > JUMP * guess:
-        notes.append(f"{train[-1]:.3g} in training at the end, {guess:.3g} for guessing")
-    if notes:
-        fix = f"learning_rate: {rate / 3:.2g} or {rate / 10:.2g}, schedule: one_cycle"
-        yield f"The learning rate, {rate:g}, is too high", f"loss of {'; '.join(notes)}", fix
-        return
-    train_iou, iou = (np.nan_to_num(history[f"{s} mean_iou"]) for s in ("training", "validation"))
-    best, last = iou.max(initial=0), iou[-1:].sum()
-    if best <= LOW_IOU and len(train) > 1 and min(train[1:]) >= (1 - STILL) * train[0]:
-        default = load_config([])["learning_rate"]
-        evidence = (
-            f"training loss {train[0]:.4g} in epoch 1, never below {min(train[1:]):.4g} later"
-        )
-        fix = (
-            f"learning_rate: {default:g}, {rate * 3:g} or {rate / 3:g}; if none helps, {CHECK}: do "
-        )
-        yield f"The loss is not moving", evidence, fix + "masks belong to their images?"
-        return
-    early = iou[: len(iou) - math.ceil(len(iou) / 3)]  # but the last third
-    climbing = config["schedule"] == "constant" and len(early) and last - early.max() > CLIMB
+        later = min(val[i + 1 :], default=math.inf)  # a first epoch may be bad and come down
+        jumps = t > max(JUMP * before, before + NOTABLE * guess)
+        spikes = v > min(max(SPIKE * beside, beside + NOTABLE * guess), SPIKE * max(guess, later))
+        useless = t > JUMP * guess and i + 1 == len(train)
+        if jumps or spikes or useless or not math.isfinite(t + v):
+            notes.append(f"{t:.3g} / {v:.3g} in epoch {i + 1}")
     steps = history["images_seen"][-1:].sum() // config["batch_size"]
-    few = steps < FEW_STEPS and max(best, train_iou.max(initial=0)) < POOR_IOU
-    rising = last - iou[:-1].max(initial=0) > CLIMB / 3
-    if len(iou) >= epochs and rising and (few or climbing):
-        evidence = f"mean IoU was {last:.3f} after {steps} steps, its highest"
-        fix = f"epochs: {3 * epochs}, or a larger images_per_epoch; schedule: one_cycle"
+    # Half of the steps of the quick profile, which passes 0.7 in them.
+    few = steps < 500 and max(best, train_iou.max(initial=0)) < 0.7
+    early = iou[: len(iou) - math.ceil(len(iou) / 3)]  # all but the last third
+    climbing = config["schedule"] == "constant" and len(early) and iou[-1] - early.max() > CLIMB
+    rising = iou[-1:].sum() - iou[:-1].max(initial=0) > CLIMB / 3
+    if notes:
+        evidence = f"loss (training / validation) {', '.join(notes)}; guessing has {guess:.3g}"
+        fix = f"learning_rate: {rate / 3:.2g} or {rate / 10:.2g}, schedule: one_cycle"
+        yield f"The learning rate {rate:g} is too high: the loss is unstable", evidence, fix
+    elif len(train) > 1 and min(train[1:]) >= 0.97 * train[0] and best <= LOW_IOU:
+        evidence = f"{train[0]:.4g} at first, {min(train[1:]):.4g} at best, mean IoU {best:.3f}"
+        fix = f"learning_rate: {load_config([])['learning_rate']:g}, {rate * 3:g} or {rate / 3:g}"
+        fix += f"; look whether masks belong to their images: {CHECK}"
+        yield "The training loss is not moving", evidence, fix
+    elif len(iou) >= epochs and rising and (few or climbing):
+        evidence = f"mean IoU is highest, {best:.3f}, in the last epoch, after {steps:,} steps"
+        fix = f"epochs: {3 * epochs}, schedule: one_cycle, or a larger images_per_epoch"
         yield "Too few steps: the model was still improving at the end", evidence, fix
 
 
 def draw(config: dict, history: dict, path: Path) -> None:
     """Draw loss and mean IoU of both splits, and validation IoU of each class, by epoch."""
-    both = ("training", "validation")
-    panels = {
-        "loss": {split: history[f"{split} loss"] for split in both},
-        "mean IoU": {split: history[f"{split} mean_iou"] for split in both},
-        "validation IoU by class": dict(zip(config["classes"], history["iou"].T, strict=True)),
-    }
+    panels = {key: {s: history[f"{s} {key}"] for s in TRAINED} for key in ("loss", "mean_iou")}
+    panels["validation IoU"] = dict(zip(config["classes"], history["iou"].T, strict=True))
     figure = Figure(figsize=(14, 4), layout="constrained")
     for ax, (title, lines) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for name, values in lines.items():
@@ -218,9 +195,7 @@ def draw(config: dict, history: dict, path: Path) -> None:
         ax.set(title=title, xlabel="epoch", yscale="log" if title == "loss" else "linear")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend()
-    file = io.BytesIO()
-    figure.savefig(file)
-    write_atomically(path, file.getvalue())
+    figure.savefig(path)
 
 
 def main() -> None:
@@ -229,12 +204,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
     args = parser.parse_args()
     config, history = read_run(args.run_dir)
-    found, done = (
-        diagnose(args.run_dir, config, history, pick_device(args.device)),
-        len(history["iou"]),
-    )
+    found = list(diagnose(args.run_dir, config, history, pick_device(args.device)))
+    done = len(history["iou"])
     said = f"{len(found)} finding(s), causes first" if found else "nothing found wrong"
-    print(f"{args.run_dir}: {said} (epoch {done} of {config['epochs']}; see doctor.png)")
+    curves = ", curves in doctor.png" if done else ""
+    print(f"{args.run_dir}: {said} (epoch {done} of {config['epochs']}{curves})")
     for title, evidence, fix in found:
         text = f"\n{title}\n  evidence: {evidence}\n  try: {fix}"
         print(text.replace("RUN_DIR", str(args.run_dir)))
