@@ -8,6 +8,7 @@ value has the type of the one there.
 
 import argparse
 import difflib
+import json
 import sys
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def load_config(paths: list[Path], overrides: list[str] = ()) -> dict:
             try:
                 config[key] = convert(value, default[key])
             except (TypeError, ValueError):
-                example = yaml.safe_dump({key: default[key]}, default_flow_style=None).strip()
+                example = f"{key}: {json.dumps(default[key])}"
                 raise UserError(
                     f"{source}: {key}: {value!r} does not fit; write it as in '{example}'"
                 ) from None

@@ -1,0 +1,111 @@
+"""Tests of config.py: layers, the errors people make, and damaged files."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from common import ROOT, UserError
+
+import pytest
+import torch
+import yaml
+from conftest import corruptions
+
+from config import dump, load_config, main
+from data import check_data_keys
+from model import build_model
+from train import try_batch
+
+DEFAULT = yaml.safe_load((ROOT / "configs/default.yaml").read_text())
+EXPERIMENTS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_config_is_valid_and_read_back(path: Path, tmp_path: Path) -> None:
+    config = load_config([path])
+    assert config.keys() == DEFAULT.keys()
+    check_data_keys(config)
+    build_model(config)
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert load_config([tmp_path / "again.yaml"]) == config
+
+
+def test_layers(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("epochs: 7\ncrop: 32\n")
+    (tmp_path / "mine.yaml").write_text("base: base.yaml\ncrop: 40\n")
+    (tmp_path / "over.yaml").write_text("batch_size: 8\n")
+    config = load_config([tmp_path / "mine.yaml", tmp_path / "over.yaml"], ["dropout=1e-1"])
+    expected = {"epochs": 7, "crop": 40, "batch_size": 8, "dropout": 0.1, "name": "mine"}
+    assert config == DEFAULT | expected
+
+
+def test_default_as_base_undoes_nothing_through_a_link(tmp_path: Path) -> None:
+    """A checkout that is reached through a link reads `base: default.yaml` as it should."""
+    shutil.copytree(ROOT / "configs", tmp_path / "real/configs")
+    for name in ("config.py", "common.py"):
+        shutil.copy(ROOT / name, tmp_path / "real")
+    (tmp_path / "real/configs/mine.yaml").write_text("base: default.yaml\nseed: 5\n")
+    (tmp_path / "link").symlink_to("real")
+    command = [sys.executable, tmp_path / "link/config.py", "--config"]
+    command += [tmp_path / f"link/configs/{name}.yaml" for name in ("best", "mine")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "link")
+    config = yaml.safe_load(done.stdout)
+    assert (config["skip"], config["crop"], config["seed"]) == ("full", 64, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("lerning_rate: 0.1", "unknown key 'lerning_rate'; did you mean 'learning_rate'"),
+        ("published_iou: 0.9", "unknown key 'published_iou'"),  # what a lab printed trains nothing
+        ("epochs: many", "epochs: 'many' does not fit; write it as in 'epochs: 15'"),
+        ("epochs: 0", "epochs: is 0; allowed: 1 to 999999"),
+        ("compile: 1", "compile: 1 does not fit"),
+        ("vertical_flip: 1.5", "vertical_flip: is 1.5; allowed: 0 to 1"),
+        ("learning_rate: .nan", "learning_rate: nan does not fit"),
+        ("blur_sigma: [1, 2, 3]", "blur_sigma"),
+        ("blur_kernel: 4", "blur_kernel: is 4"),
+        ("skip: half", "skip: is half; allowed: ('pooled', 'full')"),
+        ("images: a/*.png\nmasks: b/*.png", "group: the splits are chosen at random"),
+        ("- a list", "cannot be read"),
+        ("a: [", "cannot be read"),
+        ("base: none.yaml", "none.yaml: cannot be read"),
+        ("base: bad.yaml", "leads back"),
+    ],
+)
+def test_mistakes_are_one_line_with_the_key(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config([path])
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_overrides_are_named(tmp_path: Path, call) -> None:
+    mine, out = tmp_path / "mine.yaml", tmp_path / "out.yaml"
+    mine.write_text("epochs: 30\ncrop: 48\n")
+    files = ("--config", mine, ROOT / "configs/quick.yaml", "--out", out)
+    code, printed, note = call(main, *files)
+    assert (code, printed) == (0, "") and note.startswith("note: ")
+    assert "epochs: 30" in note and "crop" not in note  # the same in both
+    assert load_config([out]) == load_config(list(files[1:3]))
+    assert call(main, *files) == (0, "", "")  # unchanged: said once
+
+
+def test_damaged_config_is_one_line(tmp_path: Path) -> None:
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    text = dump(load_config([ROOT / "configs/best.yaml"], ["blur=0.5", "jitter=0.5", "crop=24"]))
+    path, good = tmp_path / "bad.yaml", 0
+    for data in corruptions(text.encode()):
+        path.write_bytes(data)
+        try:
+            config = load_config([path])
+            check_data_keys(config)
+            config["encoder"] = config["encoder"][:5]  # a mistyped width may be huge
+            if max(w for w, _ in config["encoder"]) < 500 and config["in_channels"] == 3:
+                try_batch(build_model(config), images, images[:, 0], config, 2)
+            good += 1
+        except UserError as error:
+            assert "\n" not in str(error)
+    assert 0 < good < 200

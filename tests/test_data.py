@@ -1,0 +1,259 @@
+"""Tests of data.py, pictures.py and tools/check.py: pairs, splits, the cache, bad files."""
+
+import json
+import shutil
+from pathlib import Path
+
+from common import SPLITS, UserError
+
+import numpy as np
+import pytest
+import torch
+from conftest import config_for, corruptions
+from PIL import Image
+
+import data as d
+from metrics import IGNORE
+from pictures import colourise, contact_sheet, overlay, png, thumbnail
+from train import load_data
+
+TWO = {"water": [0, 0, 0], "lily": [255, 255, 255]}
+
+
+@pytest.fixture
+def pond(tmp_path: Path) -> dict:
+    """Write a data set of one folder without splits, of images in two sizes; returns its config."""
+    rng = np.random.default_rng(0)
+    for day in range(9):
+        for i in range(2):
+            size = (10 + day % 2, 12)
+            pixels = rng.integers(0, 256, (*size, 3), np.uint8)
+            mask = rng.integers(0, 2, size).astype(np.uint8) * 255
+            Image.fromarray(pixels).save(tmp_path / f"day{day}_{i}.png")
+            Image.fromarray(mask).save(tmp_path / f"day{day}_{i}_mask.png")
+    keys = {"images": "*.png", "masks": "*_mask.png", "group": "^[^_]+", "classes": TWO}
+    return config_for(tmp_path, **keys, resize=[16, 12])
+
+
+def test_split_holds_the_files_as_they_are(dataset: Path) -> None:
+    config = config_for(dataset)
+    split = d.load_split(config, "training")
+    images = sorted((dataset / "training/image").iterdir())
+    assert split.names == [path.stem for path in images]
+    assert split.groups == [path.stem[:6] for path in images]
+    classes = np.array(list(config["classes"].values()))
+    for i, path in enumerate(images):
+        mask = dataset / "training/gt_image" / f"gt_{path.name}"
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        assert np.array_equal(split.images[i].numpy().transpose(1, 2, 0), pixels)
+        assert np.array_equal(classes[split.masks[i].numpy()], np.asarray(Image.open(mask)))
+
+
+def test_random_splits_share_no_group(pond: dict) -> None:
+    splits = {split: d.load_split(pond, split) for split in SPLITS}
+    groups = [set(split.groups) for split in splits.values()]
+    assert sorted(map(len, groups)) == [1, 1, 7] and len(set.union(*groups)) == 9
+    assert sum(len(split.names) for split in splits.values()) == 18
+    assert all(split.images.shape[2:] == (16, 12) for split in splits.values())
+    assert d.find_pairs(pond, "testing") == d.find_pairs(pond, "testing")
+
+
+def test_limits_are_evenly_spaced(dataset: Path) -> None:
+    split = d.load_split(config_for(dataset), "training")
+    few = d.limit(split, 2, 4)
+    assert sorted(set(few.groups)) == [min(split.groups), max(split.groups)]
+    assert few.names[0] == split.names[0] and few.names[-1] == split.names[-1]
+    assert len(few.names) == len(few.images) == len(few.masks) == 4
+    assert d.limit(split) is split and d.evenly(10, 4) == [0, 3, 6, 9]
+
+
+# ---- the cache
+
+
+def test_cache_is_made_once_and_again_when_a_file_changes(dataset: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(dataset, tmp_path / "set", ignore=shutil.ignore_patterns(".cache"))
+    config = config_for(root)
+    first = d.load_split(config, "testing")
+    [cache] = root.glob(".cache/testing-*")
+    assert d.load_split(config, "testing").digest == first.digest
+    image = sorted((root / "testing/image").iterdir())[0]
+    Image.new("RGB", (32, 32), "red").save(image)
+    second = d.load_split(config, "testing")
+    assert second.digest != first.digest and (second.images[0, 0] == 255).all()
+    assert [*root.glob(".cache/testing-*")] != [cache] and not cache.exists()
+
+
+def test_configs_of_one_folder_keep_their_caches(pond: dict) -> None:
+    others = [{"split_shares": [0.5, 0.25, 0.25]}, {"group": ""}, {"classes": TWO | {"x": [1] * 3}}]
+    for config in (pond, *(pond | other for other in others)):
+        d.load_split(config, "training")
+    caches = sorted(Path(pond["data"]).glob(".cache/training-*"))
+    times = [path.stat().st_mtime_ns for path in caches]
+    for config in (pond, *(pond | other for other in others)):
+        d.load_split(config, "training")
+    assert len(caches) == 4 and [path.stat().st_mtime_ns for path in caches] == times
+
+
+def test_data_in_a_read_only_folder(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = shutil.copytree(dataset, tmp_path / "set", ignore=shutil.ignore_patterns(".cache"))
+    monkeypatch.setattr(d, "ROOT", tmp_path / "project")
+    monkeypatch.setattr(d.os, "access", lambda path, mode: False)
+    d.load_split(config_for(root), "testing")
+    assert not (root / ".cache").exists()
+    assert list((tmp_path / "project/data/.cache").glob("testing-*"))
+
+
+# ---- masks and images
+
+
+def save(path: Path, pixels: list | np.ndarray, mode: str | None = None) -> Path:
+    Image.fromarray(np.array(pixels, np.uint8), mode).save(path)
+    return path
+
+
+def test_masks_of_indices_and_ignored_pixels(tmp_path: Path) -> None:
+    config = config_for(tmp_path, mask_format="indices", ignore=[255])
+    expected = [[0, 1, 2], [3, 255, 0]]
+    grey = save(tmp_path / "a.png", expected)
+    rgb = save(tmp_path / "b.png", np.array(expected)[..., None].repeat(3, 2))
+    palette = Image.fromarray(np.array(expected, np.uint8), "P")
+    palette.putpalette(list(range(255, -1, -1)) * 3)
+    palette.save(tmp_path / "c.png")
+    for path in (grey, rgb, tmp_path / "c.png"):
+        assert d.read_mask(path, config).tolist() == expected
+    colours = save(tmp_path / "d.png", [[[9, 9, 9], [255, 0, 0]]])
+    assert d.read_mask(colours, config_for(tmp_path, ignore=[9, 9, 9])).tolist() == [[IGNORE, 1]]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "keys", "says"),
+    [
+        (
+            [[[0, 0, 0], [9, 8, 7]]],
+            {},
+            r"1 pixels are of no class, the first is \[9, 8, 7\] at x=1",
+        ),
+        ([[0, 1, 2]], {}, "set mask_format: indices"),
+        ([[[255, 0, 0]]], {"mask_format": "indices"}, "set mask_format: colours"),
+        ([[0, 255]], {"mask_format": "indices"}, r"set ignore: \[255\]"),
+    ],
+)
+def test_mask_that_does_not_fit_says_what_to_set(
+    tmp_path: Path, pixels: list, keys: dict, says: str
+) -> None:
+    path = save(tmp_path / "m.png", pixels)
+    with pytest.raises(UserError, match=says) as caught:
+        d.read_mask(path, config_for(tmp_path, **keys))
+    assert str(path) in str(caught.value)
+
+
+def test_images_of_any_kind(tmp_path: Path) -> None:
+    half = save(tmp_path / "a.png", [[[255, 0, 0, 255], [0, 0, 0, 0]]], "RGBA")
+    assert d.read_image(half, 3).tolist() == [[[255, 0, 0], [255, 255, 255]]]  # shown on white
+    assert d.read_image(half, 4)[0, 1, 3] == 0
+    assert d.read_image(half, 1).shape == (1, 2, 1)
+    turned = Image.new("RGB", (4, 2))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    turned.save(tmp_path / "b.jpg", exif=exif)
+    assert d.read_image(tmp_path / "b.jpg", 3).shape == (4, 2, 3)
+    Image.fromarray(np.zeros((2, 2), np.uint16)).save(tmp_path / "c.png")
+    with pytest.raises(UserError, match=r"c\.png: has (16 bits|pixels of mode)"):
+        d.read_image(tmp_path / "c.png", 3)
+
+
+@pytest.mark.parametrize("kind", ["image", "mask"])
+def test_damaged_image_or_mask_is_one_line(dataset: Path, tmp_path: Path, kind: str) -> None:
+    pair = d.find_pairs(config_for(dataset), "testing")[0][0]
+    path, config = tmp_path / "bad.png", config_for(dataset)
+    for content in corruptions((pair.image if kind == "image" else pair.mask).read_bytes()):
+        path.write_bytes(content)
+        try:
+            found = d.read_image(path, 3) if kind == "image" else d.read_mask(path, config)
+            assert found.dtype == np.uint8 and found.ndim == (3 if kind == "image" else 2)
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+
+
+# ---- what is wrong with a data set
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"images": "photos"}, "images, masks: must be paths"),
+        ({"masks": "{split}/image/*.png"}, "images, masks: must differ"),
+        ({"split_folders": ["a", "b", "a"]}, "split_folders"),
+        ({"classes": {"a": [0, 0, 0]}}, "classes, ignore"),
+        ({"classes": {"a": [0, 0, 0], "b": [0, 0, 0]}}, "classes, ignore"),
+        ({"classes": {"a": [0, 0, 0], "b": "red"}}, "classes, ignore"),
+        ({"ignore": [255, 0, 0]}, "classes, ignore"),
+        ({"resize": [4]}, "resize"),
+        ({"group": "("}, "group"),
+        ({"data": "nowhere"}, r"nowhere/.*: no such folder; run make data"),
+    ],
+)
+def test_bad_keys_are_named(dataset: Path, keys: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        d.load_split(config_for(dataset) | keys, "training")
+
+
+def test_check_lists_everything(dataset: Path, tmp_path: Path, script) -> None:
+    root = shutil.copytree(dataset, tmp_path / "set", ignore=shutil.ignore_patterns(".cache"))
+    good = script("data.py", "check", root, "--picture", tmp_path / "good.png")
+    assert good.returncode == 0 and "problem" not in good.stdout
+    assert Image.open(tmp_path / "good.png").width > 500
+    first, second, third, *_ = sorted((root / "training/image").iterdir())
+    first.unlink()
+    second.write_bytes(b"no image")
+    shutil.copy(third, root / "testing/image/999999_square_red_000001.png")
+    shutil.copy(third.parent.with_name("gt_image") / f"gt_{third.name}", root / "testing/gt_image")
+    Image.new("RGB", (9, 9)).save(sorted((root / "validation/image").iterdir())[0])
+    bad = script("data.py", "check", root)
+    problems = [line for line in bad.stdout.splitlines() if line.startswith("problem: ")]
+    assert bad.returncode == 2 and bad.stderr.startswith("error: ")
+    for said in (first.name, second.name, "999999_square_red_000001.png", "9×9", third.name):
+        assert any(said in line for line in problems), said
+    with pytest.raises(UserError, match="and 1 more"):
+        d.load_split(config_for(root), "testing")
+
+
+def test_two_sizes_need_resize(pond: dict) -> None:
+    with pytest.raises(UserError, match="set `resize`"):
+        d.load_split(pond | {"resize": []}, "training")
+    assert not list(Path(pond["data"]).glob(".cache/*.partial"))
+
+
+def test_split_of_ignored_pixels_is_refused_at_once(pond: dict) -> None:
+    for mask in Path(pond["data"]).glob("*_mask.png"):
+        Image.new("RGB", Image.open(mask).size, (9, 9, 9)).save(mask)
+    with pytest.raises(UserError, match="ignore: leaves no pixel of the training split"):
+        load_data(pond | {"ignore": [9, 9, 9]})
+
+
+def test_commands_of_data_py(script, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    sizes = ("--sequences", 1, 1, 1, "--size", 16, "--frames", 2)
+    done = script("data.py", "generate", "--out", out, *sizes)
+    assert done.returncode == 0 and done.stdout.startswith("6 images in")
+    assert len(list(out.rglob("*.png"))) == 12
+    wrong = script("data.py", "fetch")
+    assert wrong.returncode == 2 and "generate, download, check" in wrong.stderr
+
+
+# ---- pictures
+
+
+def test_pictures() -> None:
+    classes = {"a": [0, 0, 0], "b": [255, 0, 0]}
+    image = torch.full((3, 2, 2), 100, dtype=torch.uint8)
+    mask = torch.tensor([[0, 1], [IGNORE, 0]], dtype=torch.uint8)
+    assert colourise(mask, classes)[:, 0, 1].tolist() == [255, 0, 0]
+    over = overlay(image, mask, classes)
+    assert over[:, 0, 0].tolist() == [100] * 3 and over[:, 0, 1].tolist() == [177, 50, 50]
+    assert max(thumbnail(torch.zeros(3, 999, 500, dtype=torch.uint8)).shape) <= 160
+    sheet = contact_sheet([[("one", [image, over])], [("a long name " * 9, [image])] * 3], classes)
+    assert sheet.shape[0] == 3 and sheet.dtype == torch.uint8 and png(sheet)[:4] == b"\x89PNG"
+    assert json.dumps(list(sheet.shape))
