@@ -14,15 +14,10 @@ from metrics import IGNORE
 
 
 def choose_corners(masks: Tensor, crop: int, on_objects: float) -> tuple[Tensor, Tensor]:
-    """Choose where the random crops of a batch begin.
+    """Choose top and left, both (N,) int64, of a random crop in each of (N, H, W) masks.
 
-    Args:
-        masks: (N, H, W) uint8.
-        crop: side in pixels, less than H and W.
-        on_objects: share of the crops that are placed around a random foreground pixel.
-
-    Returns:
-        Top and left of each crop, both (N,) int64, on the masks' device.
+    `crop` is the side in pixels, less than H and W; the share `on_objects` of the crops is placed
+    around a random foreground pixel.
     """
     n, height, width = masks.shape
     choice, pixel, y, x = torch.rand(4, n, device=masks.device)
@@ -43,16 +38,10 @@ def choose_corners(masks: Tensor, crop: int, on_objects: float) -> tuple[Tensor,
 
 
 def take_batch(images: Tensor, masks: Tensor, index: Tensor, config: dict) -> tuple[Tensor, Tensor]:
-    """Copy a batch out of the resident arrays, whole or cropped.
+    """Copy a batch out of resident (M, channels, H, W) images and (M, H, W) masks, all uint8.
 
-    Args:
-        images: (M, channels, H, W) uint8; masks: (M, H, W) uint8.
-        index: (N,) int64, the images to take.
-        config: for `crop`, the side of a random crop in pixels (0, or no less than the image: all
-            of it), and `crop_on_objects`, the share of crops around a random foreground pixel.
-
-    Returns:
-        (N, channels, h, w) and (N, h, w) uint8.
+    `index` (N,) int64 says which images. With a `crop` smaller than they are in the config, a
+    random part of each is taken: (N, channels, crop, crop) and (N, crop, crop).
     """
     crop, index = config["crop"], index.to(images.device)
     if crop == 0 or crop >= min(masks.shape[1:]):
@@ -70,14 +59,10 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, masks: Tensor, config: dict) -> tuple[Tensor, Tensor]:
-    """Augment a batch on its own device.
+    """Augment a batch on its own device, as the augmentation keys of the config say.
 
-    Args:
-        images: (N, channels, H, W) uint8; masks: (N, H, W) uint8.
-        config: the augmentation keys of configs/default.yaml.
-
-    Returns:
-        Images (N, channels, H, W) float32 in [0, 1] and masks (N, H, W) uint8.
+    From (N, channels, H, W) uint8 images and (N, H, W) uint8 masks to float32 images in [0, 1] and
+    uint8 masks of the same shapes.
     """
     for key, axis in (("vertical_flip", -2), ("horizontal_flip", -1)):
         if config[key] > 0:

@@ -27,12 +27,10 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; print what a user can fix as one line on stderr and exit with 2.
+    """Call `main`; print a `UserError`, or a file that cannot be used, in one line and exit with 2.
 
-    That is a `UserError`, or a file that the operating system refuses. Ctrl-C exits with 130. All
-    else is a bug and keeps its trace. Under torchrun, which ends all processes when one ends, all
-    but rank 0 wait before they speak: most errors are the same everywhere, or follow from the
-    first one.
+    All else is a bug and keeps its trace. torchrun ends all processes when one ends: all but rank 0
+    wait before they speak, since most errors are the same everywhere or follow from the first.
     """
     rank = int(os.environ.get("RANK", -1))  # -1: not started by torchrun
     try:
@@ -57,12 +55,7 @@ def run(main: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def reading(source: object, advice: str = "replace it") -> Iterator[None]:
-    """Turn whatever goes wrong while `source` is read into a UserError that names it.
-
-    Args:
-        source: the file, address or option.
-        advice: what to do about it.
-    """
+    """Turn whatever goes wrong while `source` is read into a UserError that names it."""
     try:
         yield
     except UserError:
@@ -92,6 +85,13 @@ def read_json(path: Path) -> object:
     """Read a JSON file; UserError if it cannot be read."""
     with reading(path, "remove it and run make again"):
         return json.loads(path.read_text(encoding="utf-8"))
+
+
+def require(values: dict, kinds: dict[str, type]) -> None:
+    """Raise KeyError or ValueError unless a mapping has these keys, with values of these types."""
+    for key, kind in kinds.items():
+        if not isinstance(values[key], kind):
+            raise ValueError(f"{key} is {values[key]!r}")
 
 
 def code_digest() -> str:

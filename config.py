@@ -17,29 +17,19 @@ from common import ROOT, UserError, reading, run, write_atomically
 import yaml
 
 DEFAULT = ROOT / "configs" / "default.yaml"
-# A tuple lists all allowed values, a range has whole numbers, a list the lowest and the highest.
+SHARE, COUNT = [0, 1], [0, 10**9]
+# A tuple lists all allowed values, a list the lowest and the highest.
 ALLOWED = {
-    "mask_format": ("colours", "indices"),
-    "skip": ("pooled", "full"),
-    "upsampling_init": ("random", "bilinear"),
-    "schedule": ("constant", "one_cycle"),
-    "precision": ("auto", "float32", "bfloat16"),
-    "in_channels": (1, 3, 4),
-    "blur_kernel": tuple(range(1, 32, 2)),
-    **dict.fromkeys(("epochs", "batch_size"), range(1, 10**6)),
-    **dict.fromkeys(("limit_groups", "limit_images", "limit_validation"), range(10**9)),
-    **dict.fromkeys(("images_per_epoch", "crop"), range(10**9)),
-    "seed": range(2**31),
-    "dropout": [0, 0.99],
-    "learning_rate": [1e-12, 1e3],
-    "blur_sigma": [0.01, 100],
-    "jitter_strength": [0, 0.5],
+    **{"mask_format": ("colours", "indices"), "in_channels": (1, 3, 4)},
+    **{"skip": ("pooled", "full"), "upsampling_init": ("random", "bilinear")},
+    **{"schedule": ("constant", "one_cycle"), "precision": ("auto", "float32", "bfloat16")},
+    **{"epochs": [1, 10**6], "batch_size": [1, 10**6], "seed": [0, 2**31 - 1]},
+    **{"limit_groups": COUNT, "limit_images": COUNT, "limit_validation": COUNT},
+    **{"images_per_epoch": COUNT, "crop": COUNT, "crop_on_objects": SHARE},
+    **{"horizontal_flip": SHARE, "vertical_flip": SHARE, "blur": SHARE, "jitter": SHARE},
+    **{"blur_kernel": tuple(range(1, 32, 2)), "blur_sigma": [0.01, 100]},
+    **{"jitter_strength": [0, 0.5], "dropout": [0, 0.99], "learning_rate": [1e-12, 1e3]},
     "split_shares": [0.001, 1000],
-    "crop_on_objects": [0, 1],
-    "horizontal_flip": [0, 1],
-    "vertical_flip": [0, 1],
-    "blur": [0, 1],
-    "jitter": [0, 1],
 }
 
 
@@ -68,27 +58,29 @@ def convert(value: object, example: object) -> object:
     return value
 
 
-def is_allowed(value: object, allowed: tuple | range | list) -> bool:
-    """Tell whether a value, or every value of a list, is allowed; see `ALLOWED`."""
-    if isinstance(value, list):
-        return all(is_allowed(v, allowed) for v in value)
-    return allowed[0] <= value <= allowed[1] if isinstance(allowed, list) else value in allowed
-
-
-def named(allowed: tuple | range | list) -> str:
-    """Format allowed values for a message."""
-    return str(allowed) if isinstance(allowed, tuple) else f"{allowed[0]} to {allowed[-1]}"
+def check_value(source: str, key: str, value: object, default: dict) -> object:
+    """Return the value of a key as the type it has in default.yaml; UserError if it is none."""
+    if key not in default:
+        close = difflib.get_close_matches(str(key), default, n=1, cutoff=0)
+        raise UserError(f"{source}: unknown key '{key}'; did you mean '{close[0]}'?")
+    allowed = ALLOWED.get(key)
+    try:
+        converted = convert(value, default[key])
+    except (TypeError, ValueError):
+        example = json.dumps(default[key])
+        raise UserError(f"{source}: {key}: {value!r}; write it as in '{key}: {example}'") from None
+    for v in (converted if isinstance(converted, list) else [converted]) if allowed else ():
+        if not (v in allowed if isinstance(allowed, tuple) else allowed[0] <= v <= allowed[1]):
+            named = allowed if isinstance(allowed, tuple) else f"{allowed[0]} to {allowed[1]}"
+            raise UserError(f"{source}: {key}: is {value}; allowed: {named}")
+    return converted
 
 
 def load_config(paths: list[Path], overrides: list[str] = ()) -> dict:
-    """Resolve a config.
+    """Resolve a config: a value for every key of configs/default.yaml, of the type it has there.
 
-    Args:
-        paths: YAML files; later ones win. The first names the experiment unless `name` is set.
-        overrides: "key=value" strings, the values in YAML; they win over the files.
-
-    Returns:
-        A value for every key of configs/default.yaml, of the type it has there.
+    Later `paths` win; the first names the experiment unless `name` is set. `overrides` are
+    "key=value" strings, the values in YAML, and win over the files.
 
     Raises:
         UserError: a file cannot be read; a key is unknown, of the wrong type or out of range.
@@ -101,19 +93,7 @@ def load_config(paths: list[Path], overrides: list[str] = ()) -> dict:
             layers.append((f"--set {text}", {key: yaml.safe_load(value)}))
     config = dict(default)
     for source, values in layers:
-        for key, value in values.items():
-            if key not in default:
-                close = difflib.get_close_matches(str(key), default, n=1, cutoff=0)
-                raise UserError(f"{source}: unknown key '{key}'; did you mean '{close[0]}'?")
-            try:
-                config[key] = convert(value, default[key])
-            except (TypeError, ValueError):
-                example = f"{key}: {json.dumps(default[key])}"
-                raise UserError(
-                    f"{source}: {key}: {value!r} does not fit; write it as in '{example}'"
-                ) from None
-            if key in ALLOWED and not is_allowed(config[key], ALLOWED[key]):
-                raise UserError(f"{source}: {key}: is {value}; allowed: {named(ALLOWED[key])}")
+        config |= {key: check_value(source, key, value, default) for key, value in values.items()}
     if "{split}" not in config["images"] and not any("group" in values for _, values in layers):
         raise UserError(
             "group: the splits are chosen at random, so say what in a name must stay in one split, "
@@ -132,9 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
     """Add --config and --set, the same for every script that takes a config."""
     files = {"type": Path, "nargs": "+", "default": [], "metavar": "FILE"}
     parser.add_argument("--config", required=required, help="later files win", **files)
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", action="extend"
-    )
+    pairs = {"nargs": "+", "default": [], "metavar": "KEY=VALUE", "action": "extend"}
+    parser.add_argument("--set", dest="overrides", **pairs)
 
 
 def main() -> None:
@@ -142,18 +121,15 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write it there, if it changed")
     args = parser.parse_args()
-    config = load_config(args.config, args.overrides)
-    text = dump(config)
+    text = dump(load_config(args.config, args.overrides))
     if not args.out:
         sys.stdout.write(text)
     elif not args.out.exists() or args.out.read_text(encoding="utf-8") != text:
         for first, last in zip(args.config, args.config[1:], strict=False):
             was, now = read_yaml(first), read_yaml(last)
-            lost = ", ".join(
-                f"{key}: {was[key]}" for key in now if was.get(key, now[key]) != now[key]
-            )
+            lost = [f"{key}: {was[key]}" for key in now if was.get(key, now[key]) != now[key]]
             if lost:
-                print(f"note: {last} overrides {lost} of {first}", file=sys.stderr)
+                print(f"note: {last} overrides {', '.join(lost)} of {first}", file=sys.stderr)
         write_atomically(args.out, text.encode())
 
 

@@ -2,9 +2,8 @@
 
     python evaluate.py CHECKPOINT... [--data DIR] [--split testing] [--json FILE]
 
-A file of results that --json wrote can stand in the place of a checkpoint: it is read, not
-evaluated again, so a table of many runs costs nothing to print. The summary.json of runs gives a
-table of their validation instead.
+A file that --json wrote can stand in the place of a checkpoint: it is read, not evaluated again. So
+can the summary.json of a run, for its validation scores.
 """
 
 import argparse
@@ -13,40 +12,45 @@ import json
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import SPLITS, UserError, code_digest, read_json, reading, run, write_atomically
+from common import (
+    SPLITS,
+    UserError,
+    code_digest,
+    read_json,
+    reading,
+    require,
+    run,
+    write_atomically,
+)
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+import metrics
 from augment import to_float
 from data import evenly, load_split
 from losses import weighted_loss
-from metrics import (
-    IGNORE,
-    boundary_iou,
-    boundary_matrices,
-    confusion_matrices,
-    mean_iou,
-    mean_std,
-    number,
-    scores,
-)
+from metrics import IGNORE, mean_std
 from model import autocast, count_parameters, pick_device, pick_precision, restore_model
 
 BATCH = 32  # images of 128×128; more leave the processor's caches, and were no faster
 SHOWN = 4  # evenly spaced images, and as many of the worst, that are kept for the report
-# Test IoU in the lab's report of 2021, measured on one batch of 50 images.
-PUBLISHED = {
+LAB_CLASSES = ["background", "square", "triangle", "circle"]
+PUBLISHED = {  # test IoU in the lab's report of 2021, measured on one batch of 50 images
     **{"initial": 0.9824, "modified": 0.9778, "tuned": 0.9878, "final": 0.9950},
     **{"flip-0.3": 0.8008, "flip-0.5": 0.9914, "flip-0.8": 0.9880},
     **{"blur-0.3": 0.9887, "blur-0.5": 0.8563, "blur-0.8": 0.9896},
     **{"flip-blur-0.5": 0.9258, "flip-blur-0.3": 0.9263, "flip-blur-0.8": 0.9171},
 }
-LAB_CLASSES = ["background", "square", "triangle", "circle"]
+# What tables need of a row.
+NEEDED = dict.fromkeys(("name", "checkpoint", "split", "digest", "profile"), str)
+NEEDED |= dict.fromkeys(("pixel_accuracy", "mean_iou", "mean_dice"), float)
+NEEDED |= {"seed": int, "parameters": int, "per_class_iou": dict, "dead_classes": list}
 
 
 # ---- a model on a split
@@ -54,14 +58,9 @@ LAB_CLASSES = ["background", "square", "triangle", "circle"]
 
 @torch.inference_mode()
 def predict_batches(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield the logits of batches of whole images, (n, C, H, W), on the model's device.
+    """Yield the logits (n, C, H, W) of batches of whole (M, channels, H, W) uint8 images.
 
     Images larger than 128×128 make smaller batches, so that memory hardly grows with their size.
-
-    Args:
-        model: in evaluation mode.
-        images: (M, channels, H, W) uint8, on any device.
-        dtype: autocast dtype.
     """
     device = next(model.parameters()).device
     size = max(1, min(BATCH, BATCH * 128**2 // (images.shape[-2] * images.shape[-1])))
@@ -74,25 +73,18 @@ def predict_batches(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Ite
 def evaluate(
     model: nn.Module, images: Tensor, masks: Tensor, config: dict, dtype: torch.dtype
 ) -> tuple[Tensor, float, Tensor]:
-    """Run a model once over a whole split.
-
-    Args:
-        model: maps (N, channels, H, W) float in [0, 1] to (N, C, H, W) logits; set to eval mode.
-        images: (M, channels, H, W) uint8; masks: (M, H, W) uint8, on any device.
-        config: for `classes` and `loss`.
-        dtype: autocast dtype.
+    """Run a model once over (M, channels, H, W) uint8 images and their (M, H, W) masks.
 
     Returns:
-        (M, C, C) int64 confusion matrices of the images, the mean loss per image (Dice losses pool
-        the images of a batch, see `predict_batches`), and (M, H, W) uint8 predicted classes, on
-        the CPU.
+        (M, C, C) int64 confusion matrices of the images; the mean loss per image (Dice losses pool
+        the images of a batch); (M, H, W) uint8 predicted classes; all on the CPU.
     """
     model.eval()
     matrices, predictions, loss, done = [], [], 0.0, 0
     for logits in predict_batches(model, images, dtype):
         mask = masks[done : done + len(logits)].to(logits.device)
         predicted = logits.argmax(dim=1)
-        matrices.append(confusion_matrices(predicted, mask, len(config["classes"])))
+        matrices.append(metrics.confusion_matrices(predicted, mask, len(config["classes"])))
         loss = loss + weighted_loss(logits, mask, config["loss"]) * len(mask)
         predictions.append(predicted.to(torch.uint8).cpu())
         done += len(mask)
@@ -100,22 +92,17 @@ def evaluate(
 
 
 def cost_of(path: Path, checkpoint: dict) -> dict:
-    """Look up images_seen and train_seconds of the whole run; {} if it is not finished."""
+    """Look up images_seen and train_seconds of the whole run; None if it is not finished."""
     summary = path.with_name("summary.json")
     found = checkpoint.get("cost") or (read_json(summary) if summary.exists() else {})
     with reading(summary, "train this run again"):
-        return {key: found[key] for key in ("images_seen", "train_seconds") if found}
+        return {key: found.get(key) for key in ("images_seen", "train_seconds")}
 
 
 def evaluate_checkpoint(
     path: Path, data: str | None, split: str, device: torch.device
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """Evaluate one checkpoint on a split.
-
-    Args:
-        path: best.pt or last.pt of a run.
-        data: folder of the data set; None: the one it was trained on.
-        split: one of `SPLITS`.
+    """Evaluate one checkpoint on a split of `data`, or of the data that it was trained on.
 
     Returns:
         A row of the table: `metrics.scores`, boundary IoU and what the checkpoint says of itself,
@@ -126,111 +113,89 @@ def evaluate_checkpoint(
         UserError: the checkpoint or the data cannot be read, or all pixels are ignored.
     """
     model, checkpoint = restore_model(path, device)
-    config = checkpoint["config"]
+    config, started = checkpoint["config"], time.perf_counter()
     classes, data = list(config["classes"]), data or config["data"]
-    loaded = load_split(config | {"data": data}, split)
+    images, masks, names, groups, digest = load_split(config | {"data": data}, split)
     dtype = pick_precision(device, config["precision"])
-    started = time.perf_counter()
-    matrices, _, predictions = evaluate(model, loaded.images, loaded.masks, config, dtype)
+    matrices, _, predictions = evaluate(model, images, masks, config, dtype)
     matrix = matrices.sum(dim=0)
     if not matrix.any():
         raise UserError(f"{data}: ignore: leaves no pixel of the {split} split")
-    pairs = zip(predictions.split(64), loaded.masks.split(64), strict=True)
-    bands = sum(boundary_matrices(p, m, len(classes)).sum(dim=0) for p, m in pairs)
+    pairs = zip(predictions.split(64), masks.split(64), strict=True)
+    bands = sum(metrics.boundary_matrices(*pair, len(classes)).sum(dim=0) for pair in pairs)
     took = time.perf_counter() - started
-    print(f"{path}: {len(predictions)} images of {data}/{split} in {took:.1f} s", file=sys.stderr)
+    print(f"{path}: {len(masks)} images of {data}/{split} in {took:.1f} s", file=sys.stderr)
     worst: dict[str, int] = {}  # group → its worst image, groups from the worst
-    for i in mean_iou(matrices).nan_to_num(1).argsort(stable=True).tolist():
-        worst.setdefault(loaded.groups[i], i)
-    shown = [*evenly(len(matrices), SHOWN), *list(worst.values())[:SHOWN]]
-    boundary = boundary_iou(bands)
+    for i in metrics.mean_iou(matrices).nan_to_num(1).argsort(stable=True).tolist():
+        worst.setdefault(groups[i], i)
+    shown = [*evenly(len(masks), SHOWN), *list(worst.values())[:SHOWN]]
     row = {
-        "name": config["name"],
-        "checkpoint": str(path),
-        "data": data,
-        "split": split,
-        "images": len(matrices),
-        "groups": len(worst),
-        **scores(matrix, classes),
-        "boundary_iou": number(boundary.nanmean()),
-        "per_class_boundary_iou": dict(zip(classes, map(number, boundary), strict=True)),
-        "seed": config["seed"],
-        "profile": config["profile"],
-        "parameters": count_parameters(model),
-        **{"images_seen": None, "train_seconds": None, **cost_of(path, checkpoint)},
+        **{key: config[key] for key in ("name", "seed", "profile")},
+        **{"checkpoint": str(path), "data": data, "split": split, "digest": digest},
+        **{"images": len(masks), "groups": len(worst), "parameters": count_parameters(model)},
+        **metrics.scores(matrix, classes),
+        "boundary_iou": metrics.number(metrics.boundary_iou(bands).nanmean()),
+        **cost_of(path, checkpoint),
         "code": checkpoint.get("code"),
-        "digest": loaded.digest,
         "confusion_matrix": matrix.tolist(),
     }
     arrays = {
-        "names": np.array(loaded.names),
-        "groups": np.array(loaded.groups),
+        **{"names": np.array(names), "groups": np.array(groups), "shown": np.array(shown)},
         "matrices": matrices.to(torch.int32).numpy(),
-        "predictions": predictions.where(loaded.masks != IGNORE, IGNORE).numpy(),
-        "shown": np.array(shown),
-        "images": loaded.images[shown].numpy(),
-        "masks": loaded.masks[shown].numpy(),
+        "predictions": predictions.where(masks != IGNORE, IGNORE).numpy(),
+        **{"images": images[shown].numpy(), "masks": masks[shown].numpy()},
     }
     return row, arrays
 
 
-# ---- tables
+# ---- tables: of experiments, each a list of rows that differ in their seed
 
 
-def read_results(path: Path) -> list[dict]:
-    """Read rows that --json wrote, or a summary.json; UserError if the file holds anything else."""
-    rows = read_json(path)
-    rows = rows if isinstance(rows, list) else [rows]
-    with reading(path, "remove it and run make again"):
-        for row in rows:
-            path_in_run = {"checkpoint": str(path)} if "validation" in row else {}
-            row |= path_in_run
-            needed = {"name", "seed", "checkpoint", "images_seen"}
-            if not needed <= row.keys() or not rows:
-                raise ValueError(f"lacks {', '.join(needed - row.keys())}")
-    return rows
-
-
-def background_only(row: dict) -> dict:
-    """Score a model that predicts the first class everywhere, on the split of `row`."""
-    true = torch.tensor(row["confusion_matrix"]).sum(dim=1)
-    matrix = torch.zeros(len(true), len(true), dtype=torch.int64)
-    matrix[:, 0] = true
-    classes = list(row["per_class_iou"])
-    return {"name": f"{classes[0]} only", "parameters": 0, **scores(matrix, classes)}
+def format_stat(values: list, form: str = "{:.4f}", std: bool = False) -> str:
+    """Format the mean of values, ± the standard deviation if asked for; – if one is missing."""
+    if (stat := mean_std(values)) is None:
+        return "–"
+    shown = (stat["mean"], stat["std"] if std else None)
+    return " ± ".join(form.format(value) for value in shown if value is not None)
 
 
 def published(row: dict) -> float | None:
     """Look up the test IoU in the lab's report; None for other experiments and other data."""
-    of_lab = list(row["per_class_iou"]) == LAB_CLASSES
+    of_lab = list(row["per_class_iou"]) == LAB_CLASSES and row["split"] == "testing"
     return PUBLISHED.get(row["name"]) if of_lab else None
 
 
-def by_experiment(rows: list[dict]) -> dict[str, list[dict]]:
-    """Group rows, one a seed, by experiment; a row given twice counts once.
+def dead_classes(rows: list[dict]) -> str:
+    """Name the classes that at least one of the rows never predicts."""
+    dead = [c for c in rows[0]["per_class_iou"] if any(c in row["dead_classes"] for row in rows)]
+    return ", ".join(dead) or "none"
 
-    Runs of one name in several folders were made with other settings: the folder that holds the
-    seeds tells them apart. Rows of a name and a seed in one folder are told apart by their path.
+
+# A column of a table: heading → function of the rows of an experiment to the text of its cell.
+COLUMNS = {
+    "parameters": lambda rows: f"{rows[0]['parameters']:,}",
+    "images seen": lambda rows: format_stat([r.get("images_seen") for r in rows], "{:,.0f}"),
+    "training": lambda rows: format_stat([r.get("train_seconds") for r in rows], "{:.0f} s"),
+    "accuracy": lambda rows: format_stat([r["pixel_accuracy"] for r in rows]),
+    "mean Dice": lambda rows: format_stat([r["mean_dice"] for r in rows]),
+    "boundary IoU": lambda rows: format_stat([r.get("boundary_iou") for r in rows], std=True),
+    "mean IoU": lambda rows: format_stat([r["mean_iou"] for r in rows], std=True),
+    "dead classes": dead_classes,
+    "lab IoU": lambda rows: format_stat([published(rows[0])]),
+    "n": lambda rows: str(len(rows)),
+}
+
+
+def tabulate(experiments: dict[str, list[dict]], columns: dict) -> list[list[str]]:
+    """Fill a table, the heading first; * marks experiments that other code than today's trained.
+
+    A column without a value, and one of n = 1 everywhere, is left out.
     """
-    rows = list({(row["name"], row["seed"], row["checkpoint"]): row for row in rows}.values())
-    experiments: dict[str, list[dict]] = {}
-    for row in rows:
-        same = [other for other in rows if other["name"] == row["name"]]
-        places = {Path(other["checkpoint"]).parent.parent for other in same}
-        twins = len({other["seed"] for other in same}) < len(same)
-        place = row["checkpoint"] if len(places) == 1 else Path(row["checkpoint"]).parent.parent
-        label = f"{row['name']} ({place})" if len(places) > 1 or twins else row["name"]
-        # other code than today's may have trained other weights from the same config
-        mark = "" if row.get("code", code_digest()) in (None, code_digest()) else "*"
-        experiments.setdefault(label + mark, []).append(row)
-    return experiments
-
-
-def format_mean_std(stat: dict | None, form: str = "{:.4f}") -> str:
-    """Format a result of `metrics.mean_std`: the mean, ± the standard deviation if it has one."""
-    if stat is None:
-        return "–"
-    return " ± ".join(form.format(v) for v in (stat["mean"], stat["std"]) if v is not None)
+    known = (None, code_digest())
+    names = [n + "*" * any(r.get("code") not in known for r in e) for n, e in experiments.items()]
+    filled = {head: [cell(rows) for rows in experiments.values()] for head, cell in columns.items()}
+    filled = {k: cells for k, cells in filled.items() if set(cells) != {"1" if k == "n" else "–"}}
+    return [["model", *filled], *map(list, zip(names, *filled.values(), strict=True))]
 
 
 def align(lines: list[list[str]]) -> str:
@@ -243,101 +208,86 @@ def align(lines: list[list[str]]) -> str:
     return text
 
 
-def check_comparable(rows: list[dict]) -> None:
-    """Refuse rows that were not made on the same data, split and profile; UserError names one."""
-    for row in rows[1:]:
-        for key in ("split", "digest", "profile"):
-            if row[key] != rows[0][key]:
-                raise UserError(
-                    f"{row['checkpoint']}: {key} is {row[key]}, that of {rows[0]['checkpoint']} is "
-                    f"{rows[0][key]}; such rows cannot share a table, give them apart"
-                )
-        if list(row["per_class_iou"]) != list(rows[0]["per_class_iou"]):
-            raise UserError(f"{row['checkpoint']}: has other classes; give it apart")
+def group_rows(rows: list[dict]) -> dict[str, list[dict]]:
+    """Group rows by experiment: name, and folder where several have runs of one name."""
+    groups: dict[tuple[str, Path], list[dict]] = {}
+    for row in {row["checkpoint"]: row for row in rows}.values():  # one given twice counts once
+        folder = Path(row["checkpoint"]).parent
+        folder = folder.parent if folder.name == f"seed{row['seed']}" else folder
+        groups.setdefault((row["name"], folder), []).append(row)
+    folders = Counter(name for name, _ in groups)
+    return {f"{n} ({f})" if folders[n] > 1 else n: found for (n, f), found in groups.items()}
+
+
+def differences(row: dict, first: dict) -> list[str]:
+    """List why two rows cannot share a table: they differ in split, data, profile or classes."""
+    found = [key for key in ("split", "digest", "profile") if row[key] != first[key]]
+    return found + ["classes"] * (list(row["per_class_iou"]) != list(first["per_class_iou"]))
+
+
+def background_only(row: dict) -> dict:
+    """Score a model that predicts the first class everywhere, on the split of `row`."""
+    true = torch.tensor(row["confusion_matrix"]).sum(dim=1)
+    matrix = torch.zeros(len(true), len(true), dtype=torch.int64)
+    matrix[:, 0] = true
+    classes = list(row["per_class_iou"])
+    name = {"name": f"{classes[0]} only", "parameters": 0, "split": row["split"]}
+    return name | metrics.scores(matrix, classes)
 
 
 def comparison_table(rows: list[dict]) -> str:
     """Format the table of the lab: a line a model, the mean ± standard deviation over its seeds.
 
-    Raises:
-        UserError: the rows cannot share a table.
+    UserError if the rows cannot share a table.
     """
-    check_comparable(rows)
-    first, nothing = rows[0], background_only(rows[0])
-    experiments = {nothing["name"]: [nothing], **by_experiment(rows)}
-    classes = list(first["per_class_iou"])
-    several = max(map(len, experiments.values())) > 1
-    from_lab = any(published(row) for row in rows)
-    header = ["model", "parameters", "images seen", "training", "accuracy", "mean Dice", "mean IoU"]
-    lines = [header + [*classes, "dead classes"] + ["lab IoU"] * from_lab + ["n"] * several]
-    for name, group in experiments.items():
-        stats = {key: mean_std([row.get(key) for row in group]) for key in KEYS}
-        stats |= {c: mean_std([row["per_class_iou"][c] for row in group]) for c in classes}
-        means = {key: stat and stat | {"std": None} for key, stat in stats.items()}
-        dead = [c for c in classes if any(c in row["dead_classes"] for row in group)]
-        lab = published(group[0])
-        lines.append(
-            [
-                name,
-                f"{group[0]['parameters']:,}",
-                format_mean_std(means["images_seen"], "{:,.0f}"),
-                format_mean_std(means["train_seconds"], "{:.0f} s"),
-                format_mean_std(means["pixel_accuracy"]),
-                format_mean_std(means["mean_dice"]),
-                format_mean_std(stats["mean_iou"]),
-                *(format_mean_std(means[c]) for c in classes),
-                ", ".join(dead) or "none",
-                *["–" if lab is None else f"{lab:.4f}"] * from_lab,
-                *[str(len(group))] * several,
-            ]
-        )
-    accuracy, iou = nothing["pixel_accuracy"], nothing["mean_iou"]
+    first = rows[0]
+    for row in rows:
+        if differ := differences(row, first):
+            raise UserError(
+                f"{row['checkpoint']}: differs from {first['checkpoint']} in {', '.join(differ)}; "
+                "such rows cannot share a table, give them apart"
+            )
+    experiments, classes = group_rows(rows), list(first["per_class_iou"])
+    if "confusion_matrix" not in first:  # of validation: to choose by, so the best comes first
+        scores = {
+            name: statistics.fmean(r["mean_iou"] for r in e) for name, e in experiments.items()
+        }
+        ranked = {name: experiments[name] for name in sorted(scores, key=scores.get, reverse=True)}
+        return align(tabulate(ranked, COLUMNS))
+    nothing = background_only(first)
+    each = {
+        c: lambda rows, c=c: format_stat([r["per_class_iou"][c] for r in rows]) for c in classes
+    }
+    lines = tabulate({nothing["name"]: [nothing]} | experiments, COLUMNS | each)
     return (
         f"{first['data']}, {first['split']} split, {first['images']} images, "
         f"{first['profile']} profile. IoU by class at the right.\n{align(lines)}\n"
-        f"Predicting {classes[0]} everywhere has accuracy {accuracy:.3f} and mean IoU {iou:.3f}."
+        f"Predicting {classes[0]} everywhere has accuracy "
+        f"{nothing['pixel_accuracy']:.3f} and mean IoU {nothing['mean_iou']:.3f}."
     )
 
 
-KEYS = ("images_seen", "train_seconds", "pixel_accuracy", "mean_dice", "mean_iou")
-
-
-def validation_table(summaries: list[dict]) -> str:
-    """Tabulate runs by validation mean IoU, best first: mean ± standard deviation over the seeds.
-
-    Args:
-        summaries: what train.py writes as summary.json; the test split has no part in them.
-    """
-    lines = []
-    for name, group in by_experiment(summaries).items():
-        train, val = (
-            mean_std([row[split]["mean_iou"] for row in group])
-            for split in ("training", "validation")
-        )
-        dead = sorted({c for row in group for c in row["validation"]["dead_classes"]})
-        gap = f"{train['mean'] - val['mean']:+.4f}"
-        cells = [name, f"{group[0]['images_seen']:,}", format_mean_std(train), format_mean_std(val)]
-        lines.append((-val["mean"], [*cells, gap, ", ".join(dead) or "none", str(len(group))]))
-    header = ["experiment", "images seen", "training IoU", "validation IoU", "gap", "dead", "n"]
-    return align([header, *(line for _, line in sorted(lines))])
-
-
 def goal_line(rows: list[dict], goal: float) -> str:
-    """Tell which runs reached a mean IoU, and after how much training.
-
-    Raises:
-        UserError: one of them did not, or is not finished.
-    """
+    """Tell how much training it took to reach a mean IoU; UserError if a run did not reach it."""
     for row in rows:
         if row["train_seconds"] is None:
             raise UserError(f"{row['checkpoint']}: is of an unfinished run; --goal needs its time")
     runs = [f"{r['mean_iou']:.4f} in {r['train_seconds']:.1f} s (seed {r['seed']})" for r in rows]
-    reached = sum(row["mean_iou"] >= goal for row in rows)
-    text = f"mean IoU of {goal} reached by {reached} of {len(rows)} runs: {', '.join(runs)}"
-    if reached < len(rows):
-        raise UserError(text)
-    seconds = statistics.median(row["train_seconds"] for row in rows)
-    return f"{text}; median {seconds:.1f} s of training"
+    text = f"mean IoU of {goal}: {', '.join(runs)}"
+    if any(row["mean_iou"] < goal for row in rows):
+        raise UserError(f"{text}; not reached by all of them")
+    return f"{text}; median {statistics.median(r['train_seconds'] for r in rows):.1f} s of training"
+
+
+def read_results(path: Path) -> list[dict]:
+    """Read rows that --json wrote, or a summary.json; UserError if the file holds anything else."""
+    rows = read_json(path)
+    with reading(path, "remove it and run make again"):
+        if "validation" in rows:
+            rows = [rows | rows["validation"] | {"split": "validation", "checkpoint": str(path)}]
+        for row in rows or [{}]:
+            require(row, NEEDED)
+    return rows
 
 
 def main() -> None:
@@ -364,16 +314,9 @@ def main() -> None:
             write_atomically(args.predictions, file.getvalue())
     if args.json:
         write_atomically(args.json, (json.dumps(rows, indent=2) + "\n").encode())
-    if all("validation" in row for row in rows):
-        print(validation_table(rows))
-    elif any("validation" in row for row in rows):
-        raise UserError(
-            "a summary.json holds validation scores, the other files tests; give them apart"
-        )
-    else:
-        print(comparison_table(rows))
-        if args.goal:
-            print(goal_line(rows, args.goal))
+    print(comparison_table(rows))
+    if args.goal:
+        print(goal_line(rows, args.goal))
 
 
 if __name__ == "__main__":

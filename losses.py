@@ -64,15 +64,7 @@ LOSSES = {
 
 
 def weighted_loss(logits: Tensor, mask: Tensor, weights: dict[str, float]) -> Tensor:
-    """Add up losses by their weights.
-
-    Args:
-        logits: (N, C, H, W), any float dtype.
-        mask: (N, H, W) integer class indices, or `IGNORE`.
-        weights: weight of each loss by its name in `LOSSES`.
-
-    Returns:
-        Scalar, float32 (float64 if the logits are).
+    """Add up losses by their weights, name in `LOSSES` → weight, as a float32 (float64) scalar.
 
     Raises:
         UserError: no weight is given, or one for an unknown loss or that is not a number.

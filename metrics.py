@@ -23,15 +23,9 @@ T_QUANTILES = {
 
 
 def confusion_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
-    """Count the pixels of each image by (true class, predicted class).
+    """Count the pixels of each image by (true class, predicted class), as (N, C, C) int64.
 
-    Args:
-        prediction: (N, H, W) integer class indices in [0, C).
-        mask: (N, H, W) class indices in [0, C) or `IGNORE`, which is not counted.
-        num_classes: C.
-
-    Returns:
-        (N, C, C) int64 on the same device; row = true class, column = predicted class.
+    `prediction` and `mask` are (N, H, W) class indices; where the mask is `IGNORE` nothing counts.
     """
     # Ignored pixels are counted in a cell of their own, and cells by scatter_add_: a boolean index
     # or bincount would make a GPU wait for their number.
@@ -45,11 +39,8 @@ def confusion_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Te
 def iou(matrices: Tensor) -> Tensor:
     """Divide true positives by the union: IoU = TP / (TP + FP + FN) (Jaccard 1912).
 
-    Args:
-        matrices: (..., C, C) integer confusion matrices.
-
-    Returns:
-        (..., C) float64 in [0, 1]; NaN where a class is neither true nor predicted.
+    From (..., C, C) confusion matrices to (..., C) float64 in [0, 1]; NaN where a class is neither
+    true nor predicted.
     """
     m = matrices.double()
     tp = m.diagonal(dim1=-2, dim2=-1)
@@ -65,15 +56,8 @@ def scores(matrix: Tensor, classes: list[str]) -> dict:
     """Read every score of a split from its confusion matrix.
 
     Dice = 2·TP / (2·TP + FP + FN) (Dice 1945) = 2·IoU / (1 + IoU). A class that is in the masks
-    and never predicted has IoU 0 and is listed as dead.
-
-    Args:
-        matrix: (C, C) integer, row = true class, column = predicted class.
-        classes: C names; the first is the background.
-
-    Returns:
-        pixel_accuracy, mean_iou, mean_iou_foreground (without class 0), mean_dice in [0, 1], or
-        None if no pixel was counted; per_class_iou, per_class_dice by name; dead_classes by name.
+    and never predicted has IoU 0 and is listed as dead. Scores lie in [0, 1], or are None if no
+    pixel was counted; those of the foreground leave out class 0, the background.
     """
     m = matrix.detach().cpu().double()
     each = iou(m)
@@ -96,17 +80,12 @@ def number(value: Tensor) -> float | None:
 
 
 def boundary_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
-    """Count what boundary IoU (Cheng et al. 2021, arXiv:2103.16562) divides.
+    """Count the bands that boundary IoU (Cheng et al. 2021, arXiv:2103.16562) compares.
 
-    It is the IoU of inner bands: of a class, the pixels at most `BOUNDARY` away (in rows and
-    columns) from one that is not of the class. As in the authors' code, the image border is a
-    contour.
+    The band of a class is its pixels at most `BOUNDARY` away (in rows and columns) from one that is
+    not of the class. As in the authors' code, the image border is a contour.
 
-    Args:
-        prediction: (N, H, W) class indices; mask: the same, or `IGNORE`, which is of no class.
-
-    Returns:
-        (N, C + 1, C + 1) int64 confusion matrices of the bands, where class C means "in no band".
+    From (N, H, W) as in `confusion_matrices` to (N, C + 1, C + 1) int64; class C is "in no band".
     """
     prediction = prediction.where(mask != IGNORE, IGNORE)
     bands = (_bands(pixels, num_classes) for pixels in (prediction, mask))
@@ -120,13 +99,10 @@ def boundary_iou(matrices: Tensor) -> Tensor:
 
 def _bands(labels: Tensor, num_classes: int) -> Tensor:
     """Replace (N, H, W) classes by C wherever the window around a pixel holds one class alone."""
-    height, width = labels.shape[1:]
-    padded = F.pad(labels, [BOUNDARY] * 4, value=IGNORE - 1)  # a value that no class has
-    inside = torch.ones_like(labels, dtype=torch.bool)
-    for y in range(2 * BOUNDARY + 1):
-        for x in range(2 * BOUNDARY + 1):
-            inside &= padded[:, y : y + height, x : x + width] == labels
-    return labels.masked_fill(inside | (labels == IGNORE), num_classes)
+    side = 2 * BOUNDARY + 1
+    padded = F.pad(labels[:, None].float(), [BOUNDARY] * 4, value=-1)  # a value that no class has
+    high, low = (sign * F.max_pool2d(sign * padded, side, stride=1)[:, 0] for sign in (1, -1))
+    return labels.masked_fill((high == low) | (labels == IGNORE), num_classes)
 
 
 # ---- statistics over seeds
@@ -142,11 +118,10 @@ def mean_std(values: list[float | None]) -> dict | None:
 
 
 def compare(a: dict, b: dict) -> str:
-    """Compare two means of `mean_std` by Welch's t test (1947), two-sided, at 95 %.
+    """Compare two results of `mean_std` by Welch's t test (1947), two-sided, at 95 %.
 
-    Returns:
-        "more" or "less" if mean a lies beyond noise above or below mean b, else "noise"; "one
-        seed" if either has no standard deviation.
+    "more" or "less" if a lies beyond noise above or below b, else "noise"; "one seed" if either has
+    no standard deviation.
     """
     if a["std"] is None or b["std"] is None:
         return "one seed"

@@ -16,6 +16,7 @@ from common import UserError, reading, run, write_atomically
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from config import add_arguments, load_config
 
@@ -50,22 +51,20 @@ class UNet(nn.Module):
     """Encoder stages that halve the resolution, decoder stages that double it, skips between.
 
     Args:
-        in_channels: channels of an image (3 for RGB, 4 for RGBA, 1 for grey).
-        num_classes: number of classes C, background included.
-        encoder: (channels, kernel) of each encoder stage: double conv, then 3×3 max-pool, stride 2.
-        decoder: (channels, kernel) of each decoder stage: double conv, then a transposed conv that
-            doubles the resolution. The last up-sampling maps to the C classes. The word "classes"
-            stands for C channels: as the lab had it in its last stage, where the features then
-            squeeze through a ReLU only C channels wide and whole classes can die.
+        in_channels, num_classes: channels of an image; number of classes C, background included.
+        encoder: [channels, kernel] of each encoder stage: double conv, then 3×3 max-pool, stride 2.
+        decoder: the same of each decoder stage: double conv, then a transposed conv that doubles
+            the resolution; the last one maps to the C classes. The word "classes" stands for C
+            channels: as the lab had it in its last stage, where the features squeeze through a
+            ReLU only C channels wide and whole classes can die.
         skip: what a decoder stage sees of the encoder. "pooled" (the lab): the output after
-            pooling, so nothing of the full resolution reaches the classes; one decoder stage per
-            encoder stage. "full": the features before pooling, as in Ronneberger et al. 2015
-            (arXiv:1505.04597); needs one more decoder stage, which works at full resolution and
-            ends in a 1×1 conv.
+            pooling, so nothing of the full resolution reaches the classes. "full": the features
+            before pooling (Ronneberger et al. 2015, arXiv:1505.04597); needs one more decoder
+            stage, which works at full resolution and ends in a 1×1 conv.
         dropout: probability of dropping a channel after each double conv, in [0, 1).
-        upsampling_init: how a transposed conv that maps n channels to n classes starts. "random":
-            PyTorch's. "bilinear": as bilinear up-sampling, each channel wired to its own class
-            (Long et al. 2015, arXiv:1411.4038); it keeps the classes of the lab's heads alive.
+        upsampling_init: how a transposed conv that maps C channels to C classes starts: "random"
+            (PyTorch's), or "bilinear", each channel wired to its own class (Long et al. 2015,
+            arXiv:1411.4038), which keeps the classes of the lab's heads alive.
 
     Raises:
         UserError: a stage is not [channels, odd kernel], or the numbers of stages do not fit.
@@ -84,16 +83,16 @@ class UNet(nn.Module):
         super().__init__()
         for key, stages in (("encoder", encoder), ("decoder", decoder)):
             with reading(
-                key, "give each stage as [channels, odd kernel], as in [[16, 3], [32, 3]]"
+                key, "give [channels, odd kernel] for each stage, as in [[16, 3], [32, 3]]"
             ):
                 for width, kernel in stages:
-                    named = (key, width) == ("decoder", "classes")
-                    if not (named or (type(width) is int and width > 0)) or kernel % 2 == 0:
+                    named = key == "decoder" and width == "classes"
+                    if (not named and (type(width) is not int or width < 1)) or kernel % 2 == 0:
                         raise ValueError(f"[{width}, {kernel}] is no stage")
+        decoder = [(num_classes if w == "classes" else w, kernel) for w, kernel in decoder]
         if not encoder or len(decoder) != len(encoder) + (skip == "full"):
             wanted = "one stage more than" if skip == "full" else "as many stages as"
             raise UserError(f"decoder: with skip: {skip} it needs {wanted} the encoder")
-        widths = [num_classes if width == "classes" else int(width) for width, _ in decoder]
         self.skip = skip
         self.encoder = nn.ModuleList()
         channels = in_channels
@@ -107,18 +106,17 @@ class UNet(nn.Module):
         skip_widths = [width for width, _ in encoder][::-1]
         skip_widths = [0, *(skip_widths if skip == "full" else skip_widths[1:])]
         self.decoder, self.up = nn.ModuleList(), nn.ModuleList()
-        for i, (width, skip_width) in enumerate(zip(widths, skip_widths, strict=True)):
-            last = i == len(widths) - 1
-            self.decoder.append(double_conv(channels + skip_width, width, decoder[i][1], dropout))
-            out = num_classes if last else width
+        doubling = {"stride": 2, "padding": 1, "output_padding": 1}
+        for (width, kernel), skip_width in zip(decoder, skip_widths, strict=True):
+            self.decoder.append(double_conv(channels + skip_width, width, kernel, dropout))
+            last = len(self.decoder) == len(decoder)
             if last and skip == "full":
-                self.up.append(nn.Conv2d(width, out, 1))
+                self.up.append(nn.Conv2d(width, num_classes, 1))
             else:
-                self.up.append(
-                    nn.ConvTranspose2d(width, out, 3, stride=2, padding=1, output_padding=1)
-                )
+                out = num_classes if last else width
+                self.up.append(nn.ConvTranspose2d(width, out, 3, **doubling))
             channels = width
-        if upsampling_init == "bilinear" and widths[-1] == num_classes and skip == "pooled":
+        if upsampling_init == "bilinear" and channels == num_classes and skip == "pooled":
             start_bilinear(self.up[-1])
 
         self.stride = 2 ** len(encoder)  # pixels of the input under one of the deepest features
@@ -131,14 +129,7 @@ class UNet(nn.Module):
         self.receptive_radius = -(-reach // self.stride) * self.stride
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute logits for a batch of images of any size.
-
-        Args:
-            images: (N, in_channels, H, W) float in [0, 1].
-
-        Returns:
-            (N, C, H, W) logits, of the dtype that autocast chooses.
-        """
+        """Compute logits (N, C, H, W) of images (N, in_channels, H, W) in [0, 1], of any size."""
         height, width = images.shape[-2:]
         # Replicated borders look like the image going on; zeros would look like a black object.
         pad_h, pad_w = -height % self.stride, -width % self.stride
@@ -162,15 +153,8 @@ class UNet(nn.Module):
 
 def build_model(config: dict) -> UNet:
     """Build the model that a config describes, with fresh weights."""
-    return UNet(
-        in_channels=config["in_channels"],
-        num_classes=len(config["classes"]),
-        encoder=config["encoder"],
-        decoder=config["decoder"],
-        skip=config["skip"],
-        dropout=config["dropout"],
-        upsampling_init=config["upsampling_init"],
-    )
+    keys = ("in_channels", "encoder", "decoder", "skip", "dropout", "upsampling_init")
+    return UNet(num_classes=len(config["classes"]), **{key: config[key] for key in keys})
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -179,53 +163,39 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def summarise(model: UNet, in_channels: int, size: int) -> str:
-    """Tabulate stages with their output sizes, parameters, and GFLOP of one size×size image.
+    """Tabulate output size and parameters of each stage, and count GFLOP of a size×size image.
 
-    A multiply-add counts as two operations; only convolutions count, as in
-    torch.utils.flop_counter.
+    A multiply-add counts as two operations; only convolutions count.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # slow to import, needed only here
-
-    shapes: dict[nn.Module, str] = {}
     stages = {f"encoder {i}": stage for i, stage in enumerate(model.encoder, 1)}
     for i, (stage, up) in enumerate(zip(model.decoder, model.up, strict=True), 1):
         stages |= {f"decoder {i}": stage, f"decoder {i} up": up}
+    shapes: list[torch.Size] = []  # in the order of `stages`, which is that of the forward pass
     for stage in stages.values():
-        stage.register_forward_hook(
-            lambda module, _, out: shapes.update({module: "×".join(map(str, out.shape[1:]))})
-        )
+        stage.register_forward_hook(lambda _, inputs, output: shapes.append(output.shape[1:]))
     with FlopCounterMode(display=False) as flops, torch.inference_mode():
         model.eval()(torch.zeros(1, in_channels, size, size))
     lines = [f"{'stage':<14}{'output':>14}{'parameters':>14}"]
-    lines += [f"{k:<14}{shapes[m]:>14}{count_parameters(m):>14,}" for k, m in stages.items()]
+    for (name, stage), shape in zip(stages.items(), shapes, strict=True):
+        lines.append(f"{name:<14}{'×'.join(map(str, shape)):>14}{count_parameters(stage):>14,}")
     lines.append(f"{'total':<14}{'':>14}{count_parameters(model):>14,}")
-    lines.append(f"{flops.get_total_flops() / 1e9:.3f} GFLOP per {size}×{size} image")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"{flops.get_total_flops() / 1e9:.3f} GFLOP per {size}×{size} image"])
 
 
 # ---- checkpoints
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint atomically.
-
-    Args:
-        path: the .pt file.
-        checkpoint: `config`, `model` (a state dict) and whatever else, as plain data and tensors.
-    """
+    """Write `config`, `model` (a state dict) and whatever else, plain data and tensors, whole."""
     file = io.BytesIO()  # in memory first: on a full disk torch.save's own error is unreadable
     torch.save({"format": FORMAT, **checkpoint}, file)
     write_atomically(path, file.getvalue())
 
 
 def read_checkpoint(path: Path, device: torch.device) -> dict:
-    """Read a checkpoint of this project; nothing in the file is executed.
+    """Read what `save_checkpoint` was given, `config` with every key of today's default.yaml.
 
-    Returns:
-        What `save_checkpoint` was given; `config` has every key of today's default.yaml.
-
-    Raises:
-        UserError: the file is missing, damaged, or not a checkpoint of this project.
+    Nothing in the file is executed. UserError if it is missing, damaged, or of another project.
     """
     with reading(path, "give a .pt file that train.py wrote"):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
@@ -239,8 +209,7 @@ def read_checkpoint(path: Path, device: torch.device) -> dict:
 def restore_model(path: Path, device: torch.device) -> tuple[UNet, dict]:
     """Restore the model of a checkpoint, in evaluation mode; returns it and the checkpoint.
 
-    Raises:
-        UserError: as `read_checkpoint`, or the weights do not fit the config.
+    UserError as in `read_checkpoint`, or if the weights do not fit the config.
     """
     checkpoint = read_checkpoint(path, device)
     with reading(path, "give a .pt file that this version of the project wrote"):
@@ -261,9 +230,7 @@ def pick_device(name: str) -> torch.device:
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     there = {"cpu"} | ({found.type} if found else set())
     if name not in there | {"auto"}:
-        raise UserError(
-            f"device {name}: PyTorch finds {' and '.join(sorted(there))}; use DEVICE=cpu"
-        )
+        raise UserError(f"device {name}: PyTorch finds {', '.join(sorted(there))}; use DEVICE=cpu")
     return torch.device((found.type if found else "cpu") if name == "auto" else name)
 
 

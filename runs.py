@@ -14,13 +14,14 @@ from pathlib import Path
 from common import ROOT, UserError, reading, write_atomically
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from config import dump
 from data import Split, evenly
+from figures import colourise, grid, legend_of, save
 from model import read_checkpoint, save_checkpoint
-from pictures import colourise, contact_sheet, legend, png
 
 PICTURES = 4  # validation images in TensorBoard and predictions.png
 DEAD_CLASS_FIX = (
@@ -59,14 +60,13 @@ def resume_run(
     Raises:
         UserError: there is a run, and it can neither be resumed nor overwritten.
     """
-    there = {path.name for path in run_dir.iterdir()} - {"lock"} if run_dir.exists() else set()
+    path, why = run_dir / "last.pt", "which --resume goes on with"
+    there = {file.name for file in run_dir.glob("*")} - {"lock"}
     if there and "config.yaml" not in there:
         raise UserError(f"{run_dir}: holds other files than a run; give another --run-dir")
     if not there & {"last.pt", "best.pt"}:
         return []  # nothing that could be lost
-    why = "which --resume goes on with"
-    if resume and "last.pt" in there:
-        path = run_dir / "last.pt"
+    if resume and path.exists():
         last = read_checkpoint(path, torch.device("cpu"))
         with reading(path, "train into another --run-dir"):
             changed = [k for k, v in about["config"].items() if last["config"][k] != v]
@@ -82,47 +82,35 @@ def resume_run(
     return []
 
 
-def start_run(
-    run_dir: Path,
-    config: dict,
-    device: torch.device,
-    dtype: torch.dtype,
-    processes: int,
-    history: list[dict],
-) -> SummaryWriter:
-    """Empty the directory of a new run, write its config and environment.
+def describe_machine(device: torch.device, dtype: torch.dtype, processes: int) -> dict:
+    """Describe what a run computes with, for environment.json."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = "unknown: not a git checkout"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases
+    name = capabilities.get("cpu_name", platform.machine())
+    if device.type != "cpu":
+        name = torch.get_device_module(device).get_device_name()
+    return {
+        **{"commit": commit, "python": platform.python_version(), "torch": torch.__version__},
+        **{"device": name, "precision": str(dtype).removeprefix("torch.")},
+        **{"threads": torch.get_num_threads(), "processes": processes},
+    }
 
-    Args:
-        dtype: in which convolutions compute; processes: how many train; history: the epochs done.
 
-    Returns:
-        A writer of TensorBoard events.
+def start_run(run_dir: Path, config: dict, machine: dict, history: list[dict]) -> SummaryWriter:
+    """Empty the directory of a new run, write its config and machine, announce it.
+
+    `history` holds the epochs done. Returns a writer of TensorBoard events.
     """
     for path in run_dir.iterdir() if not history else ():
         if path.name != "lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_atomically(run_dir / "config.yaml", dump(config).encode())
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown: not a git checkout"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases
-    environment = {
-        "commit": commit,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": capabilities.get("cpu_name", platform.machine()),
-        "threads": torch.get_num_threads(),
-        "precision": str(dtype).removeprefix("torch."),
-        "processes": processes,
-        "seed": config["seed"],
-    }
-    if device.type != "cpu":
-        environment["device"] = torch.get_device_module(device).get_device_name()
-    write_atomically(run_dir / "environment.json", json.dumps(environment, indent=2).encode())
+    write_atomically(run_dir / "environment.json", json.dumps(machine, indent=2).encode())
     done = f", resuming after epoch {len(history)}" if history else ""
-    print(f"{run_dir}: training on {device.type} in {environment['precision']}{done}", flush=True)
+    print(f"{run_dir}: training in {machine['precision']}, {machine['device']}{done}", flush=True)
     # purge_step drops the events of epochs that will be repeated.
     writer = SummaryWriter(run_dir, purge_step=len(history) + 1)
     charts = ("mean_iou", "loss")
@@ -136,17 +124,14 @@ def best_of(history: list[dict]) -> dict:
     return max(history, key=lambda entry: entry["validation"]["mean_iou"])
 
 
-def prediction_grid(validation: Split, predictions: Tensor, config: dict) -> Tensor:
-    """Show image, truth and prediction of a few validation images, (3, H, W) uint8."""
+def show_predictions(validation: Split, predictions: Tensor, config: dict) -> Figure:
+    """Draw image, truth and prediction of a few validation images."""
     rows, classes = [], config["classes"]
     for i in evenly(len(predictions), PICTURES):
-        pictures = {
-            "image": validation.images[i, :3].expand(3, -1, -1),
-            "truth": colourise(validation.masks[i], classes),
-            "prediction": colourise(predictions[i], classes),
-        }
-        rows.append([(caption, [picture]) for caption, picture in pictures.items()])
-    return contact_sheet(rows, legend(config))
+        image = validation.images[i, :3].expand(3, -1, -1)
+        truth, prediction = (colourise(m[i], classes) for m in (validation.masks, predictions))
+        rows.append([("image", image), ("truth", truth), ("prediction", prediction)])
+    return grid(rows, legend_of(config))
 
 
 def write_epoch(
@@ -154,43 +139,37 @@ def write_epoch(
     about: dict,
     parts: dict[str, object],
     history: list[dict],
-    picture: Tensor,
+    figure: Figure,
     writer: SummaryWriter,
 ) -> None:
     """Log the last epoch and write metrics.jsonl, last.pt and, if it is the best, best.pt.
 
-    last.pt comes last: a run that is killed before it repeats the epoch.
-
-    Args:
-        about, parts: see `resume_run`.
-        history: the lines of metrics.jsonl.
-        picture: (3, H, W) uint8, see `prediction_grid`.
+    last.pt comes last: a run that is killed before it repeats the epoch. `figure` is that of
+    `show_predictions`.
     """
-    log_epoch(writer, history, about["config"], picture)
+    log_epoch(history, about["config"], figure, writer)
     state = {name: part.state_dict() for name, part in parts.items()}
     if history[-1] is best_of(history):
         best = about | {"model": state["model"], "epoch": len(history)}
         save_checkpoint(run_dir / "best.pt", best)
-        write_atomically(run_dir / "predictions.png", png(picture))
+        save(figure, run_dir / "predictions.png")
     lines = "".join(json.dumps(entry) + "\n" for entry in history)
     write_atomically(run_dir / "metrics.jsonl", lines.encode())
     save_checkpoint(run_dir / "last.pt", about | state | {"history": history})
 
 
-def log_epoch(writer: SummaryWriter, history: list[dict], config: dict, picture: Tensor) -> None:
+def log_epoch(history: list[dict], config: dict, figure: Figure, writer: SummaryWriter) -> None:
     """Write the last epoch for TensorBoard and print its line."""
     entry = history[-1]
     epoch, training, validation = (entry[key] for key in ("epoch", "training", "validation"))
+    tags = {key: entry[key] for key in ("learning_rate", "images_per_s")}
     for split in ("training", "validation"):
-        values = {"loss": entry[split]["loss"], "mean_iou": entry[split]["mean_iou"]}
-        tags = {f"{key}/{split}": value for key, value in values.items()}
+        tags |= {f"{key}/{split}": entry[split][key] for key in ("loss", "mean_iou")}
         tags |= {f"iou_{split}/{name}": v for name, v in entry[split]["per_class_iou"].items()}
-        for tag, value in tags.items():
-            if value is not None:  # an absent class, or crops without a labelled pixel
-                writer.add_scalar(tag, value, epoch)
-    writer.add_scalar("learning_rate", entry["learning_rate"], epoch)
-    writer.add_scalar("images_per_s", entry["images_per_s"], epoch)
-    writer.add_image("image | truth | prediction", picture, epoch)
+    for tag, value in tags.items():
+        if value is not None:  # an absent class, or crops without a labelled pixel
+            writer.add_scalar(tag, value, epoch)
+    writer.add_figure("image | truth | prediction", figure, epoch)
     writer.flush()
     iou, dead = training["mean_iou"] or 0.0, validation["dead_classes"]
     print(
@@ -209,26 +188,20 @@ def log_epoch(writer: SummaryWriter, history: list[dict], config: dict, picture:
 def write_summary(
     run_dir: Path, about: dict, history: list[dict], parameters: int, writer: SummaryWriter
 ) -> None:
-    """Write summary.json and TensorBoard's HParams.
-
-    images_seen and train_seconds count the whole run, not the epochs up to the best one.
-    """
+    """Write summary.json and TensorBoard's HParams; the costs are those of the whole run."""
     config, best = about["config"], best_of(history)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, else KiB
     summary = {
-        "name": config["name"],
-        "seed": config["seed"],
+        **{key: config[key] for key in ("name", "seed", "profile")},
         **{key: history[-1][key] for key in ("images_seen", "train_seconds")},
-        "best_epoch": best["epoch"],
-        "training": best["training"],
-        "validation": best["validation"],
+        **{"best_epoch": best["epoch"], "parameters": parameters},
+        **{key: best[key] for key in ("training", "validation")},
         "peak_memory_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),
-        "parameters": parameters,
-        "code": about["code"],
-        "digest": about["data_digest"],
+        **{"code": about["code"], "digest": about["data_digest"]},
     }
     simple = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.items()}
-    reached = {f"result/{k}_mean_iou": best[k]["mean_iou"] for k in ("validation", "training")}
+    means = {split: best[split]["mean_iou"] for split in ("validation", "training")}
+    reached = {f"result/{s}_mean_iou": mean for s, mean in means.items() if mean is not None}
     # In the run's own folder; a step behind the last epoch, so that resuming replaces it.
     writer.add_hparams(simple, reached, run_name=".", global_step=config["epochs"] + 1)
     writer.close()

@@ -34,7 +34,15 @@ from evaluate import evaluate
 from losses import weighted_loss
 from metrics import IGNORE, confusion_matrices, scores
 from model import autocast, build_model, count_parameters, keep_memory, pick_device, pick_precision
-from runs import locked, prediction_grid, resume_run, start_run, write_epoch, write_summary
+from runs import (
+    describe_machine,
+    locked,
+    resume_run,
+    show_predictions,
+    start_run,
+    write_epoch,
+    write_summary,
+)
 
 
 def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overwrite: bool) -> None:
@@ -68,9 +76,9 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
     about = {"config": config, "data_digest": training.digest, "code": code_digest()}
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     history = resume_run(run_dir, about, parts, resume, overwrite)  # the lines of metrics.jsonl
-    net = data_parallel(model, config["compile"])
+    net = data_parallel(model)
     if rank == 0:
-        writer = start_run(run_dir, config, device, dtype, world, history)
+        writer = start_run(run_dir, config, describe_machine(device, dtype, world), history)
 
     for epoch in range(len(history), epochs):
         # ---- train
@@ -116,8 +124,8 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
         history.append(entry)
 
         if rank == 0:
-            picture = prediction_grid(validation, predictions, config)
-            write_epoch(run_dir, about, parts, history, picture, writer)
+            figure = show_predictions(validation, predictions, config)
+            write_epoch(run_dir, about, parts, history, figure, writer)
 
     if rank == 0:
         write_summary(run_dir, about, history, count_parameters(model), writer)
@@ -129,8 +137,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
 def load_data(config: dict) -> tuple[Split, Split]:
     """Load the training and the validation split, limited as the config says.
 
-    Raises:
-        UserError: the data cannot be read, or all pixels of a split are ignored.
+    UserError if the data cannot be read, or all pixels of a split are ignored.
     """
     training = limit(load_split(config, "training"), config["limit_groups"], config["limit_images"])
     validation = limit(load_split(config, "validation"), 0, config["limit_validation"])
@@ -141,11 +148,7 @@ def load_data(config: dict) -> tuple[Split, Split]:
 
 
 def try_batch(model: nn.Module, images: Tensor, masks: Tensor, config: dict, size: int) -> None:
-    """Try a small batch on a copy of the model: what cannot work is one line, before anything else.
-
-    Raises:
-        UserError: a value of the config cannot be used with these images.
-    """
+    """Try a small batch on a copy of the model; UserError if the config cannot be used with it."""
     always = {key: 1.0 for key in ("blur", "jitter") if config[key] > 0}
     with reading("the config", "change the key that this is about"), torch.no_grad():
         index = torch.arange(size) % len(images)
@@ -185,18 +188,13 @@ def epoch_order(epoch: int, per_epoch: int, total: int, seed: int) -> Tensor:
     return torch.cat(passes)[start % total :][:per_epoch]
 
 
-# ---- several processes
-
-
 def rank_and_world() -> tuple[int, int]:
     """Tell the number of this process and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def data_parallel(model: nn.Module, compiled: bool) -> nn.Module:
+def data_parallel(model: nn.Module) -> nn.Module:
     """Wrap a model so that its backward pass averages gradients over the processes."""
-    if compiled:
-        model.compile()
     if not dist.is_initialized():
         return model
     if next(model.parameters()).is_cuda:  # there is none for CPUs

@@ -14,7 +14,7 @@ from conftest import corruptions
 
 from config import dump, load_config, main
 from data import check_data_keys
-from model import build_model
+from model import build_model, count_parameters
 from train import try_batch
 
 DEFAULT = yaml.safe_load((ROOT / "configs/default.yaml").read_text())
@@ -41,7 +41,6 @@ def test_layers(tmp_path: Path) -> None:
 
 
 def test_default_as_base_undoes_nothing_through_a_link(tmp_path: Path) -> None:
-    """A checkout that is reached through a link reads `base: default.yaml` as it should."""
     shutil.copytree(ROOT / "configs", tmp_path / "real/configs")
     for name in ("config.py", "common.py"):
         shutil.copy(ROOT / name, tmp_path / "real")
@@ -58,12 +57,11 @@ def test_default_as_base_undoes_nothing_through_a_link(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("lerning_rate: 0.1", "unknown key 'lerning_rate'; did you mean 'learning_rate'"),
-        ("published_iou: 0.9", "unknown key 'published_iou'"),  # what a lab printed trains nothing
-        ("epochs: many", "epochs: 'many' does not fit; write it as in 'epochs: 15'"),
-        ("epochs: 0", "epochs: is 0; allowed: 1 to 999999"),
-        ("compile: 1", "compile: 1 does not fit"),
+        ("epochs: many", "write it as in 'epochs: 15'"),
+        ("epochs: 0", "epochs: is 0; allowed: 1 to"),
+        ("epochs: true", "epochs: True;"),
         ("vertical_flip: 1.5", "vertical_flip: is 1.5; allowed: 0 to 1"),
-        ("learning_rate: .nan", "learning_rate: nan does not fit"),
+        ("learning_rate: .nan", "learning_rate: nan;"),
         ("blur_sigma: [1, 2, 3]", "blur_sigma"),
         ("blur_kernel: 4", "blur_kernel: is 4"),
         ("skip: half", "skip: is half; allowed: ('pooled', 'full')"),
@@ -102,8 +100,9 @@ def test_damaged_config_is_one_line(tmp_path: Path) -> None:
         try:
             config = load_config([path])
             check_data_keys(config)
-            config["encoder"] = config["encoder"][:5]  # a mistyped width may be huge
-            if max(w for w, _ in config["encoder"]) < 500 and config["in_channels"] == 3:
+            with torch.device("meta"):  # a mistyped width may be huge
+                parameters = count_parameters(build_model(config))
+            if parameters < 10**8 and config["in_channels"] == 3:
                 try_batch(build_model(config), images, images[:, 0], config, 2)
             good += 1
         except UserError as error:

@@ -6,12 +6,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from common import UserError
-
 import numpy as np
 import pytest
 import torch
-from conftest import corruptions, tiny
+from conftest import tiny
 from PIL import Image
 
 from config import dump, load_config
@@ -23,12 +21,6 @@ from train import train
 CPU = torch.device("cpu")
 CLASSES = ("background", "square", "triangle", "circle")
 FALLING, RISING = [0.7, 0.2, 0.1, 0.06, 0.05, 0.04], [0.6, 0.8, 0.9, 0.93, 0.94, 0.945]
-
-
-def edit_images(root: Path, folders: str, edit: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Rewrite every PNG of the folders that match."""
-    for path in root.glob(f"{folders}/*.png"):
-        Image.fromarray(edit(np.array(Image.open(path))).astype(np.uint8)).save(path)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +95,8 @@ BAD_DATA = {
 @pytest.mark.parametrize("case", BAD_DATA)
 def test_bad_data_is_found_first(run: Path, case: str) -> None:
     folders, edit, title = BAD_DATA[case]
-    edit_images(run.parent / "data", folders, edit)
+    for path in (run.parent / "data").glob(f"{folders}/*.png"):
+        Image.fromarray(edit(np.array(Image.open(path))).astype(np.uint8)).save(path)
     found = findings(run)
     assert title in found[0][0]
     assert not any("loss" in other or "stopped" in other for other, _, _ in found)
@@ -129,20 +122,14 @@ def test_rare_foreground_matters_only_where_it_is_not_learnt() -> None:
 
 # ---- histories written by hand
 
-STILL, NAN = [1.4, 1.39, 1.4, 1.4, 1.4, 1.38], math.nan
+STILL = [1.4, 1.39, 1.4, 1.4, 1.4, 1.38]
 CLIMBING, ONE_CYCLE = [0.3, 0.4, 0.5, 0.6, 0.7, 0.75], {"schedule": "one_cycle"}
 LOW = [0.2] * 6
 HISTORIES = {  # training loss, validation loss, mean IoU, config → start of the title, evidence
     "healthy": (FALLING, FALLING, RISING, {}, "", ""),
     "ripple near zero": ([*FALLING[:4], 0.08, 0.05], FALLING, RISING, {}, "", ""),
-    "bad first epoch": (FALLING, [2.0, 0.2, 0.1, 0.15, 0.1, 0.1], RISING, {}, "", ""),
-    "validation loss rises": (FALLING, [0.3, 0.3, 0.4, 0.6, 0.9, 1.4], RISING, {}, "", ""),
-    "another domain": (FALLING, [1.0, 3.0, 5.0, 7.0, 8.0, 9.0], RISING, {}, "", ""),
     "jump": ([0.7, 0.2, 0.1, 0.5, 0.2, 0.1], FALLING, RISING, {}, "The learning", "0.5 / 0.06"),
-    "spike": (FALLING, [0.7, 0.2, 0.1, 2.5, 0.1, 0.1], RISING, {}, "The learning", "in epoch 4"),
-    "early": (FALLING, [900.0, 80.0, 0.2, 0.1, 0.1, 0.1], RISING, {}, "The learning", "epoch 1"),
     "worse than guessing": ([9.0] * 6, [9.0] * 6, LOW, {}, "The learning", "1.39"),
-    "not a number": ([*FALLING[:5], NAN], FALLING, RISING, {}, "The learning", "nan / 0.04"),
     "still": (STILL, STILL, LOW, {}, "The training loss is not moving", "1.38"),
     "climbing": (FALLING, FALLING, CLIMBING, {}, "Too few steps", "0.750"),
     "climbing to zero rate": (FALLING, FALLING, CLIMBING, ONE_CYCLE, "", ""),
@@ -185,18 +172,5 @@ def test_damaged_file_is_one_line(run: Path, name: str, call: Callable) -> None:
     code, out, error = call(doctor.main, run, "--device", "cpu")
     assert code == 2 and out == "" and error.count("\n") == 1
     assert error.startswith(f"error: {run / name}: ")
-
-
-def test_folder_that_is_no_run_is_refused(tmp_path: Path, call: Callable) -> None:
-    code, _, error = call(doctor.main, tmp_path)
-    assert code == 2 and error.startswith(f"error: {tmp_path}: is no run")
-
-
-def test_any_damage_of_the_history_is_a_user_error(run: Path) -> None:
-    path = run / "metrics.jsonl"
-    for damaged in corruptions(path.read_bytes()):
-        path.write_bytes(damaged)
-        try:
-            doctor.read_run(run)
-        except UserError as error:
-            assert str(path) in str(error)
+    code, _, error = call(doctor.main, run.parent)
+    assert code == 2 and error.startswith(f"error: {run.parent}: is no run")

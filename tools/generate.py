@@ -2,223 +2,153 @@
 
     python data.py generate --out data/generated [--sequences 300 60 60] [--frames K] [--seed 0]
 
-Every number below was measured on the real training split (128×128), by fitting the shapes of the
-first frames: redrawn from fitted places and sizes, two of three come out identical, nearly all
-masks do, and the rest differ in a pixel or two. The shapes are the square, triangle and circle
-markers of a plotting program, drawn with eight samples per pixel.
+The shapes are markers of a plotting program. All numbers were measured on the real training split
+(128×128): redrawn from fitted shapes, two of three images and nearly all masks are identical.
 """
 
 import argparse
-import multiprocessing
-import os
+import contextlib
 import shutil
-import signal
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from common import SPLITS, UserError
 
 import numpy as np
+from numpy import ndarray
 from PIL import Image
 from tqdm import tqdm
 
-SHAPES = ("square", "triangle", "circular")  # drawn in the mask's red, green and blue
+SHAPES = ("square", "triangle", "circular")  # red, green and blue in the mask
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
-MIN_SIZE = 16  # a square is then one to four pixels wide
-
+KINDS = [(shape, colour) for shape in SHAPES for colour in COLOURS]  # of the moving object
 # Where a pixel is sampled: (x, y) from its centre, the usual pattern of graphics hardware.
 SAMPLES = np.array([(1, -3), (-1, 3), (5, 1), (-3, -5), (-5, 5), (-7, -1), (3, 7), (7, -7)]) / 16
-WHITE, TARGET, MOVER, FIRST, SECOND = range(5)  # what a sample shows: the later hides the earlier
+WHITE, TARGET, MOVER, FIRST, SECOND = range(5)  # labels of a sample: the later hides the earlier
 
 MARKER_SIZES = 21, 35  # points, all equally likely; the target has the size of the moving shape
 PIXELS_PER_POINT = 4 / 3
 CENTRES = (4.2, 4.0), (113.2, 120.2)  # all shapes: uniform in this box of (x, y), hence cut ones
-PRESENCE = 0.7  # of either shape that stands still
+PRESENCE = 0.7  # probability of each of the two shapes that stand still
 APPROACH = 0.1  # share of the way left to the target, in each frame
 ARRIVED = 1.12, 1.167  # (x, y) in pixels: one unit of the plot's axes, where a sequence ends
 
 
-def covered(
-    shape: str, centre: np.ndarray, diameter: float, xs: np.ndarray, ys: np.ndarray
-) -> np.ndarray:
-    """Tell which of the points (`xs`, `ys`) a marker covers, bool of their broadcast shape.
+def covered(shape: str, centre: ndarray, diameter: float, xs: ndarray, ys: ndarray) -> ndarray:
+    """Tell which points (`xs`, `ys`) a marker covers, bool of their broadcast shape.
 
-    `centre` (x, y), the marker's `diameter` and the points are in pixels, y downwards; the centres
-    of pixels lie on whole numbers.
+    `centre` (x, y), `diameter` and points are in pixels, y downwards; pixel centres are whole.
     """
-    if shape == "square":  # snapped to whole pixels; its rim is always 7/8 covered
+    if shape == "square":  # snapped to whole pixels; its boundary is always 7/8 covered
         half = np.floor(0.4 * diameter - 0.4) + 0.375
         x, y = np.round(centre)
         return (np.abs(xs - x) <= half) & (np.abs(ys - y) <= half)
-    x, y = xs - centre[0], ys - centre[1]
+    # Regular polygons: `distance` and `angles` of the sides' normals; symmetry spares most sides.
+    x, y = xs - centre[0], np.abs(ys - centre[1])
     if shape == "triangle":
-        width = diameter + 1 / 6
-        return (x >= -width / 3) & (x + np.sqrt(3) * np.abs(y) <= 2 * width / 3)
-    radius = (diameter + 1) / 2
-    # A circle is a polygon of 24, 28 or 32 sides: the points behind all sides of a quarter of it.
-    x, y = np.abs(x), np.abs(y)
-    sides = np.ceil(1.5 * np.sqrt(radius))
-    step = np.pi / 2 / sides
-    reach = radius * np.cos(step / 2)
-    angles = step * (np.arange(sides) + 0.5)
-    return np.logical_and.reduce([x * np.cos(a) + y * np.sin(a) <= reach for a in angles])
+        angles, distance = np.pi / 3 * np.array([1, 3]), (diameter + 1 / 6) / 3
+    else:
+        x, radius = np.abs(x), (diameter + 1) / 2
+        sides = np.ceil(1.5 * np.sqrt(radius))  # in each quarter, six to eight
+        angles = np.pi / 2 / sides * (np.arange(sides) + 0.5)
+        distance = radius * np.cos(np.pi / 4 / sides)
+    return np.logical_and.reduce([x * np.cos(a) + y * np.sin(a) <= distance for a in angles])
 
 
-def resolve(
-    labels: np.ndarray, colours: np.ndarray, classes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pixels of an image and of its mask, both uint8 (H, W, 3).
+def resolve(labels: ndarray, colours: ndarray, classes: ndarray) -> tuple[ndarray, ndarray]:
+    """Reduce the labels of samples, (8, H, W), to image and mask, both uint8 (H, W, 3).
 
-    `labels` (8, H, W) says what each sample shows; `colours` and `classes` (5, 3) are its colour in
-    the image and in the mask, 0 to 255. Pixels are the rounded mean of their samples, but a pixel
-    has a class only where all its samples have that class, be it in one shape or in several.
+    `colours` and `classes` (5, 3) hold the colour of each label in the image and in the mask. A
+    pixel of the image is the rounded mean of its samples; in the mask it has a class only where
+    all of them have it, be it in one shape or in several.
     """
     counts = np.stack([(labels == label).sum(axis=0, dtype=np.uint8) for label in range(5)], axis=2)
-    image = (counts @ colours + 4) // 8
-    mask = 255 * (counts @ classes == 8 * 255)
-    return image.astype(np.uint8), mask.astype(np.uint8)
+    image = ((counts @ colours + 4) // 8).astype(np.uint8)
+    return image, 255 * (counts @ classes == 8 * 255).astype(np.uint8)
 
 
 def draw_sequence(
     shape: str, colour: str, size: int, rng: np.random.Generator, frames: int
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield the frames of a sequence as (number, image, mask), both uint8 (size, size, 3).
+) -> Iterator[tuple[int, ndarray, ndarray]]:
+    """Yield frames of a sequence as (number, image, mask), both uint8 (size, size, 3).
 
-    Args:
-        shape, colour: of the moving object, in `SHAPES` and `COLOURS`.
-        size: side of a frame in pixels.
-        rng: the only source of randomness.
-        frames: how many frames, chosen at random; 0: all of them.
+    `shape` and `colour` are those of the moving object; `frames` are chosen at random, 0: all.
     """
     scale = size / 128
     # One shape of each other kind stands still; shapes and colours follow the moving one in turn.
-    kinds = [(SHAPES.index(shape) + step) % 3 for step in range(3)]
-    names = list(COLOURS)
-    tints = [COLOURS[names[(names.index(colour) + step) % 4]] for step in range(3)]
+    kinds = np.roll([0, 1, 2], -SHAPES.index(shape))
+    tints = np.roll(list(COLOURS.values()), -list(COLOURS).index(colour), axis=0)[:3]
     colours = np.array([(255, 255, 255), (0, 0, 0), *tints], np.uint16)
-    palette = 255 * np.eye(3, dtype=np.uint16)
-    classes = np.stack([np.zeros(3, np.uint16), *palette[[kinds[0], *kinds]]])
+    classes = np.vstack([np.zeros(3), 255 * np.eye(3)[[kinds[0], *kinds]]]).astype(np.uint16)
 
-    low, high = MARKER_SIZES
-    diameters = rng.integers(low, high, 3, endpoint=True) * PIXELS_PER_POINT * scale
-    target, place, *still = rng.uniform(*CENTRES, (4, 2)) * scale
-    present = rng.random(2) < PRESENCE
+    diameters = rng.integers(*MARKER_SIZES, 3, endpoint=True) * PIXELS_PER_POINT * scale
+    centres = rng.uniform(*CENTRES, (4, 2)) * scale
+    still, places = centres[[0, 2, 3]], [centres[1]]  # the target first; a place for each frame
+    present = [True, *(rng.random(2) < PRESENCE)]
+    while not (np.abs(still[0] - places[-1]) <= np.multiply(ARRIVED, scale)).all():
+        places.append(places[-1] + APPROACH * (still[0] - places[-1]))
 
     xs = np.arange(size)[None, None, :] + SAMPLES[:, 0, None, None]
     ys = np.arange(size)[None, :, None] + SAMPLES[:, 1, None, None]
     scene = np.full((len(SAMPLES), size, size), WHITE, np.uint8)
-    scene[covered(shape, target, diameters[0], xs, ys)] = TARGET
-    for i, label in enumerate((FIRST, SECOND)):
+    for i, label in enumerate((TARGET, FIRST, SECOND)):
         if present[i]:
-            other = SHAPES[kinds[i + 1]]
-            scene[covered(other, still[i], diameters[i + 1], xs, ys)] = label
-    without_mover = resolve(scene, colours, classes)
-
-    places = [place]
-    while not (np.abs(target - places[-1]) <= np.multiply(ARRIVED, scale)).all():
-        places.append(places[-1] + APPROACH * (target - places[-1]))
-    kept = range(len(places))
-    if 0 < frames < len(places):
-        kept = sorted(rng.choice(len(places), frames, replace=False))
-    for i in kept:
-        # Only what is near the moving shape differs between frames.
-        reach = 2 / 3 * diameters[0] + 2
-        left, top = np.clip(np.floor(places[i] - reach).astype(int), 0, size)
-        right, bottom = np.clip(np.ceil(places[i] + reach).astype(int), 0, size)
-        near = np.s_[:, top:bottom, left:right]
-        mover = covered(shape, places[i], diameters[0], xs[:, :, left:right], ys[:, top:bottom])
-        labels = np.maximum(scene[near], MOVER * mover.astype(np.uint8))
-        image, mask = (pixels.copy() for pixels in without_mover)
-        image[near[1:]], mask[near[1:]] = resolve(labels, colours, classes)
-        yield i + 1, image, mask
+            scene[covered(SHAPES[kinds[i]], still[i], diameters[i], xs, ys)] = label
+    number = min(frames, len(places)) or len(places)
+    for i in sorted(rng.choice(len(places), number, replace=False)):
+        mover = covered(shape, places[i], diameters[0], xs, ys)
+        yield i + 1, *resolve(np.where(mover & (scene < MOVER), MOVER, scene), colours, classes)
 
 
-def write_sequence(
-    folder: Path, split: str, index: int, total: int, size: int, seed: int, frames: int
-) -> int:
-    """Draw and save sequence `index` of `total` of a split; returns the number of its images."""
-    # A seed of its own for every sequence: nothing depends on the workers or the other splits.
+def write_sequence(job: tuple, folder: Path, size: int, seed: int, frames: int) -> int:
+    """Draw and save one sequence, `job` = (split, index, total); returns the number of images."""
+    split, index, total = job
+    # A seed for each sequence: its bytes depend neither on the order nor on the other splits.
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    combination = index * len(SHAPES) * len(COLOURS) // total  # grouped, as in the real data
-    shape = SHAPES[combination // len(COLOURS)]
-    colour = list(COLOURS)[combination % len(COLOURS)]
-    images = 0
-    for frame, image, mask in draw_sequence(shape, colour, size, rng, frames):
+    shape, colour = KINDS[index * len(KINDS) // total]  # grouped, as in the real data
+    drawn = list(draw_sequence(shape, colour, size, rng, frames))
+    for frame, image, mask in drawn:
         name = f"{index + 1:06d}_{shape}_{colour}_{frame:06d}.png"
         Image.fromarray(image).save(folder / split / "image" / name, compress_level=1)
         Image.fromarray(mask).save(folder / split / "gt_image" / f"gt_{name}", compress_level=1)
-        images += 1
-    return images
+    return len(drawn)
 
 
-def ignore_interrupt() -> None:
-    """Leave Ctrl-C to the parent process, which ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder to fill, renamed to `out` at the end; UserError if `out` has files already."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: is there already; remove it or give another --out")
+    incomplete = out.with_name(out.name + ".partial")
+    shutil.rmtree(incomplete, ignore_errors=True)  # left by a process that was killed
+    incomplete.mkdir(parents=True)
+    try:
+        yield incomplete
+        incomplete.rename(out)
+    finally:
+        shutil.rmtree(incomplete, ignore_errors=True)
 
 
 def generate(
-    out: Path,
-    sequences: dict[str, int],
-    size: int,
-    seed: int,
-    frames: int = 0,
-    workers: int | None = None,
+    out: Path, sequences: dict[str, int], size: int, seed: int, frames: int = 0, workers: int = 0
 ) -> int:
     """Generate a data set of `size`×`size` RGB PNG pairs in the layout of the real one.
 
-    The same seed gives the same bytes whatever the workers and the other splits.
-
-    Args:
-        out: a new or empty folder; it appears only when all is written.
-        sequences: number of sequences of each split.
-        size: side of an image in pixels.
-        seed: whole number, 0 or more.
-        frames: random frames of each sequence; 0: all of them.
-        workers: processes; None: one per core.
-
-    Returns:
-        The number of images.
-
-    Raises:
-        UserError: a value is out of range; `out` is not empty.
+    `sequences` is the number of each split, `frames` that of random frames of each, 0: all. The
+    same seed gives the same bytes, whatever the `workers` (threads, 0: Python's choice). Returns
+    the number of images. UserError if a value is too small or `out` is not empty.
     """
-    total = sum(sequences.values())
-    if min(sequences.values()) < 1 or max(sequences.values()) > 999_999:
-        raise UserError("--sequences: must be from 1 to 999999")
-    if size < MIN_SIZE or seed < 0 or frames < 0:
-        raise UserError(f"--size: must be {MIN_SIZE} or more, --seed and --frames 0 or more")
-    if out.is_dir() and not any(out.iterdir()):
-        out.rmdir()
-    if out.exists():
-        raise UserError(f"{out}: is there already; remove it or give another --out")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-    for split in sequences:
-        for folder in ("image", "gt_image"):
-            (partial / split / folder).mkdir(parents=True)
+    if min(sequences.values()) < 1 or size < 16 or seed < 0 or frames < 0:
+        raise UserError("--sequences, --size, --seed, --frames: must be at least 1, 16, 0 and 0")
     jobs = [(split, index, count) for split, count in sequences.items() for index in range(count)]
-    columns = (
-        repeat(partial),
-        *zip(*jobs, strict=True),
-        repeat(size),
-        repeat(seed),
-        repeat(frames),
-    )
-    workers = min(workers or os.cpu_count() or 1, total)
-    # Spawned, not forked: the caller may have threads (torch) that a fork would break.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, ignore_interrupt) if workers > 1 else None
-    try:
-        written = (pool.map if pool else map)(write_sequence, *columns)
-        images = sum(tqdm(written, "generate", total, unit="sequence", disable=None))
-        partial.rename(out)
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
-        shutil.rmtree(partial, ignore_errors=True)
-    return images
+    with new_folder(out) as folder, ThreadPoolExecutor(workers or None) as pool:
+        for split in sequences:
+            (folder / split / "image").mkdir(parents=True)
+            (folder / split / "gt_image").mkdir()
+        write = partial(write_sequence, folder=folder, size=size, seed=seed, frames=frames)
+        return sum(tqdm(pool.map(write, jobs), "generate", len(jobs), disable=None))
 
 
 def main() -> None:
