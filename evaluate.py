@@ -270,7 +270,7 @@ def comparison_table(rows: list[dict]) -> str:
 def goal_line(rows: list[dict], goal: float) -> str:
     """Tell how much training it took to reach a mean IoU; UserError if a run did not reach it."""
     for row in rows:
-        if row["train_seconds"] is None:
+        if not row.get("train_seconds"):
             raise UserError(f"{row['checkpoint']}: is of an unfinished run; --goal needs its time")
     runs = [f"{r['mean_iou']:.4f} in {r['train_seconds']:.1f} s (seed {r['seed']})" for r in rows]
     text = f"mean IoU of {goal}: {', '.join(runs)}"
@@ -287,6 +287,12 @@ def read_results(path: Path) -> list[dict]:
             rows = [rows | rows["validation"] | {"split": "validation", "checkpoint": str(path)}]
         for row in rows or [{}]:
             require(row, NEEDED)
+            if "confusion_matrix" in row:
+                require(row, {"data": str, "images": int, "boundary_iou": float})
+                matrix, classes = torch.tensor(row["confusion_matrix"]), list(row["per_class_iou"])
+                found = metrics.scores(matrix, classes)
+                if any(row[key] != value for key, value in found.items()):
+                    raise ValueError("its scores are not those of its confusion matrix")
     return rows
 
 
@@ -315,7 +321,7 @@ def main() -> None:
     if args.json:
         write_atomically(args.json, (json.dumps(rows, indent=2) + "\n").encode())
     print(comparison_table(rows))
-    if args.goal:
+    if args.goal is not None:
         print(goal_line(rows, args.goal))
 
 

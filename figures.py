@@ -62,7 +62,8 @@ def overlay(image: Tensor, mask: Tensor, classes: dict[str, list[int]]) -> Tenso
 
 def thumbnail(picture: Tensor) -> Tensor:
     """Shrink a (3, H, W) uint8 picture to the size that a grid shows; small ones stay."""
-    return F.resize(picture, None, max_size=SIDE) if max(picture.shape) > SIDE else picture
+    scale = min(1, SIDE / max(picture.shape))
+    return F.resize(picture, [max(1, round(side * scale)) for side in picture.shape[1:]])
 
 
 def legend_of(config: dict) -> dict[str, list[int]]:
@@ -73,7 +74,7 @@ def legend_of(config: dict) -> dict[str, list[int]]:
 def grid(rows: list[list[tuple[str, Tensor]]], legend: dict[str, list[int]]) -> Figure:
     """Draw rows of (3, H, W) uint8 pictures with their captions, under a legend: name → colour."""
     columns, inches = max(map(len, rows)), SIDE / 110
-    high = max(picture.shape[1] / picture.shape[2] for row in rows for _, picture in row)
+    high = min(2, max(picture.shape[1] / picture.shape[2] for row in rows for _, picture in row))
     height = 0.6 + len(rows) * (inches * high + 0.25)
     figure = Figure(figsize=(max(4, inches * columns), height), dpi=110)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.6 / height, wspace=0.04)
@@ -82,7 +83,8 @@ def grid(rows: list[list[tuple[str, Tensor]]], legend: dict[str, list[int]]) -> 
             ax.set_axis_off()
         for ax, (caption, picture) in zip(axes, row, strict=False):
             ax.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-            ax.set_title(caption if len(caption) < 32 else f"…{caption[-30:]}", fontsize=7, pad=2)
+            text = caption if len(caption) < 26 else f"…{caption[-24:]}"
+            ax.set_title(text, fontsize=7, pad=2, parse_math=False)
     handles = [
         Patch(facecolor=np.array(colour) / 255, edgecolor="grey", label=name)
         for name, colour in legend.items()

@@ -134,7 +134,7 @@ class UNet(nn.Module):
         # Replicated borders look like the image going on; zeros would look like a black object.
         pad_h, pad_w = -height % self.stride, -width % self.stride
         x = images * 2 - 1  # centred, so that the zero padding of the convs is neither colour
-        if pad_h or pad_w:
+        if torch.compiler.is_exporting() or pad_h or pad_w:  # a program has no branches
             x = F.pad(x, (0, pad_w, 0, pad_h), mode="replicate")
 
         skips = []

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
+from torchvision.transforms.v2 import ToDtype
 
 from data import evenly, read_image, resize
 from evaluate import cost_of, predict_batches
@@ -148,25 +149,15 @@ def predict_files(model: nn.Module, config: dict, given: list[Path], out: Path, 
         raise UserError(f"{len(problems)} of {len(images)} images could not be read, listed above")
 
 
-class Exportable(nn.Sequential):
-    """A model that takes (N, channels, H, W) uint8; returns (N, C, H, W) float32 logits."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        # A program has no branches: padded here at any size, the model finds nothing left to pad.
-        (height, width), stride = images.shape[-2:], self[0].stride
-        full_h, full_w = (-(-side // stride) * stride for side in (height, width))
-        x = F.pad(images / 255, (0, full_w - width, 0, full_h - height), mode="replicate")
-        return super().forward(x)[..., :height, :width]
-
-
 def export(model: nn.Module, config: dict, path: Path) -> None:
     """Write a `torch.export` program for images of any number, height and width."""
-    model = Exportable(model.to("cpu", memory_format=torch.contiguous_format))
+    model = model.to("cpu", memory_format=torch.contiguous_format)
+    program = nn.Sequential(ToDtype(torch.float32, scale=True), model)
     example = torch.zeros(2, config["in_channels"], 50, 70, dtype=torch.uint8)
     dynamic = [dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)]
     # Without this, a size of one (at the deepest stage) would be taken for a special case.
     with fx_config.patch(backed_size_oblivious=True), torch.no_grad():
-        program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
+        program = torch.export.export(program, (example,), dynamic_shapes=dynamic)
     file = io.BytesIO()
     torch.export.save(program, file)
     write_atomically(path, file.getvalue())

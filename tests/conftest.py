@@ -14,8 +14,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from common import ROOT, run
 
 import pytest
+import torch
 
 from config import load_config
+from model import build_model, save_checkpoint
 from tools.generate import generate
 
 # Settings of a run of a second: 3 sequences of 32×32, a small network.
@@ -94,3 +96,16 @@ def corruptions(data: bytes, number: int = 200) -> Iterator[bytes]:
         else:
             del copy[start:]
         yield bytes(copy)
+
+
+def write_checkpoint(folder: Path, data: Path, name: str, seed: int, **values: object) -> Path:
+    """Write best.pt of a small model with random weights: poor, but it predicts several classes."""
+    config = config_for(data, name=name, seed=seed, precision="float32")
+    config |= {"encoder": [[4, 3]], "decoder": [[6, 3]]} | values
+    cost = config.pop("cost", {"images_seen": 1000 + seed, "train_seconds": 60.0 + seed})
+    torch.manual_seed(seed)
+    model = build_model(config)
+    model(torch.rand(8, config["in_channels"], 32, 32))  # fills the statistics of batch norm
+    checkpoint = {"config": config, "model": model.state_dict(), "cost": cost}
+    save_checkpoint(folder / "best.pt", checkpoint)
+    return folder / "best.pt"

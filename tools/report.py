@@ -17,12 +17,11 @@ from pathlib import Path
 from common import ROOT, UserError, read_json, reading, require, run, write_atomically
 
 import numpy as np
-import torch
 from markdown import markdown
 
 from config import load_config
 from evaluate import read_results
-from metrics import mean_std, scores
+from metrics import mean_std
 from tools import facts
 from tools.facts import MODELS, Groups, Run
 
@@ -51,10 +50,8 @@ def read_run(folder: Path, experiment: str) -> Run:
             require(row, {"images_seen": int, "train_seconds": float})
             if list(row["per_class_iou"]) != classes:
                 raise ValueError("its classes are not those of config.yaml")
-            if name == "testing":
-                found = scores(torch.tensor(row["confusion_matrix"]), classes)
-                if any(row[key] != value for key, value in found.items()):
-                    raise ValueError("its scores are not those of its confusion matrix")
+            if name == "testing" and "confusion_matrix" not in row:
+                raise ValueError("it has no confusion matrix")
         rows[name] = row
     return Run(
         experiment, int(folder.name[4:]), folder, config, environment, history, *rows.values()

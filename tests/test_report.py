@@ -1,0 +1,167 @@
+"""Tests of tools/report.py and facts.py: the files written, what is left out, numbers by hand."""
+
+import json
+import re
+import shutil
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import corruptions, write_checkpoint
+
+from config import dump
+from evaluate import main as evaluate
+from metrics import mean_iou
+from model import read_checkpoint
+from tools import facts, report
+
+CLASSES = ["background", "square", "triangle", "circle"]
+
+
+@pytest.fixture
+def write_run(call: Callable, dataset: Path, tmp_path: Path) -> Callable:
+    """`write_run("tune/a-1", seed, iou)`: a finished run of two epochs with random weights."""
+
+    def write(experiment: str, seed: int, iou: float, **values: object) -> Path:
+        folder = tmp_path / "runs" / experiment / f"seed{seed}"
+        name = folder.parent.name
+        path = write_checkpoint(folder, dataset, name, seed, images_per_epoch=50, **values)
+        config = read_checkpoint(path, torch.device("cpu"))["config"]
+        (folder / "config.yaml").write_text(dump(config))
+        machine = {"device": "toy", "threads": 1, "precision": "float32", "torch": "2"}
+        (folder / "environment.json").write_text(json.dumps(machine))
+        each = {"loss": 1 - iou, "pixel_accuracy": 0.5, "mean_dice": 0.5, "dead_classes": []}
+        each |= {"mean_iou_foreground": 0.5, "per_class_iou": dict.fromkeys(CLASSES, iou)}
+        first, last = each | {"mean_iou": iou / 2}, each | {"mean_iou": iou}
+        entries = [
+            {"epoch": 1, "training": first, "validation": first | {"dead_classes": ["circle"]}}
+        ]
+        entries.append({"epoch": 2, "training": last, "validation": last})
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+        (folder / "metrics.jsonl").write_text(lines)
+        summary = {"name": name, "seed": seed, "profile": config["profile"], "digest": "d"}
+        summary |= {"images_seen": 100, "train_seconds": 7.0 + seed, "parameters": 9}
+        summary |= {"code": None, "training": last, "validation": last}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        if report.is_tested(experiment):
+            files = ("--json", folder / "testing.json", "--predictions", folder / "testing.npz")
+            assert call(evaluate, path, "--device", "cpu", *files)[0] == 0
+            row = json.loads((folder / "testing.json").read_text())[0]
+            row |= {"images_seen": 100, "train_seconds": 7.0 + seed}
+            (folder / "testing.json").write_text(json.dumps([row]))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def make(call: Callable, tmp_path: Path) -> Callable:
+    """Call the report's main on the runs: (exit code, text of report.md, errors)."""
+
+    def run() -> tuple[int, str, str]:
+        where = ("--runs", tmp_path / "runs", "--out", tmp_path / "out")
+        code, _, error = call(report.main, *where)
+        return code, (tmp_path / "out/report.md").read_text() if code == 0 else "", error
+
+    return run
+
+
+def test_report_is_complete_and_names_what_is_not(
+    write_run: Callable, make: Callable, tmp_path: Path
+) -> None:
+    for seed in (0, 1):
+        for name in ("initial", "modified", "tuned"):
+            write_run(name, seed, 0.8 + 0.01 * seed)
+        # The best of validation is chosen, whatever the test split says of it.
+        write_run("augment/flip-0.3", seed, 0.9)
+        write_run("augment/flip-0.5", seed, 0.7)
+        write_run("tune/dropout-0.1", seed, 0.4)
+    write_run("overfit/one-batch-tuned", 0, 0.9999)
+    (write_run("augment/blur-0.3", 0, 0.9) / "summary.json").unlink()
+    other = write_run("best", 0, 0.9, profile="quick")
+    shutil.rmtree(tmp_path / "runs/initial/seed1")
+    code, text, error = make()
+    assert (code, error) == (0, "")
+    assert f"`{tmp_path}/runs/augment/blur-0.3/seed0` is not finished" in text
+    assert f"`{other}` differs from its table in profile" in text
+    assert "`make train-final` makes final" in text and "makes blur-0.3" in text
+    values = [
+        json.loads((tmp_path / f"runs/tuned/seed{s}/testing.json").read_text())[0]["mean_iou"]
+        for s in (0, 1)
+    ]
+    mean = f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"
+    assert re.search(rf"\| (\*\*)?tuned(\*\* \(best\))? \| {mean} \| 2 \|", text)
+    assert "`flip-0.3` is best on the validation split" in text and "0.8008" in text
+    assert "**Dropout**: its settings differ by 0.4050" in text  # 0.805 - 0.4
+    assert "| one-batch-tuned | all | 2 | 0.9999 |" in text
+    assert "the last epoch of tuned has 0.8000, the average over all epochs 0.6000" in text
+
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["statistics"]["tuned"]["mean_iou"]["values"] == values
+    assert results["dead_by_epoch"]["tuned, seed 0"] == [["circle"], []]
+    assert len(results["all_runs"]) == 13
+    page, pictures = (tmp_path / "out/report.html").read_text(), (tmp_path / "out/figures")
+    links = re.findall(r"""(?:src|href)=["']([^"']*)""", page)
+    assert len(links) == len(list(pictures.glob("*.png"))) == 9
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    assert "url(" not in page and "@import" not in page and "<table>" in page
+    for picture in pictures.glob("*.png"):
+        assert f"](figures/{picture.name})" in text
+
+
+def test_report_of_sweeps_alone_is_sorted_by_validation(
+    write_run: Callable, make: Callable
+) -> None:
+    for name, values in {"low": (0.5, 0.52), "high": (0.9, 0.92), "middle": (0.7,)}.items():
+        for seed, value in enumerate(values):
+            write_run(f"tune/width-{name}", seed, value)
+    code, text, _ = make()
+    cells = [line.split(" | ")[:3] for line in text.splitlines() if line.startswith("| width-")]
+    assert code == 0 and cells[:3] == [
+        ["| width-high", "0.9100 ± 0.0141", "2"],
+        ["| width-middle", "0.7000", "1"],
+        ["| width-low", "0.5100 ± 0.0141", "2"],
+    ]
+    assert "Not run yet: `make report`." in text and "Not run yet: `make augment`." in text
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "summary.json", "environment.json", "config.yaml"]
+)
+def test_damaged_file_is_named_or_the_report_is_whole(
+    write_run: Callable, make: Callable, name: str
+) -> None:
+    path = write_run("tune/a-1", 0, 0.5) / name
+    good, refused = path.read_bytes(), 0
+    for content in corruptions(good, 25):
+        path.write_bytes(content)
+        code, text, error = make()
+        assert (code == 0 and "What is missing" in text) or (
+            code == 2 and error.startswith("error: ") and error.count("\n") == 1
+        )
+        refused += code == 2 and str(path) in error
+    assert refused > 5
+
+
+def test_no_runs_is_one_line(make: Callable, tmp_path: Path) -> None:
+    code, _, error = make()
+    assert code == 2 and error.startswith(f"error: {tmp_path / 'runs'}: holds no finished run")
+
+
+def test_bootstrap_repeats_itself_and_needs_unlike_images_to_scatter() -> None:
+    generator = np.random.default_rng(1)
+    groups = np.array([f"{i // 10:06d}" for i in range(80)])
+    matrices = generator.integers(1, 100, (80, 3, 3))
+    first, again = facts.bootstrap(matrices, groups), facts.bootstrap(matrices, groups)
+    score = mean_iou(torch.from_numpy(matrices.sum(axis=0))).item()
+    for kind in ("whole", "batch"):
+        assert np.array_equal(first[kind], again[kind]) and len(first[kind]) == facts.DRAWS
+        assert first[kind][0] < score < first[kind][-1]
+        assert first[kind].mean() == pytest.approx(score, abs=0.002)
+    # 8 groups of 10 scatter as 8 samples do, not as 80: more than 50 images of all 80
+    assert first["whole"].std() > first["batch"].std()
+    alike = facts.bootstrap(np.stack([matrices[0]] * 80), groups)
+    assert alike["whole"][0] == pytest.approx(alike["batch"][-1])
