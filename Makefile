@@ -16,7 +16,7 @@ PIP_OPTIONS ?=
 PY     := .venv/bin/python
 MODELS := initial modified tuned best
 # Any experiment in configs/ can be trained by its name: a new file there is a new target.
-NAMED   := $(filter-out default quick,$(patsubst configs/%.yaml,%,$(wildcard configs/*.yaml)))
+NAMED   := $(filter-out allowed default quick,$(patsubst configs/%.yaml,%,$(wildcard configs/*.yaml)))
 OVERFIT := one-batch-initial one-batch-modified one-batch-tuned few-frames-tuned
 TUNE    := $(sort $(patsubst configs/tune/%.yaml,%,$(wildcard configs/tune/*.yaml)))
 AUGMENT := none flip-0.3 flip-0.5 flip-0.8 blur-0.3 blur-0.5 blur-0.8 \
@@ -27,24 +27,18 @@ OWN       := $(filter %.yaml,$(DATA))
 DATA_NAME := $(subst /,-,$(basename $(DATA)))
 DATA_DIR  := $(or $(OWN),data/$(DATA))
 RUNS      ?= runs/$(DATA_NAME)/$(PROFILE)
-ifeq ($(filter generated afo,$(DATA))$(wildcard $(filter-out generated.yaml afo.yaml,$(OWN))),)
-$(error DATA=$(DATA): must be generated, afo, or a file NAME.yaml of your own data, of another name)
-endif
-ifeq ($(filter quick full,$(PROFILE)),)
-$(error PROFILE=$(PROFILE): must be quick or full)
-endif
+$(if $(filter generated afo,$(DATA))$(wildcard $(filter-out generated.yaml afo.yaml,$(OWN))),,\
+  $(error DATA=$(DATA): must be generated, afo, or a file NAME.yaml of your own data, of another name))
+$(if $(filter quick full,$(PROFILE)),,$(error PROFILE=$(PROFILE): must be quick or full))
 
-# The files of runs: $(call testing,initial tuned), one for each seed.
-files     = $(foreach name,$(2),$(foreach seed,$(SEEDS),$(RUNS)/$(name)/seed$(seed)/$(1).json))
-testing   = $(call files,testing,$(1))
-summaries = $(call files,summary,$(1))
+# The files of runs, one for each seed: $(call files,testing,initial tuned).
+files = $(foreach name,$(2),$(foreach seed,$(SEEDS),$(RUNS)/$(name)/seed$(seed)/$(1).json))
 # The quick profile's overlay for an experiment: its own, or the common one. Overfitting and the
 # speedrun have their own budget in either profile.
-quick     = $(or $(wildcard configs/quick/$(1).yaml),$(if $(filter overfit/% speedrun,$(1)),,configs/quick.yaml))
-overlay   = $(if $(filter quick,$(PROFILE)),$(call quick,$(1)))
+quick = $(or $(wildcard configs/quick/$(1).yaml),$(if $(filter overfit/% speedrun,$(1)),,configs/quick.yaml))
+overlay = $(if $(filter quick,$(PROFILE)),$(call quick,$(1)))
 
 .DEFAULT_GOAL := help
-.DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: help setup data check predict report overfit tune augment final tensorboard doctor bench \
         speedrun torture test lint clean FORCE $(NAMED:%=train-%)
@@ -90,30 +84,19 @@ FORCE:
 $(RUNS)/%/testing.json: $(RUNS)/%/summary.json
 	@$(PY) evaluate.py $(@D)/best.pt --device $(DEVICE) --predictions $(@D)/testing.npz --json $@ > /dev/null
 
-define train_target
-train-$(1): $$(call testing,$(1))  ## train the $(1) model and test it
-	@$$(PY) evaluate.py $$^
-endef
-$(foreach name,$(NAMED),$(eval $(call train_target,$(name))))
+$(foreach name,$(NAMED),$(eval train-$(name): $(call files,testing,$(name))))
+overfit: $(call files,summary,$(OVERFIT:%=overfit/%))  ## force the models to overfit, with scores on validation
+tune: $(call files,summary,tuned $(TUNE:%=tune/%))  ## learning rate, dropout, width, kernel of tuned, on validation
+augment: $(call files,testing,$(AUGMENT:%=augment/%))  ## flips, blur, jitter: the lab's nine runs and ours
+final: $(call files,testing,final)  ## tuned with flips and twice the epochs
 
-overfit: $(call summaries,$(OVERFIT:%=overfit/%))  ## force the models to overfit, with scores on validation
-	@$(PY) evaluate.py $^
-
-tune: $(call summaries,tuned $(TUNE:%=tune/%))  ## learning rate, dropout, width, kernel of tuned, on validation
-	@$(PY) evaluate.py $^
-
-augment: $(call testing,$(AUGMENT:%=augment/%))  ## flips, blur, jitter: the lab's nine runs and ours
-	@$(PY) evaluate.py $^
-
-final: $(call testing,final)  ## tuned with flips and twice the epochs
+$(NAMED:%=train-%) overfit tune augment final:
 	@$(PY) evaluate.py $^
 
 # Named in one command with -j, the report waits for the experiments.
-report: $(call testing,$(MODELS)) | $(filter overfit tune augment final,$(MAKECMDGOALS))  ## train and test the four models, write report/, print the comparison table
+report: $(call files,testing,$(MODELS)) | $(filter overfit tune augment final,$(MAKECMDGOALS))  ## train and test the four models, write report/, print the comparison table
 	@$(PY) -m tools.report --runs $(RUNS) --out report
 	@$(PY) evaluate.py $^
-
-# ---- use and look
 
 predict: | .venv/installed  ## predict IMAGES="a.png folder/" into OUT, with CHECKPOINT (default: the weights shipped)
 	@$(PY) predict.py --checkpoint $(CHECKPOINT) --out $(OUT) --device $(DEVICE) -- $(IMAGES)

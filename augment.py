@@ -70,14 +70,13 @@ def augment(images: Tensor, masks: Tensor, config: dict) -> tuple[Tensor, Tensor
             images = torch.where(flip[:, None, None, None], images.flip(axis), images)
             masks = torch.where(flip[:, None, None], masks.flip(axis), masks)
     images = to_float(images)
+    low, high = config["blur_sigma"]
     for i in chosen(images, config["blur"]):
-        low, high = config["blur_sigma"]
         sigma = low + (high - low) * float(torch.rand(()))
         images[i] = F.gaussian_blur(images[i], [config["blur_kernel"]] * 2, [sigma] * 2)
-    if config["jitter"] > 0:
-        colour_jitter = v2.ColorJitter(*config["jitter_strength"])
-        for i in chosen(images, config["jitter"]):
-            images[i, :3] = colour_jitter(images[i, :3])  # alpha, the fourth channel, is no colour
+    colour_jitter = v2.ColorJitter(*config["jitter_strength"])
+    for i in chosen(images, config["jitter"]):
+        images[i, :3] = colour_jitter(images[i, :3])  # alpha, the fourth channel, is no colour
     return images, masks
 
 

@@ -35,22 +35,17 @@ def run(main: Callable[[], None]) -> None:
     rank = int(os.environ.get("RANK", -1))  # -1: not started by torchrun
     try:
         main()
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError):
-            if error.filename is None and error.errno != errno.ENOSPC:
-                raise
-            error = f"{error.filename or 'disk'}: {error.strerror}"
-        if rank > 0:
-            time.sleep(5)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except Exception:
-        if rank >= 0:
-            time.sleep(10)
-        raise
+    except Exception as error:
+        time.sleep(5 if rank > 0 else 0)
+        if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
+            error = UserError(f"{error.filename or 'disk'}: {error.strerror}")
+        if not isinstance(error, UserError):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 @contextlib.contextmanager
@@ -62,7 +57,7 @@ def reading(source: object, advice: str = "replace it") -> Iterator[None]:
         raise
     except Exception as error:  # noqa: BLE001 (damaged files fail in too many ways to list)
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        reason = " ".join(str(reason).split())[:200]
+        reason = " ".join(reason.split())[:200]
         raise UserError(f"{source}: cannot be read ({reason}); {advice}") from None
 
 

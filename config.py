@@ -3,7 +3,7 @@
     python config.py --config configs/tuned.yaml configs/quick.yaml --set batch_size=64
 
 prints the resolved config, a flat mapping. default.yaml is the schema: it has every key, and a
-value has the type of the one there.
+value has the type of the one there. allowed.yaml beside it says which values a key may have.
 """
 
 import argparse
@@ -16,21 +16,7 @@ from common import ROOT, UserError, reading, run, write_atomically
 
 import yaml
 
-DEFAULT = ROOT / "configs" / "default.yaml"
-SHARE, COUNT = [0, 1], [0, 10**9]
-# A tuple lists all allowed values, a list the lowest and the highest.
-ALLOWED = {
-    **{"mask_format": ("colours", "indices"), "in_channels": (1, 3, 4)},
-    **{"skip": ("pooled", "full"), "upsampling_init": ("random", "bilinear")},
-    **{"schedule": ("constant", "one_cycle"), "precision": ("auto", "float32", "bfloat16")},
-    **{"epochs": [1, 10**6], "batch_size": [1, 10**6], "seed": [0, 2**31 - 1]},
-    **{"limit_groups": COUNT, "limit_images": COUNT, "limit_validation": COUNT},
-    **{"images_per_epoch": COUNT, "crop": COUNT, "crop_on_objects": SHARE},
-    **{"horizontal_flip": SHARE, "vertical_flip": SHARE, "blur": SHARE, "jitter": SHARE},
-    **{"blur_kernel": tuple(range(1, 32, 2)), "blur_sigma": [0.01, 100]},
-    **{"jitter_strength": [0, 0.5], "dropout": [0, 0.99], "learning_rate": [1e-12, 1e3]},
-    "split_shares": [0.001, 1000],
-}
+DEFAULT, ALLOWED = ROOT / "configs/default.yaml", ROOT / "configs/allowed.yaml"
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
@@ -58,21 +44,21 @@ def convert(value: object, example: object) -> object:
     return value
 
 
-def check_value(source: str, key: str, value: object, default: dict) -> object:
+def check_value(source: str, key: str, value: object, default: dict, allowed: dict) -> object:
     """Return the value of a key as the type it has in default.yaml; UserError if it is none."""
     if key not in default:
         close = difflib.get_close_matches(str(key), default, n=1, cutoff=0)
         raise UserError(f"{source}: unknown key '{key}'; did you mean '{close[0]}'?")
-    allowed = ALLOWED.get(key)
     try:
         converted = convert(value, default[key])
     except (TypeError, ValueError):
         example = json.dumps(default[key])
         raise UserError(f"{source}: {key}: {value!r}; write it as in '{key}: {example}'") from None
-    for v in (converted if isinstance(converted, list) else [converted]) if allowed else ():
-        if not (v in allowed if isinstance(allowed, tuple) else allowed[0] <= v <= allowed[1]):
-            named = allowed if isinstance(allowed, tuple) else f"{allowed[0]} to {allowed[1]}"
-            raise UserError(f"{source}: {key}: is {value}; allowed: {named}")
+    low, high, choices = (allowed.get(key, {}).get(limit) for limit in ("from", "to", "one_of"))
+    for v in converted if isinstance(converted, list) else [converted]:
+        if (choices and v not in choices) or (low is not None and not low <= v <= high):
+            said = choices or f"{low} to {high}"
+            raise UserError(f"{source}: {key}: is {value}; allowed: {said}")
     return converted
 
 
@@ -80,12 +66,10 @@ def load_config(paths: list[Path], overrides: list[str] = ()) -> dict:
     """Resolve a config: a value for every key of configs/default.yaml, of the type it has there.
 
     Later `paths` win; the first names the experiment unless `name` is set. `overrides` are
-    "key=value" strings, the values in YAML, and win over the files.
-
-    Raises:
-        UserError: a file cannot be read; a key is unknown, of the wrong type or out of range.
+    "key=value" strings, the values in YAML, and win over the files. UserError if a file cannot be
+    read, or a key is unknown, of the wrong type or out of range.
     """
-    default = read_yaml(DEFAULT)
+    default, allowed = read_yaml(DEFAULT), read_yaml(ALLOWED)
     layers = [(str(path), read_yaml(Path(path))) for path in paths]
     for text in overrides:
         key, _, value = text.partition("=")
@@ -93,7 +77,8 @@ def load_config(paths: list[Path], overrides: list[str] = ()) -> dict:
             layers.append((f"--set {text}", {key: yaml.safe_load(value)}))
     config = dict(default)
     for source, values in layers:
-        config |= {key: check_value(source, key, value, default) for key, value in values.items()}
+        for key, value in values.items():
+            config[key] = check_value(source, key, value, default, allowed)
     if "{split}" not in config["images"] and not any("group" in values for _, values in layers):
         raise UserError(
             "group: the splits are chosen at random, so say what in a name must stay in one split, "

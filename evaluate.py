@@ -9,6 +9,7 @@ can the summary.json of a run, for its validation scores.
 import argparse
 import io
 import json
+import math
 import statistics
 import sys
 import time
@@ -16,37 +17,23 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import (
-    SPLITS,
-    UserError,
-    code_digest,
-    read_json,
-    reading,
-    require,
-    run,
-    write_atomically,
-)
+from common import ROOT, UserError, code_digest, read_json, reading, require, run, write_atomically
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 
 import metrics
 from augment import to_float
-from data import evenly, load_split
+from data import SPLITS, evenly, load_split
 from losses import weighted_loss
 from metrics import IGNORE, mean_std
 from model import autocast, count_parameters, pick_device, pick_precision, restore_model
 
 BATCH = 32  # images of 128×128; more leave the processor's caches, and were no faster
 SHOWN = 4  # evenly spaced images, and as many of the worst, that are kept for the report
-LAB_CLASSES = ["background", "square", "triangle", "circle"]
-PUBLISHED = {  # test IoU in the lab's report of 2021, measured on one batch of 50 images
-    **{"initial": 0.9824, "modified": 0.9778, "tuned": 0.9878, "final": 0.9950},
-    **{"flip-0.3": 0.8008, "flip-0.5": 0.9914, "flip-0.8": 0.9880},
-    **{"blur-0.3": 0.9887, "blur-0.5": 0.8563, "blur-0.8": 0.9896},
-    **{"flip-blur-0.5": 0.9258, "flip-blur-0.3": 0.9263, "flip-blur-0.8": 0.9171},
-}
+LAB = yaml.safe_load((ROOT / "docs/lab.yaml").read_text())  # what its report of 2021 says
 # What tables need of a row.
 NEEDED = dict.fromkeys(("name", "checkpoint", "split", "digest", "profile"), str)
 NEEDED |= dict.fromkeys(("pixel_accuracy", "mean_iou", "mean_dice"), float)
@@ -75,9 +62,8 @@ def evaluate(
 ) -> tuple[Tensor, float, Tensor]:
     """Run a model once over (M, channels, H, W) uint8 images and their (M, H, W) masks.
 
-    Returns:
-        (M, C, C) int64 confusion matrices of the images; the mean loss per image (Dice losses pool
-        the images of a batch); (M, H, W) uint8 predicted classes; all on the CPU.
+    Returns (M, C, C) int64 confusion matrices of the images; the mean loss per image (Dice losses
+    pool the images of a batch); (M, H, W) uint8 predicted classes; all on the CPU.
     """
     model.eval()
     matrices, predictions, loss, done = [], [], 0.0, 0
@@ -94,8 +80,8 @@ def evaluate(
 def cost_of(path: Path, checkpoint: dict) -> dict:
     """Look up images_seen and train_seconds of the whole run; None if it is not finished."""
     summary = path.with_name("summary.json")
-    found = checkpoint.get("cost") or (read_json(summary) if summary.exists() else {})
     with reading(summary, "train this run again"):
+        found = checkpoint.get("cost") or (read_json(summary) if summary.exists() else {})
         return {key: found.get(key) for key in ("images_seen", "train_seconds")}
 
 
@@ -104,13 +90,10 @@ def evaluate_checkpoint(
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Evaluate one checkpoint on a split of `data`, or of the data that it was trained on.
 
-    Returns:
-        A row of the table: `metrics.scores`, boundary IoU and what the checkpoint says of itself,
-        as plain data. And arrays by name: names, groups (M,), matrices (M, C, C), predictions
-        (M, H, W); of the images in `shown` (K,), evenly spaced and worst ones, images and masks.
-
-    Raises:
-        UserError: the checkpoint or the data cannot be read, or all pixels are ignored.
+    Returns a row of the table: scores and what the checkpoint says of itself, as plain data. And
+    arrays by name: names, groups (M,), matrices (M, C, C), predictions (M, H, W); of the images in
+    `shown` (K,), evenly spaced and worst ones, images and masks. UserError if the checkpoint or the
+    data cannot be read, or all pixels are ignored.
     """
     model, checkpoint = restore_model(path, device)
     config, started = checkpoint["config"], time.perf_counter()
@@ -136,8 +119,7 @@ def evaluate_checkpoint(
         **metrics.scores(matrix, classes),
         "boundary_iou": metrics.number(metrics.boundary_iou(bands).nanmean()),
         **cost_of(path, checkpoint),
-        "code": checkpoint.get("code"),
-        "confusion_matrix": matrix.tolist(),
+        **{"code": checkpoint.get("code"), "confusion_matrix": matrix.tolist()},
     }
     arrays = {
         **{"names": np.array(names), "groups": np.array(groups), "shown": np.array(shown)},
@@ -161,14 +143,8 @@ def format_stat(values: list, form: str = "{:.4f}", std: bool = False) -> str:
 
 def published(row: dict) -> float | None:
     """Look up the test IoU in the lab's report; None for other experiments and other data."""
-    of_lab = list(row["per_class_iou"]) == LAB_CLASSES and row["split"] == "testing"
-    return PUBLISHED.get(row["name"]) if of_lab else None
-
-
-def dead_classes(rows: list[dict]) -> str:
-    """Name the classes that at least one of the rows never predicts."""
-    dead = [c for c in rows[0]["per_class_iou"] if any(c in row["dead_classes"] for row in rows)]
-    return ", ".join(dead) or "none"
+    of_lab = list(row["per_class_iou"]) == LAB["classes"] and row["split"] == "testing"
+    return LAB["test_iou"].get(row["name"]) if of_lab else None
 
 
 # A column of a table: heading → function of the rows of an experiment to the text of its cell.
@@ -180,21 +156,20 @@ COLUMNS = {
     "mean Dice": lambda rows: format_stat([r["mean_dice"] for r in rows]),
     "boundary IoU": lambda rows: format_stat([r.get("boundary_iou") for r in rows], std=True),
     "mean IoU": lambda rows: format_stat([r["mean_iou"] for r in rows], std=True),
-    "dead classes": dead_classes,
+    "dead classes": lambda rows: (
+        ", ".join(dict.fromkeys(c for row in rows for c in row["dead_classes"])) or "none"
+    ),
     "lab IoU": lambda rows: format_stat([published(rows[0])]),
     "n": lambda rows: str(len(rows)),
 }
 
 
 def tabulate(experiments: dict[str, list[dict]], columns: dict) -> list[list[str]]:
-    """Fill a table, the heading first; * marks experiments that other code than today's trained.
-
-    A column without a value, and one of n = 1 everywhere, is left out.
-    """
+    """Fill a table, the heading first; * marks what other code than today's trained."""
     known = (None, code_digest())
     names = [n + "*" * any(r.get("code") not in known for r in e) for n, e in experiments.items()]
     filled = {head: [cell(rows) for rows in experiments.values()] for head, cell in columns.items()}
-    filled = {k: cells for k, cells in filled.items() if set(cells) != {"1" if k == "n" else "–"}}
+    filled = {k: c for k, c in filled.items() if set(c) != {"1" if k == "n" else "–"}}
     return [["model", *filled], *map(list, zip(names, *filled.values(), strict=True))]
 
 
@@ -236,10 +211,7 @@ def background_only(row: dict) -> dict:
 
 
 def comparison_table(rows: list[dict]) -> str:
-    """Format the table of the lab: a line a model, the mean ± standard deviation over its seeds.
-
-    UserError if the rows cannot share a table.
-    """
+    """Format the table of the lab, a line a model; UserError if the rows cannot share a table."""
     first = rows[0]
     for row in rows:
         if differ := differences(row, first):
@@ -249,34 +221,19 @@ def comparison_table(rows: list[dict]) -> str:
             )
     experiments, classes = group_rows(rows), list(first["per_class_iou"])
     if "confusion_matrix" not in first:  # of validation: to choose by, so the best comes first
-        scores = {
-            name: statistics.fmean(r["mean_iou"] for r in e) for name, e in experiments.items()
-        }
-        ranked = {name: experiments[name] for name in sorted(scores, key=scores.get, reverse=True)}
-        return align(tabulate(ranked, COLUMNS))
+        means = {n: statistics.fmean(r["mean_iou"] for r in e) for n, e in experiments.items()}
+        ranked = sorted(experiments, key=means.get, reverse=True)
+        return align(tabulate({name: experiments[name] for name in ranked}, COLUMNS))
     nothing = background_only(first)
     each = {
         c: lambda rows, c=c: format_stat([r["per_class_iou"][c] for r in rows]) for c in classes
     }
-    lines = tabulate({nothing["name"]: [nothing]} | experiments, COLUMNS | each)
+    lines = align(tabulate({nothing["name"]: [nothing]} | experiments, COLUMNS | each))
     return (
-        f"{first['data']}, {first['split']} split, {first['images']} images, "
-        f"{first['profile']} profile. IoU by class at the right.\n{align(lines)}\n"
-        f"Predicting {classes[0]} everywhere has accuracy "
+        "{data}, {split} split, {images} images, {profile} profile. IoU by class at the right.\n"
+        f"{lines}\nPredicting {classes[0]} everywhere has accuracy "
         f"{nothing['pixel_accuracy']:.3f} and mean IoU {nothing['mean_iou']:.3f}."
-    )
-
-
-def goal_line(rows: list[dict], goal: float) -> str:
-    """Tell how much training it took to reach a mean IoU; UserError if a run did not reach it."""
-    for row in rows:
-        if not row.get("train_seconds"):
-            raise UserError(f"{row['checkpoint']}: is of an unfinished run; --goal needs its time")
-    runs = [f"{r['mean_iou']:.4f} in {r['train_seconds']:.1f} s (seed {r['seed']})" for r in rows]
-    text = f"mean IoU of {goal}: {', '.join(runs)}"
-    if any(row["mean_iou"] < goal for row in rows):
-        raise UserError(f"{text}; not reached by all of them")
-    return f"{text}; median {statistics.median(r['train_seconds'] for r in rows):.1f} s of training"
+    ).format(**first)
 
 
 def read_results(path: Path) -> list[dict]:
@@ -322,7 +279,10 @@ def main() -> None:
         write_atomically(args.json, (json.dumps(rows, indent=2) + "\n").encode())
     print(comparison_table(rows))
     if args.goal is not None:
-        print(goal_line(rows, args.goal))
+        seconds = [row.get("train_seconds") or math.nan for row in rows]  # nan: unfinished
+        print(f"median {statistics.median(seconds):.1f} s of training")
+        if any(map(math.isnan, seconds)) or min(row["mean_iou"] for row in rows) < args.goal:
+            raise UserError(f"mean IoU {args.goal}: a run has not reached it, or is not finished")
 
 
 if __name__ == "__main__":

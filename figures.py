@@ -1,6 +1,7 @@
 """Pictures of masks, and the figures of runs, report and doctor."""
 
 import io
+from itertools import cycle, zip_longest
 from pathlib import Path
 
 from common import write_atomically
@@ -8,30 +9,25 @@ from common import write_atomically
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
+from matplotlib import rc_context
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
 GREY = [128, 128, 128]  # pixels that are ignored
 SIDE = 160  # pixels of a picture in a grid
-# model: colour (Okabe and Ito 2008: the colour-blind can tell them apart), line style, marker.
-STYLES = {
-    "initial": ("#E69F00", "-", "o"),
-    "modified": ("#56B4E9", "--", "s"),
-    "tuned": ("#CC79A7", "-.", "^"),
-    "best": ("#000000", ":", "D"),
+STYLES = {  # colour (Okabe and Ito 2008: the colour-blind can tell them apart), line style, marker
+    **{"initial": ("#E69F00", "-", "o"), "modified": ("#56B4E9", "--", "s")},
+    **{"tuned": ("#CC79A7", "-.", "^"), "best": ("#000000", ":", "D")},
 }
 
 
 def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, np.ndarray]:
     """Make a figure of so many inches and its axes side by side, an array even if there is one."""
     figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    with rc_context({"axes.spines.top": False, "axes.spines.right": False}):
+        return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -39,9 +35,6 @@ def save(figure: Figure, path: Path) -> None:
     file = io.BytesIO()
     figure.savefig(file, facecolor="white")
     write_atomically(path, file.getvalue())
-
-
-# ---- pictures of masks
 
 
 def colourise(mask: Tensor, classes: dict[str, list[int]]) -> Tensor:
@@ -52,10 +45,7 @@ def colourise(mask: Tensor, classes: dict[str, list[int]]) -> Tensor:
 
 
 def overlay(image: Tensor, mask: Tensor, classes: dict[str, list[int]]) -> Tensor:
-    """Lay (H, W) class indices over a (channels, H, W) uint8 image, half transparent.
-
-    The first class is left clear. Returns (3, H, W) uint8.
-    """
+    """Lay (H, W) classes, the first left clear, over (channels, H, W) uint8: (3, H, W) uint8."""
     rgb = image[:3].expand(3, -1, -1)
     return torch.where(mask > 0, rgb // 2 + colourise(mask, classes) // 2, rgb)
 
@@ -78,45 +68,32 @@ def grid(rows: list[list[tuple[str, Tensor]]], legend: dict[str, list[int]]) -> 
     height = 0.6 + len(rows) * (inches * high + 0.25)
     figure = Figure(figsize=(max(4, inches * columns), height), dpi=110)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.6 / height, wspace=0.04)
-    for row, axes in zip(rows, figure.subplots(len(rows), columns, squeeze=False), strict=True):
-        for ax in axes:
-            ax.set_axis_off()
-        for ax, (caption, picture) in zip(axes, row, strict=False):
+    bare = {"frame_on": False, "xticks": [], "yticks": []}
+    axes = figure.subplots(len(rows), columns, squeeze=False, subplot_kw=bare)
+    for y, row in enumerate(rows):
+        for ax, (caption, picture) in zip(axes[y], row, strict=False):
             ax.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-            text = caption if len(caption) < 26 else f"…{caption[-24:]}"
-            ax.set_title(text, fontsize=7, pad=2, parse_math=False)
-    handles = [
-        Patch(facecolor=np.array(colour) / 255, edgecolor="grey", label=name)
-        for name, colour in legend.items()
-    ]
+            ax.set_title(caption[-25:], fontsize=7, pad=2, parse_math=False)
+    handles = [Patch(fc=np.divide(c, 255), ec="grey", label=name) for name, c in legend.items()]
     figure.legend(handles=handles, loc="upper center", ncols=min(6, len(handles)), fontsize=8)
     return figure
-
-
-# ---- scores
-
-
-def style(name: str, i: int) -> tuple[str, str, str]:
-    """Pick colour, line style and marker: a model's own, for others the i-th."""
-    return STYLES.get(name, list(STYLES.values())[i % len(STYLES)])
 
 
 def curves(path: Path, panels: dict[str, dict[str, list[list[float | None]]]]) -> None:
     """Draw values by epoch: label of a y axis → name of a line → runs (seeds) → a value an epoch.
 
-    A line is the mean over the runs, a band reaches from the lowest to the highest. A loss gets a
-    logarithmic axis if it spans a factor of twenty.
+    A line is the mean over the runs, a band their range. The axis of a wide loss is logarithmic.
     """
     figure, axes = new_figure(max(7.5, 3.7 * len(panels)), 3.6, len(panels))
-    handles: dict[str, Line2D] = {}
+    handles = {}
     for ax, (label, lines) in zip(axes, panels.items(), strict=True):
-        for i, (name, runs) in enumerate(lines.items()):
-            colour, line, marker = style(name, i)
-            values = np.array(runs, float)  # None, no score, becomes NaN: a hole in the line
-            epochs = np.arange(1, values.shape[1] + 1)
-            look = {"color": colour, "marker": marker, "ms": 5, "label": name}
-            handles[name] = ax.plot(epochs, values.mean(axis=0), line, **look)[0]
-            ax.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2)
+        for (name, runs), other in zip(lines.items(), cycle(STYLES.values()), strict=False):
+            colour, line, marker = STYLES.get(name, other)
+            # None, no score or a shorter run, becomes NaN: a hole in the line
+            values = np.array(list(zip_longest(*runs)), float)
+            epochs, look = range(1, len(values) + 1), {"marker": marker, "ms": 5, "label": name}
+            [handles[name]] = ax.plot(epochs, values.mean(axis=1), line, color=colour, **look)
+            ax.fill_between(epochs, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.2)
         low, high = ax.dataLim.intervaly
         if "loss" in label and high > 20 * low > 0:
             ax.set_yscale("log")
@@ -131,75 +108,64 @@ def confusion(path: Path, matrices: dict[str, np.ndarray], classes: list[str]) -
     """Draw a confusion matrix for each model, each row in per cent of the true class's pixels."""
     side = max(2.75, 0.45 * len(classes))
     figure, axes = new_figure(side * len(matrices), side + 0.45, len(matrices))
-    for i, (ax, (name, matrix)) in enumerate(zip(axes, matrices.items(), strict=True)):
+    for ax, (name, matrix) in zip(axes, matrices.items(), strict=True):
         share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
         # The root makes the small shares visible, which are the mistakes.
         ax.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 100))
         for (y, x), value in np.ndenumerate(share):
             text = f"{value:.2f}" if value < 99.995 else "100"
             ax.text(x, y, text, ha="center", va="center", color="white" if value > 40 else "black")
-        ax.set(title=name, xlabel="predicted")
+        ax.set(title=name, xlabel="predicted", yticks=[])
         ax.set_xticks(range(len(classes)), classes, rotation=35, ha="right")
-        ax.set_yticks(range(len(classes)), classes if i == 0 else [""] * len(classes))
-    axes[0].set_ylabel("true class (% of its pixels)")
+    label = "true class (% of its pixels)"
+    axes[0].set(yticks=range(len(classes)), yticklabels=classes, ylabel=label)
     save(figure, path)
 
 
-def dots(path: Path, groups: dict[str, dict[str, dict]], label: str) -> None:
-    """Draw scores as dots, ± the standard deviation over seeds, on an axis that they fill.
-
-    `groups`: group on the x axis → model → result of `metrics.mean_std`; `label`: of the y axis.
-    """
+def dots(path: Path, models: dict[str, list[dict[str, float | None]]]) -> None:
+    """Draw test scores, the mean ± standard deviation of: model → runs (seeds) → name → score."""
+    groups = list(next(iter(models.values()))[0])
     figure, (ax,) = new_figure(max(7.5, 1.7 * len(groups)), 3.6)
-    models = list(next(iter(groups.values())))
-    for i, name in enumerate(models):
-        colour, _, marker = style(name, i)
-        shown = {g: stats[name] for g, stats in enumerate(groups.values()) if stats[name]}
-        x = [g + (i - (len(models) - 1) / 2) * 0.8 / len(models) for g in shown]
-        means = [stat["mean"] for stat in shown.values()]
-        stds = [stat["std"] or 0 for stat in shown.values()]
+    for i, (name, runs) in enumerate(models.items()):
+        values = np.array([list(run.values()) for run in runs], float)  # None, no score: no dot
+        std = values.std(axis=0, ddof=1) if len(runs) > 1 else None
+        x = np.arange(len(groups)) + (i - (len(models) - 1) / 2) * 0.8 / len(models)
+        colour, _, marker = STYLES[name]
         look = {"color": colour, "marker": marker, "ms": 6, "ls": "", "capsize": 4}
-        ax.errorbar(x, means, yerr=stds, label=name, **look)
-    ax.set(xlim=(-0.5, len(groups) - 0.5), ylabel=label)
-    ax.set_xticks(range(len(groups)), groups)
+        ax.errorbar(x, values.mean(axis=0), yerr=std, label=name, **look)
+    ax.set(xticks=range(len(groups)), xticklabels=groups, ylabel="test score")
     ax.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=len(models))
     save(figure, path)
 
 
-def intervals(path: Path, samples: dict[str, tuple], score: float, label: str) -> None:
-    """Draw how a score scatters over resampled images.
-
-    `samples`: name → values, and low and high end of their 95 % interval; `score`: that of the
-    whole split; `label`: of the x axis.
-    """
+def intervals(path: Path, samples: dict[str, np.ndarray], whole: float, label: str) -> None:
+    """Draw how a score scatters over resampled images, name → values, around the whole split's."""
     figure, (ax,) = new_figure(9, 1 + 1.1 * len(samples))
-    for y, (values, low, high) in enumerate(samples.values()):
+    for y, values in enumerate(samples.values()):
         heights, edges = np.histogram(values, bins=60)
         ax.stairs(y + 0.75 * heights / heights.max(), edges, baseline=y, fill=True, color=f"C{y}")
-        ax.plot([low, high], [y - 0.09] * 2, "k-", lw=3, label="95 % of the samples")
+        low, high = np.quantile(values, (0.025, 0.975))
+        band = ax.plot([low, high], [y - 0.09] * 2, "k-", lw=3, label="95 % of the samples")
         ax.text(high, y - 0.11, f"  {low:.4f} to {high:.4f}", va="center", fontsize=9)
-    ax.axvline(score, color="black", lw=1, ls="--", label="whole split")
+    line = ax.axvline(whole, color="black", lw=1, ls="--", label="whole split")
     ax.set_yticks(np.arange(len(samples)) + 0.3, samples)
-    ax.set(ylim=(-0.3, len(samples) - 0.1), xlabel=label)
-    ax.margins(x=0.12)
-    handles = ax.get_legend_handles_labels()[0][-2:]  # once each
-    figure.legend(handles=handles, loc="outside upper center", ncols=2)
+    ax.set(ylim=(-0.3, len(samples) - 0.1), xmargin=0.12, xlabel=label)
+    figure.legend(handles=[*band, line], loc="outside upper center", ncols=2)
     save(figure, path)
 
 
-def dead_classes(path: Path, rows: dict[str, list[list[str]]], number: int) -> None:
-    """Draw the dead classes of each epoch, of `number` classes, a row a run."""
-    last = max(map(len, rows.values()))
+def dead_classes(path: Path, rows: dict[str, list[list[str]]]) -> None:
+    """Draw the dead classes of each epoch, a row a run."""
+    counts = np.array(list(zip_longest(*(map(len, row) for row in rows.values()))), float).T
+    last = counts.shape[1]
     figure, (ax,) = new_figure(max(6.0, min(0.75 * last + 2.5, 12)), 0.26 * len(rows) + 1.1)
-    counts = np.full((len(rows), last), np.nan)
-    for y, epochs in enumerate(rows.values()):
-        for x, dead in enumerate(epochs):
-            counts[y, x] = len(dead)
-            text = " ".join(name[: 3 if last <= 16 else 1] for name in dead)
-            ax.text(x + 1, y, text, ha="center", va="center", fontsize=7)
-    look = {"cmap": "Oranges", "vmin": 0, "vmax": number, "edgecolors": "white"}
+    look = {"cmap": "Oranges", "vmin": -0.2, "vmax": max(4, np.nanmax(counts)), "ec": "white"}
     ax.pcolormesh(range(1, last + 1), range(len(rows)), counts, shading="nearest", **look)
+    for y, epochs in enumerate(rows.values()):
+        for x, dead in enumerate(epochs, start=1):
+            text = " ".join(name[: 3 if last <= 16 else 1] for name in dead)
+            ax.text(x, y, text, ha="center", va="center", fontsize=7)
     ax.invert_yaxis()
     ax.set_yticks(range(len(rows)), rows, fontsize=8)
     ax.set(xticks=range(1, last + 1), xlabel="epoch (pale: none; empty: the run was shorter)")

@@ -64,10 +64,9 @@ LOSSES = {
 
 
 def weighted_loss(logits: Tensor, mask: Tensor, weights: dict[str, float]) -> Tensor:
-    """Add up losses by their weights, name in `LOSSES` → weight, as a float32 (float64) scalar.
+    """Add up losses by their weights, name in `LOSSES` → weight; a float32 (float64) scalar.
 
-    Raises:
-        UserError: no weight is given, or one for an unknown loss or that is not a number.
+    UserError if no weight is given, or one for an unknown loss or that is not a number.
     """
     for name, weight in weights.items() or [("nothing", None)]:
         if name not in LOSSES or not isinstance(weight, (int, float)):

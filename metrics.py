@@ -87,22 +87,17 @@ def boundary_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Ten
 
     From (N, H, W) as in `confusion_matrices` to (N, C + 1, C + 1) int64; class C is "in no band".
     """
-    prediction = prediction.where(mask != IGNORE, IGNORE)
-    bands = (_bands(pixels, num_classes) for pixels in (prediction, mask))
+    bands = []
+    for labels in (prediction.where(mask != IGNORE, IGNORE), mask):
+        padded = F.pad(labels[:, None].float(), [BOUNDARY] * 4, value=-1)  # no class has this value
+        high, low = (s * F.max_pool2d(s * padded, 2 * BOUNDARY + 1, 1)[:, 0] for s in (1, -1))
+        bands.append(labels.masked_fill((high == low) | (labels == IGNORE), num_classes))
     return confusion_matrices(*bands, num_classes + 1)
 
 
 def boundary_iou(matrices: Tensor) -> Tensor:
     """Read boundary IoU, (..., C) float64, from `boundary_matrices`; NaN if there is no band."""
     return iou(matrices)[..., :-1]
-
-
-def _bands(labels: Tensor, num_classes: int) -> Tensor:
-    """Replace (N, H, W) classes by C wherever the window around a pixel holds one class alone."""
-    side = 2 * BOUNDARY + 1
-    padded = F.pad(labels[:, None].float(), [BOUNDARY] * 4, value=-1)  # a value that no class has
-    high, low = (sign * F.max_pool2d(sign * padded, side, stride=1)[:, 0] for sign in (1, -1))
-    return labels.masked_fill((high == low) | (labels == IGNORE), num_classes)
 
 
 # ---- statistics over seeds

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import ctypes
 import io
+import zipfile
 from pathlib import Path
 
 from common import UserError, reading, run, write_atomically
@@ -27,24 +28,16 @@ def double_conv(in_channels: int, out_channels: int, kernel: int, dropout: float
     """Twice (conv, batch norm, ReLU) at the same resolution, then channel dropout if asked for."""
     layers: list[nn.Module] = []
     for channels in (in_channels, out_channels):
-        layers += [
-            nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        ]
-    if dropout > 0:
-        layers.append(nn.Dropout2d(dropout))
-    return nn.Sequential(*layers)
+        conv = nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2)
+        layers += [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, *[nn.Dropout2d(dropout)] * (dropout > 0))
 
 
 def start_bilinear(up: nn.ConvTranspose2d) -> None:
     """Make a 3×3, stride 2 transposed conv the bilinear up-sampling of each channel by itself."""
     hat = torch.tensor([0.5, 1.0, 0.5])
-    with torch.no_grad():
-        up.weight.zero_()
-        up.bias.zero_()
-        for channel in range(up.in_channels):
-            up.weight[channel, channel] = hat[:, None] * hat
+    kernels = torch.eye(up.in_channels)[:, :, None, None] * hat[:, None] * hat
+    up.weight.data, up.bias.data = kernels, torch.zeros(up.in_channels)
 
 
 class UNet(nn.Module):
@@ -54,20 +47,18 @@ class UNet(nn.Module):
         in_channels, num_classes: channels of an image; number of classes C, background included.
         encoder: [channels, kernel] of each encoder stage: double conv, then 3×3 max-pool, stride 2.
         decoder: the same of each decoder stage: double conv, then a transposed conv that doubles
-            the resolution; the last one maps to the C classes. The word "classes" stands for C
-            channels: as the lab had it in its last stage, where the features squeeze through a
-            ReLU only C channels wide and whole classes can die.
-        skip: what a decoder stage sees of the encoder. "pooled" (the lab): the output after
-            pooling, so nothing of the full resolution reaches the classes. "full": the features
-            before pooling (Ronneberger et al. 2015, arXiv:1505.04597); needs one more decoder
-            stage, which works at full resolution and ends in a 1×1 conv.
+            the resolution; the last one maps to the C classes. "classes" stands for C channels: the
+            lab's last stage, a bottleneck behind a ReLU in which whole classes can die.
+        skip: what a decoder stage sees of the encoder: "pooled" (the lab), the output after
+            pooling, nothing of the full resolution; or "full", the features before pooling
+            (Ronneberger et al. 2015, arXiv:1505.04597), with one more decoder stage, which works at
+            full resolution and ends in a 1×1 conv.
         dropout: probability of dropping a channel after each double conv, in [0, 1).
-        upsampling_init: how a transposed conv that maps C channels to C classes starts: "random"
+        upsampling_init: how a transposed conv from C channels to C classes starts: "random"
             (PyTorch's), or "bilinear", each channel wired to its own class (Long et al. 2015,
             arXiv:1411.4038), which keeps the classes of the lab's heads alive.
 
-    Raises:
-        UserError: a stage is not [channels, odd kernel], or the numbers of stages do not fit.
+    UserError if a stage is not [channels, odd kernel], or the numbers of stages do not fit.
     """
 
     def __init__(
@@ -93,19 +84,16 @@ class UNet(nn.Module):
         if not encoder or len(decoder) != len(encoder) + (skip == "full"):
             wanted = "one stage more than" if skip == "full" else "as many stages as"
             raise UserError(f"decoder: with skip: {skip} it needs {wanted} the encoder")
-        self.skip = skip
-        self.encoder = nn.ModuleList()
-        channels = in_channels
+        self.skip, channels = skip, in_channels
+        self.encoder, self.decoder, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         for width, kernel in encoder:
             self.encoder.append(double_conv(channels, width, kernel, dropout))
             channels = width
-        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
-
         # The first decoder stage works on the deepest pooled features alone; each later one also
         # on the skip of its own resolution, which for "pooled" starts one stage further out.
         skip_widths = [width for width, _ in encoder][::-1]
         skip_widths = [0, *(skip_widths if skip == "full" else skip_widths[1:])]
-        self.decoder, self.up = nn.ModuleList(), nn.ModuleList()
         doubling = {"stride": 2, "padding": 1, "output_padding": 1}
         for (width, kernel), skip_width in zip(decoder, skip_widths, strict=True):
             self.decoder.append(double_conv(channels + skip_width, width, kernel, dropout))
@@ -162,31 +150,11 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def summarise(model: UNet, in_channels: int, size: int) -> str:
-    """Tabulate output size and parameters of each stage, and count GFLOP of a size×size image.
-
-    A multiply-add counts as two operations; only convolutions count.
-    """
-    stages = {f"encoder {i}": stage for i, stage in enumerate(model.encoder, 1)}
-    for i, (stage, up) in enumerate(zip(model.decoder, model.up, strict=True), 1):
-        stages |= {f"decoder {i}": stage, f"decoder {i} up": up}
-    shapes: list[torch.Size] = []  # in the order of `stages`, which is that of the forward pass
-    for stage in stages.values():
-        stage.register_forward_hook(lambda _, inputs, output: shapes.append(output.shape[1:]))
-    with FlopCounterMode(display=False) as flops, torch.inference_mode():
-        model.eval()(torch.zeros(1, in_channels, size, size))
-    lines = [f"{'stage':<14}{'output':>14}{'parameters':>14}"]
-    for (name, stage), shape in zip(stages.items(), shapes, strict=True):
-        lines.append(f"{name:<14}{'×'.join(map(str, shape)):>14}{count_parameters(stage):>14,}")
-    lines.append(f"{'total':<14}{'':>14}{count_parameters(model):>14,}")
-    return "\n".join([*lines, f"{flops.get_total_flops() / 1e9:.3f} GFLOP per {size}×{size} image"])
-
-
 # ---- checkpoints
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write `config`, `model` (a state dict) and whatever else, plain data and tensors, whole."""
+    """Write `config`, `model` (a state dict) and whatever else, plain data and tensors."""
     file = io.BytesIO()  # in memory first: on a full disk torch.save's own error is unreadable
     torch.save({"format": FORMAT, **checkpoint}, file)
     write_atomically(path, file.getvalue())
@@ -198,6 +166,8 @@ def read_checkpoint(path: Path, device: torch.device) -> dict:
     Nothing in the file is executed. UserError if it is missing, damaged, or of another project.
     """
     with reading(path, "give a .pt file that train.py wrote"):
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look
+            raise ValueError(f"{damaged} in it is damaged")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"its format is {checkpoint['format']}, not {FORMAT}")
@@ -207,10 +177,7 @@ def read_checkpoint(path: Path, device: torch.device) -> dict:
 
 
 def restore_model(path: Path, device: torch.device) -> tuple[UNet, dict]:
-    """Restore the model of a checkpoint, in evaluation mode; returns it and the checkpoint.
-
-    UserError as in `read_checkpoint`, or if the weights do not fit the config.
-    """
+    """Restore the model of a checkpoint, in evaluation mode; returns it and the checkpoint."""
     checkpoint = read_checkpoint(path, device)
     with reading(path, "give a .pt file that this version of the project wrote"):
         model = build_model(checkpoint["config"])
@@ -223,10 +190,7 @@ def restore_model(path: Path, device: torch.device) -> tuple[UNet, dict]:
 
 
 def pick_device(name: str) -> torch.device:
-    """Pick the device for "auto" or a name as "cpu", "cuda", "mps"; UserError if it is not there.
-
-    "auto" is the accelerator that PyTorch finds, or else the CPU.
-    """
+    """Pick "cpu", "cuda", "mps" …, for "auto" what PyTorch finds; UserError if it is not there."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     there = {"cpu"} | ({found.type} if found else set())
     if name not in there | {"auto"}:
@@ -235,20 +199,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(device: torch.device, name: str) -> torch.dtype:
-    """Pick the autocast dtype for "auto", "float32" or "bfloat16".
-
-    "auto" takes bfloat16 only where the processor multiplies it natively: emulated, it is many
-    times slower than float32.
-    """
-    native = False
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
+    """Pick the autocast dtype: "auto" takes bfloat16 where it is native; emulated, it is slow."""
+    if name != "auto":
+        return getattr(torch, name)
+    has = {"bf16": device.type == "cuda" and torch.cuda.is_bf16_supported(False)}
+    if device.type == "cpu":
         has = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases
-        native = any(has.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
-    if name == "auto":
-        return torch.bfloat16 if native else torch.float32
-    return getattr(torch, name)
+    native = any(has.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    return torch.bfloat16 if native else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -274,7 +232,20 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="side of the image in pixels")
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
-    print(summarise(build_model(config), config["in_channels"], args.size))
+    model, shapes = build_model(config).eval(), []  # of the stages, in the order of their use
+    stages = {f"encoder {i}": stage for i, stage in enumerate(model.encoder, 1)}
+    for i, (stage, up) in enumerate(zip(model.decoder, model.up, strict=True), 1):
+        stages |= {f"decoder {i}": stage, f"decoder {i} up": up}
+    for stage in stages.values():
+        stage.register_forward_hook(lambda _, inputs, output: shapes.append(output.shape[1:]))
+    with FlopCounterMode(display=False) as flops, torch.inference_mode():
+        model(torch.zeros(1, config["in_channels"], args.size, args.size))
+    line = "{:<14}{:>14}{:>14}"
+    print(line.format("stage", "output", "parameters"))
+    for (name, stage), shape in zip(stages.items(), shapes, strict=True):
+        print(line.format(name, "×".join(map(str, shape)), f"{count_parameters(stage):,}"))
+    print(line.format("total", "", f"{count_parameters(model):,}"))
+    print(f"{flops.get_total_flops() / 1e9:.3f} GFLOP per {args.size}×{args.size} image (convs)")
 
 
 if __name__ == "__main__":

@@ -1,34 +1,26 @@
 """Predict the classes of any images, or write the model for use elsewhere.
 
     python predict.py [--checkpoint CHECKPOINT] IMAGE… --out DIR [--probabilities]
-    python predict.py [--checkpoint CHECKPOINT] --export FILE.pt2
-    python predict.py --checkpoint CHECKPOINT --slim FILE.pt
+    python predict.py [--checkpoint CHECKPOINT] [--export FILE.pt2] [--slim FILE.pt]
 
-IMAGE is a file or a folder, searched with all folders in it, whose paths are kept below DIR. Writes
-NAME_mask.png, a palette file whose indices are the classes and whose colours are those of the
-masks, NAME_overlay.png, and contact_sheet.png. In Python:
-
-    from predict import load_model, predict_mask
-    model, config = load_model("weights/best.pt")
-    mask = predict_mask(model, config, "photo.jpg")  # (H, W) uint8 class indices
+IMAGE is a file, or a folder whose folders are searched too and kept below DIR. Writes NAME_mask.png
+(a palette file of class indices in the colours of masks), NAME_overlay.png and contact_sheet.png.
 """
 
 import argparse
 import io
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import product
+from itertools import product, repeat
 from pathlib import Path
 
 from common import ROOT, UserError, run, write_atomically
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
-from torchvision.transforms.v2 import ToDtype
+from torchvision.transforms.v2 import ToDtype, ToPILImage
 
 from data import evenly, read_image, resize
 from evaluate import cost_of, predict_batches
@@ -60,31 +52,23 @@ def predict(model: nn.Module, config: dict, images: Tensor) -> Tensor:
         tile = images[:, :, y : top + TILE + margin, x : left + TILE + margin]
         computed = torch.cat(list(predict_batches(model, tile, dtype)))[..., top - y :, left - x :]
         logits[..., top : top + TILE, left : left + TILE] = computed[..., :TILE, :TILE]
-    return F.interpolate(logits, size, mode="bilinear").softmax(dim=1)
-
-
-def predict_probabilities(model: nn.Module, config: dict, path: str | Path) -> Tensor:
-    """Predict (C, H, W) float32 probabilities of an image file; UserError if it cannot be read."""
-    image = torch.from_numpy(read_image(Path(path), config["in_channels"])).permute(2, 0, 1)
-    return predict(model, config, image[None])[0]
+    return nn.functional.interpolate(logits, size, mode="bilinear").softmax(dim=1)
 
 
 def predict_mask(model: nn.Module, config: dict, path: str | Path) -> Tensor:
     """Predict (H, W) uint8 class indices of an image file; UserError if it cannot be read."""
-    return predict_probabilities(model, config, path).argmax(dim=0).to(torch.uint8)
+    image = torch.from_numpy(read_image(Path(path), config["in_channels"])).permute(2, 0, 1)
+    return predict(model, config, image[None])[0].argmax(dim=0).to(torch.uint8)
 
 
 def find_images(given: list[Path], out: Path) -> dict[Path, Path]:
-    """Find images, in folders all but those in `out`: path of the results, no ending → image.
-
-    UserError if a folder holds no image, or a mask would overwrite another one or an image.
-    """
+    """Find images: path of the results, no ending → image; UserError if one overwrites another."""
     images: dict[Path, Path] = {}
     for path in given:
         files = [path]
         if path.is_dir():
             files = [f for f in sorted(path.rglob("[!.]*")) if f.suffix.lower() in SUFFIXES]
-            files = [f for f in files if out.resolve() not in f.resolve().parents]
+            files = [f for f in files if out.resolve() not in f.resolve().parents]  # old results
         if not files:
             raise UserError(f"{path}: holds no image; name images or a folder of them")
         for file in files:
@@ -99,18 +83,15 @@ def find_images(given: list[Path], out: Path) -> dict[Path, Path]:
 
 def write_results(target: Path, image: Tensor, values: Tensor, classes: dict, keep: bool) -> tuple:
     """Write the results of an image; returns a text on them, and cells of the contact sheet."""
-    mask = values.argmax(dim=0).to(torch.uint8)
-    laid = overlay(image, mask, classes)
-    indices, colours = (Image.fromarray(x.numpy()) for x in (mask, laid.permute(1, 2, 0)))
-    indices.putpalette(np.array(list(classes.values()), np.uint8).tobytes())
-    for kind, picture in (("mask", indices), ("overlay", colours)):
-        file = io.BytesIO()
-        picture.save(file, "PNG")
-        write_atomically(Path(f"{target}_{kind}.png"), file.getvalue())
+    mask, files = values.argmax(dim=0).to(torch.uint8), defaultdict(io.BytesIO)
+    laid, picture = overlay(image, mask, classes), ToPILImage()(mask)
+    picture.putpalette(np.array(list(classes.values()), np.uint8).tobytes())
+    picture.save(files["mask.png"], "PNG")
+    ToPILImage()(laid).save(files["overlay.png"], "PNG")
     if keep:
-        file = io.BytesIO()
-        np.savez_compressed(file, probabilities=values.numpy(), classes=list(classes))
-        write_atomically(Path(f"{target}_probabilities.npz"), file.getvalue())
+        np.savez_compressed(files["probabilities.npz"], probabilities=values, classes=list(classes))
+    for name, file in files.items():
+        write_atomically(Path(f"{target}_{name}"), file.getvalue())
     shares = [f"{name} {(mask == i).float().mean():.1%}" for i, name in enumerate(classes)]
     cells = [(target.name, thumbnail(image[:3].expand(3, -1, -1))), ("", thumbnail(laid))]
     return "  ".join([f"{mask.shape[1]}×{mask.shape[0]}", *shares]), cells
@@ -118,35 +99,34 @@ def write_results(target: Path, image: Tensor, values: Tensor, classes: dict, ke
 
 def predict_files(model: nn.Module, config: dict, given: list[Path], out: Path, keep: bool) -> None:
     """Predict files and folders; UserError if any cannot be read, after all the others."""
-    images, cells, problems = find_images(given, out), [], []
+    images, cells, failed = find_images(given, out), [], 0
     targets = list(images)
     shown = {targets[i] for i in evenly(len(targets), SHEET)}
-    write = partial(write_results, classes=config["classes"], keep=keep)
+    same = repeat(config["classes"]), repeat(keep)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(targets), BATCH):
             window, channels = targets[start : start + BATCH], config["in_channels"]
             reading = {t: pool.submit(read_image, images[t], channels) for t in window}
-            groups: dict[object, dict[Path, np.ndarray]] = {}
+            groups: dict[object, dict[Path, np.ndarray]] = defaultdict(dict)
             for target, future in reading.items():
                 try:
                     image = future.result()
-                    key = image.shape if image.size <= SMALL else target
-                    groups.setdefault(key, {})[target] = image
+                    groups[image.shape if image.size <= SMALL else target][target] = image
                 except UserError as error:
-                    problems.append(f"problem: {error}")
+                    print(f"problem: {error}")
+                    failed += 1
             for group in groups.values():
                 batch = torch.from_numpy(np.stack(list(group.values()))).permute(0, 3, 1, 2)
-                results = pool.map(write, group, batch, predict(model, config, batch))
-                for target, (text, pictures) in zip(group, results, strict=True):
+                done = pool.map(write_results, group, batch, predict(model, config, batch), *same)
+                for target, (text, pictures) in zip(group, done, strict=True):
                     print(f"{images[target]}  {text}")
                     cells += pictures if target in shown else []
     if cells:
         rows = [cells[i : i + 8] for i in range(0, len(cells), 8)]
         save(grid(rows, config["classes"]), out / "contact_sheet.png")
         print(f"masks, overlays and contact_sheet.png in {out}/")
-    if problems:
-        print(*problems, sep="\n")
-        raise UserError(f"{len(problems)} of {len(images)} images could not be read, listed above")
+    if failed:
+        raise UserError(f"{failed} of {len(images)} images could not be read, listed above")
 
 
 def export(model: nn.Module, config: dict, path: Path) -> None:
@@ -179,9 +159,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "weights/best.pt", metavar="FILE")
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR")
     parser.add_argument("--probabilities", action="store_true", help="also NAME_probabilities.npz")
-    parser.add_argument(
-        "--export", type=Path, metavar="FILE.pt2", help="a program, does not resize"
-    )
+    parser.add_argument("--export", type=Path, metavar="FILE.pt2", help="program, no resizing")
     parser.add_argument("--slim", type=Path, metavar="FILE.pt", help="weights alone, in float16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
     args = parser.parse_args()

@@ -47,18 +47,10 @@ def resume_run(
 ) -> list[dict]:
     """Decide whether a run starts over or goes on after its last finished epoch.
 
-    Args:
-        run_dir: of the run, perhaps new or empty.
-        about: `config`, `data_digest` and `code`, of which the first two must be those of the run.
-        parts: model, optimizer and scheduler, whose states are loaded from last.pt to go on.
-        resume: go on where the run stopped, if there is one.
-        overwrite: start over, which discards the run that is there, where `resume` cannot.
-
-    Returns:
-        The lines of metrics.jsonl so far; none if it starts over.
-
-    Raises:
-        UserError: there is a run, and it can neither be resumed nor overwritten.
+    `resume` goes on with the run that is there, if `config` and `data_digest` of `about` are its
+    own, and loads the states of `parts` (model, optimizer, scheduler) from last.pt; `overwrite`
+    starts over where that cannot be. Returns the epochs so far, none if it starts over. UserError
+    if there is a run that can neither be resumed nor overwritten.
     """
     path, why = run_dir / "last.pt", "which --resume goes on with"
     there = {file.name for file in run_dir.glob("*")} - {"lock"}
@@ -82,35 +74,27 @@ def resume_run(
     return []
 
 
-def describe_machine(device: torch.device, dtype: torch.dtype, processes: int) -> dict:
-    """Describe what a run computes with, for environment.json."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = "unknown: not a git checkout"
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+def start_run(
+    run_dir: Path, config: dict, history: list, device: torch.device, dtype: torch.dtype, world: int
+) -> SummaryWriter:
+    """Empty the folder of a new run, write config and machine; returns a writer of events."""
+    for path in run_dir.iterdir() if not history else ():
+        if path.name != "lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    git, commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], "unknown"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # not a git checkout
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases
     name = capabilities.get("cpu_name", platform.machine())
     if device.type != "cpu":
         name = torch.get_device_module(device).get_device_name()
-    return {
-        **{"commit": commit, "python": platform.python_version(), "torch": torch.__version__},
-        **{"device": name, "precision": str(dtype).removeprefix("torch.")},
-        **{"threads": torch.get_num_threads(), "processes": processes},
-    }
-
-
-def start_run(run_dir: Path, config: dict, machine: dict, history: list[dict]) -> SummaryWriter:
-    """Empty the directory of a new run, write its config and machine, announce it.
-
-    `history` holds the epochs done. Returns a writer of TensorBoard events.
-    """
-    for path in run_dir.iterdir() if not history else ():
-        if path.name != "lock":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    machine = {"commit": commit, "python": platform.python_version(), "torch": torch.__version__}
+    machine |= {"device": name, "precision": str(dtype).removeprefix("torch.")}
+    machine |= {"threads": torch.get_num_threads(), "processes": world}
     write_atomically(run_dir / "config.yaml", dump(config).encode())
     write_atomically(run_dir / "environment.json", json.dumps(machine, indent=2).encode())
     done = f", resuming after epoch {len(history)}" if history else ""
-    print(f"{run_dir}: training in {machine['precision']}, {machine['device']}{done}", flush=True)
+    print(f"{run_dir}: training in {machine['precision']}, {name}{done}", flush=True)
     # purge_step drops the events of epochs that will be repeated.
     writer = SummaryWriter(run_dir, purge_step=len(history) + 1)
     charts = ("mean_iou", "loss")
@@ -134,20 +118,11 @@ def show_predictions(validation: Split, predictions: Tensor, config: dict) -> Fi
     return grid(rows, legend_of(config))
 
 
-def write_epoch(
-    run_dir: Path,
-    about: dict,
-    parts: dict[str, object],
-    history: list[dict],
-    figure: Figure,
-    writer: SummaryWriter,
-) -> None:
-    """Log the last epoch and write metrics.jsonl, last.pt and, if it is the best, best.pt.
+def write_epoch(run_dir: Path, about: dict, parts: dict, history: list, figure: Figure) -> None:
+    """Write metrics.jsonl, last.pt and, if the last epoch is the best, best.pt and its figure.
 
-    last.pt comes last: a run that is killed before it repeats the epoch. `figure` is that of
-    `show_predictions`.
+    last.pt comes last: a run that is killed before it repeats the epoch.
     """
-    log_epoch(history, about["config"], figure, writer)
     state = {name: part.state_dict() for name, part in parts.items()}
     if history[-1] is best_of(history):
         best = about | {"model": state["model"], "epoch": len(history)}
@@ -158,8 +133,8 @@ def write_epoch(
     save_checkpoint(run_dir / "last.pt", about | state | {"history": history})
 
 
-def log_epoch(history: list[dict], config: dict, figure: Figure, writer: SummaryWriter) -> None:
-    """Write the last epoch for TensorBoard and print its line."""
+def log_epoch(config: dict, history: list, figure: Figure, writer: SummaryWriter) -> None:
+    """Write the last epoch and the figure of predictions for TensorBoard; print a line."""
     entry = history[-1]
     epoch, training, validation = (entry[key] for key in ("epoch", "training", "validation"))
     tags = {key: entry[key] for key in ("learning_rate", "images_per_s")}
@@ -191,14 +166,12 @@ def write_summary(
     """Write summary.json and TensorBoard's HParams; the costs are those of the whole run."""
     config, best = about["config"], best_of(history)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, else KiB
-    summary = {
-        **{key: config[key] for key in ("name", "seed", "profile")},
-        **{key: history[-1][key] for key in ("images_seen", "train_seconds")},
-        **{"best_epoch": best["epoch"], "parameters": parameters},
-        **{key: best[key] for key in ("training", "validation")},
-        "peak_memory_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),
-        **{"code": about["code"], "digest": about["data_digest"]},
-    }
+    summary = {key: config[key] for key in ("name", "seed", "profile")}
+    summary |= {key: history[-1][key] for key in ("images_seen", "train_seconds")}
+    summary |= {"best_epoch": best["epoch"], "parameters": parameters, "code": about["code"]}
+    summary |= {"peak_memory_mib": peak / (2**20 if sys.platform == "darwin" else 2**10)}
+    summary |= {"digest": about["data_digest"]}
+    summary |= {key: best[key] for key in ("training", "validation")}
     simple = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.items()}
     means = {split: best[split]["mean_iou"] for split in ("validation", "training")}
     reached = {f"result/{s}_mean_iou": mean for s, mean in means.items() if mean is not None}

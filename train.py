@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 from tqdm import tqdm
 
+import runs
 from augment import augment, take_batch
 from config import add_arguments, load_config
 from data import Split, limit, load_split
@@ -34,15 +35,6 @@ from evaluate import evaluate
 from losses import weighted_loss
 from metrics import IGNORE, confusion_matrices, scores
 from model import autocast, build_model, count_parameters, keep_memory, pick_device, pick_precision
-from runs import (
-    describe_machine,
-    locked,
-    resume_run,
-    show_predictions,
-    start_run,
-    write_epoch,
-    write_summary,
-)
 
 
 def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overwrite: bool) -> None:
@@ -50,10 +42,8 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
 
     Writes config.yaml, environment.json, metrics.jsonl (a line an epoch), TensorBoard events,
     last.pt (to resume from), best.pt (highest validation mean IoU) with predictions.png and, at
-    the very end, summary.json. For `resume` and `overwrite` see `runs.resume_run`.
-
-    Raises:
-        UserError: bad data or config; a loss that is not finite; a full disk.
+    the very end, summary.json. For `resume` and `overwrite` see `runs.resume_run`. UserError if
+    data or config are bad, or a loss is not finite.
     """
     rank, world = rank_and_world()  # rank 0 writes the files
     dtype, seed = pick_precision(device, config["precision"]), config["seed"]
@@ -75,10 +65,14 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
     # ---- start over, or go on after the last finished epoch
     about = {"config": config, "data_digest": training.digest, "code": code_digest()}
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    history = resume_run(run_dir, about, parts, resume, overwrite)  # the lines of metrics.jsonl
-    net = data_parallel(model)
+    history = runs.resume_run(run_dir, about, parts, resume, overwrite)  # an entry an epoch
+    net = model
+    if world > 1:
+        if device.type == "cuda":  # there is none for CPUs
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        net = DistributedDataParallel(model)
     if rank == 0:
-        writer = start_run(run_dir, config, describe_machine(device, dtype, world), history)
+        writer = runs.start_run(run_dir, config, history, device, dtype, world)
 
     for epoch in range(len(history), epochs):
         # ---- train
@@ -112,33 +106,30 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
         if not math.isfinite(train_loss + val_loss):
             found = f"{train_loss} in training and {val_loss} in validation"
             raise UserError(f"{run_dir}: {title}: the loss is {found}; lower learning_rate")
+        before = history[-1]["train_seconds"] if history else 0
         entry = {
-            "epoch": epoch + 1,
-            "images_seen": (epoch + 1) * per_epoch,
+            **{"epoch": epoch + 1, "images_seen": (epoch + 1) * per_epoch},
+            **{"train_seconds": before + seconds, "images_per_s": per_epoch / seconds},
             "learning_rate": scheduler.get_last_lr()[0],
-            "train_seconds": seconds + (history[-1]["train_seconds"] if history else 0),
-            "images_per_s": per_epoch / seconds,
             "training": {"loss": train_loss, **scores(matrix, classes)},
             "validation": {"loss": val_loss, **scores(matrices.sum(dim=0), classes)},
         }
         history.append(entry)
 
         if rank == 0:
-            figure = show_predictions(validation, predictions, config)
-            write_epoch(run_dir, about, parts, history, figure, writer)
+            figure = runs.show_predictions(validation, predictions, config)
+            runs.log_epoch(config, history, figure, writer)
+            runs.write_epoch(run_dir, about, parts, history, figure)
 
     if rank == 0:
-        write_summary(run_dir, about, history, count_parameters(model), writer)
+        runs.write_summary(run_dir, about, history, count_parameters(model), writer)
 
 
 # ---- data, schedule, random numbers
 
 
 def load_data(config: dict) -> tuple[Split, Split]:
-    """Load the training and the validation split, limited as the config says.
-
-    UserError if the data cannot be read, or all pixels of a split are ignored.
-    """
+    """Load training and validation split, limited as the config says; UserError if none is left."""
     training = limit(load_split(config, "training"), config["limit_groups"], config["limit_images"])
     validation = limit(load_split(config, "validation"), 0, config["limit_validation"])
     for name, split in (("training", training), ("validation", validation)):
@@ -167,19 +158,14 @@ def make_scheduler(optimizer: torch.optim.Optimizer, schedule: str, steps: int) 
 
 
 def derive_seed(seed: int, stream: str, index: int) -> int:
-    """Derive an independent 32-bit seed for each item of each random stream of each run.
-
-    Hashed, since the CPU's generator looks at the low 32 bits of a seed alone.
-    """
+    """Derive an independent 32-bit seed for each item of each random stream of each run."""
+    # Hashed, since the CPU's generator looks at the low 32 bits of a seed alone.
     digest = hashlib.sha256(f"{seed} {stream} {index}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
 
 
 def epoch_order(epoch: int, per_epoch: int, total: int, seed: int) -> Tensor:
-    """Order the images of an epoch, (per_epoch,) int64: one shuffled pass after another.
-
-    No image comes again before every other has come once, whatever the length of an epoch.
-    """
+    """Order the images of an epoch, (per_epoch,) int64: one shuffled pass after another."""
     start, stop = epoch * per_epoch, (epoch + 1) * per_epoch
     passes = []
     for number in range(start // total, (stop - 1) // total + 1):
@@ -191,15 +177,6 @@ def epoch_order(epoch: int, per_epoch: int, total: int, seed: int) -> Tensor:
 def rank_and_world() -> tuple[int, int]:
     """Tell the number of this process and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def data_parallel(model: nn.Module) -> nn.Module:
-    """Wrap a model so that its backward pass averages gradients over the processes."""
-    if not dist.is_initialized():
-        return model
-    if next(model.parameters()).is_cuda:  # there is none for CPUs
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return DistributedDataParallel(model)
 
 
 def main() -> None:
@@ -221,7 +198,7 @@ def main() -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     rank, _ = rank_and_world()
-    with locked(run_dir) if rank == 0 else contextlib.nullcontext():
+    with runs.locked(run_dir) if rank == 0 else contextlib.nullcontext():
         train(config, run_dir, device, args.resume, args.overwrite)
     if dist.is_initialized():
         dist.destroy_process_group()

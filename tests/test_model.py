@@ -23,7 +23,6 @@ from model import (
     read_checkpoint,
     restore_model,
     save_checkpoint,
-    summarise,
 )
 
 CPU = torch.device("cpu")
@@ -182,8 +181,8 @@ def test_dropout_drops_whole_channels_after_each_double_conv_in_training_only() 
 # ---- the summary
 
 
-def test_flop_count_by_hand() -> None:
-    model = small(encoder=[[4, 3], [8, 3]], decoder=[[4, 3], ["classes", 3]])
+def test_flop_count_by_hand(call) -> None:
+    stages = ("encoder=[[4, 3], [8, 3]]", "decoder=[[4, 3], [classes, 3]]")
     multiply_adds = (
         512**2 * 9 * (3 * 4 + 4 * 4)  # encoder 1
         + 256**2 * 9 * (4 * 8 + 8 * 8)  # encoder 2
@@ -192,7 +191,8 @@ def test_flop_count_by_hand() -> None:
         + 256**2 * 9 * (8 * 4 + 4 * 4)  # decoder 2, on 4 channels and a skip of 4
         + 256**2 * 9 * 4 * 4  # its up-sampling to the 4 classes
     )
-    last = summarise(model, in_channels=3, size=512).splitlines()[-1]
+    default = ("--config", ROOT / "configs/tuned.yaml", "--size", 512)
+    last = call(main, *default, "--set", *stages)[1].splitlines()[-1]
     assert last.startswith(f"{2 * multiply_adds / 1e9:.3f} GFLOP")
 
 
@@ -265,17 +265,17 @@ def test_hostile_pickle_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
-    checkpoint(tmp_path / "a.pt")
+    saved = checkpoint(tmp_path / "a.pt")["model"]
     path, refused = tmp_path / "b.pt", 0
     for data in corruptions((tmp_path / "a.pt").read_bytes()):
         path.write_bytes(data)
         try:
             model, _ = restore_model(path, CPU)
-            assert model(random_images(1, 3, 8, 8)).shape == (1, 4, 8, 8)
+            assert all(torch.equal(v, saved[k]) for k, v in model.state_dict().items())
         except UserError as error:
             refused += 1
             assert str(path) in str(error) and "\n" not in str(error)
-    assert refused > 0
+    assert refused > 100
 
 
 # ---- device, precision

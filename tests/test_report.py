@@ -46,7 +46,7 @@ def write_run(call: Callable, dataset: Path, tmp_path: Path) -> Callable:
         summary |= {"images_seen": 100, "train_seconds": 7.0 + seed, "parameters": 9}
         summary |= {"code": None, "training": last, "validation": last}
         (folder / "summary.json").write_text(json.dumps(summary))
-        if report.is_tested(experiment):
+        if experiment.split("/")[0] not in report.UNTESTED:
             files = ("--json", folder / "testing.json", "--predictions", folder / "testing.npz")
             assert call(evaluate, path, "--device", "cpu", *files)[0] == 0
             row = json.loads((folder / "testing.json").read_text())[0]

@@ -18,7 +18,7 @@ from common import ROOT, run, write_atomically
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import load_config
@@ -32,26 +32,22 @@ MODELS = ("initial", "modified", "tuned", "best")
 LINE = "{:<9}{:>20}{:>20}{:>16}{:>9}{:>9}{:>11} channels_last"
 
 
-class PngDataset(Dataset):
-    """The training pairs, decoded one by one: float images in [0, 1] and int64 masks."""
-
-    def __init__(self, config: dict) -> None:
-        self.config, (self.pairs, _) = config, find_pairs(config, "training")
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        image, mask = read_pair(self.pairs[i].image, self.pairs[i].mask, self.config)
-        return image / 255, mask.long()
+def read_batch(batch: list[tuple[Path, Path, dict]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode a batch of (image, mask, config): float images in [0, 1] and int64 masks."""
+    images, masks = map(torch.stack, zip(*(read_pair(*pair) for pair in batch), strict=True))
+    return images / 255, masks.long()
 
 
 def train_baseline(config: dict, device: torch.device, steps: int) -> float:
     """Train so many steps in float32 and the default memory format; returns images/s."""
     keep_memory(False)
-    data, batch_size = PngDataset(config), config["batch_size"]
+    (pairs, _), batch_size = find_pairs(config, "training"), config["batch_size"]
     model = build_model(config).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"])
-    chosen = torch.randint(len(data.pairs), (steps * batch_size,)).tolist()
+    chosen = torch.randint(len(pairs), (steps * batch_size,)).tolist()
+    files = [(pairs[i].image, pairs[i].mask, config) for i in chosen]
     started = timeit.default_timer()
-    for images, masks in DataLoader(Subset(data, chosen), batch_size, num_workers=2):
+    for images, masks in DataLoader(files, batch_size, num_workers=2, collate_fn=read_batch):
         loss = weighted_loss(model(images.to(device)), masks.to(device), config["loss"])
         optimizer.zero_grad()
         loss.backward()
@@ -72,9 +68,8 @@ def train_ours(config: dict, device: torch.device, steps: int) -> float:
 
 def bench(config: dict, args: argparse.Namespace) -> dict:
     """Time both loops, after a first step of each, and print a line; returns the same for JSON."""
-    images = load_split(config, "training").images  # builds the cache, if need be
-    with FlopCounterMode(display=False) as flops:
-        build_model(config)(images[:1] / 255).sum().backward()
+    with FlopCounterMode(display=False) as flops:  # and the cache is built, if need be
+        build_model(config)(load_split(config, "training").images[:1] / 255).sum().backward()
     loops, size = (train_baseline, train_ours), config["batch_size"]
     steps = {f: max(1, int(args.seconds * f(config, args.device, 1) / size)) for f in loops}
     rounds = [[f(config, args.device, n) for f, n in steps.items()] for _ in range(args.rounds)]
@@ -84,17 +79,12 @@ def bench(config: dict, args: argparse.Namespace) -> dict:
     matrix = torch.randn(2048, 2048).to(args.device, dtype)
     took = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=5)
     gflops = flops.get_total_flops() * np.median(ours) / 1e9
-    result = {
-        "name": config["name"],
-        "precision": str(dtype).removeprefix("torch."),
-        **{key: np.median(values) for key, values in rates.items()},
-        "gflop_per_s": gflops,
-        "share_of_peak": gflops / (2 * len(matrix) ** 3 / min(took) / 1e9),
-    }
+    share, precision = gflops / (2 * 2048**3 / min(took) / 1e9), str(dtype).removeprefix("torch.")
     cells = [f"{np.median(v):.1f} ({v.min():.1f}–{v.max():.1f})" for v in rates.values()]
-    cells += [f"{gflops:.0f}", f"{result['share_of_peak']:.0%}", result["precision"]]
+    cells += [f"{gflops:.0f}", f"{share:.0%}", precision]
     print(LINE.format(config["name"], *cells), flush=True)
-    return result
+    result = {"name": config["name"], "precision": precision, "gflop_per_s": gflops}
+    return result | {"share_of_peak": share, **{key: np.median(v) for key, v in rates.items()}}
 
 
 def beside_neighbour(config: dict, device: torch.device) -> dict:
@@ -102,7 +92,7 @@ def beside_neighbour(config: dict, device: torch.device) -> dict:
     rates = []
     for number in (1, 2):
         with ProcessPoolExecutor(number, torch.multiprocessing.get_context("spawn")) as pool:
-            rates += pool.map(train_ours, [config] * number, [device] * number, [30] * number)
+            rates += pool.map(train_ours, [config] * number, [device] * number, [15] * number)
     shares = [rate / rates[0] for rate in rates[1:]]
     print("two trainings at once: {:.0%} and {:.0%} of the speed of one alone".format(*shares))
     return {"name": "tuned beside another", "images_per_s": rates[0], "shares": shares}

@@ -26,53 +26,43 @@ def examine(pair: Pair, config: dict) -> tuple[torch.Tensor, str, str]:
     return mask.flatten().bincount(minlength=256), f"{mask.shape[1]}×{mask.shape[0]}", digest
 
 
-def check(config: dict, picture: Path | None) -> None:
-    """Print a line for each split and each problem, draw a few pairs; UserError if one is bad."""
-    classes, problems, rows = config["classes"], [], []
-    seen: dict[str, tuple[Path, str]] = {}  # digest of an image → where it was first
-    line = "{:<12}{:>7}{:>8}  {:<12}" + "{:>12}" * (len(classes) + 1)
-    print(line.format("split", "pairs", "groups", "size", *classes, "ignored"))
-    for split in SPLITS:
-        pairs, unpaired = find_pairs(config, split)
-        problems += unpaired
-        good, sizes, pixels = [], set(), torch.zeros(256, dtype=torch.int64)
-        with ThreadPoolExecutor() as pool:
-            futures = {pool.submit(examine, pair, config): pair for pair in pairs}
-            for future, pair in tqdm(futures.items(), f"checking {split}", disable=None):
-                try:
-                    counts, size, digest = future.result()
-                except UserError as error:
-                    problems.append(str(error))
-                    continue
-                first, where = seen.setdefault(digest, (pair.image, split))
-                if where != split:
-                    problems.append(f"{pair.image}: is also in {where} ({first}); keep one of them")
-                good.append(pair)
-                sizes.add(size)
-                pixels += counts
-        if len(sizes) > 1 and not config["resize"]:
-            problems.append(f"{split}: images of {len(sizes)} sizes; set resize: [height, width]")
-        shares = (pixels / pixels.sum().clamp(min=1))[[*range(len(classes)), IGNORE]]
-        cells = len({pair.group for pair in pairs}), ", ".join(sorted(sizes)[:2])
-        print(line.format(split, len(pairs), *cells, *(f"{share:.4f}" for share in shares)))
-        rows.append([])
-        for i in evenly(len(good), 6) if picture else []:
-            laid = overlay(*read_pair(good[i].image, good[i].mask, config), classes)
-            rows[-1].append((good[i].name, thumbnail(laid)))
-    if any(rows):
-        save(grid(rows, legend_of(config)), picture)
-        print(f"samples with their masks: {picture}")
-    problems = list(dict.fromkeys(problems))  # random splits have the same ones
-    print("".join(f"problem: {problem}\n" for problem in problems), end="")
-    if problems:
-        raise UserError(f"{config['data']}: {len(problems)} problem(s), listed above; fix them")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", nargs="?", metavar="DIR", help="short for --set data=DIR")
     add_arguments(parser, required=False)
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw samples, a row a split")
     args = parser.parse_args()
-    overrides = args.overrides + ([f"data={args.data}"] if args.data else [])
-    check(load_config(args.config, overrides), args.picture)
+    config = load_config(args.config, args.overrides + [f"data={args.data}"] * bool(args.data))
+    classes, problems, rows, seen = config["classes"], [], [], {}
+    line = "{:<12}{:>7}{:>8}  {:<12}" + "{:>12}" * (len(classes) + 1)
+    print(line.format("split", "pairs", "groups", "size", *classes, "ignored"))
+    for split in SPLITS:
+        pairs, unpaired = find_pairs(config, split)
+        problems += unpaired
+        good, pixels = {}, torch.zeros(256, dtype=torch.int64)  # good: pair → size
+        with ThreadPoolExecutor() as pool:
+            futures = {pool.submit(examine, pair, config): pair for pair in pairs}
+            for future, pair in tqdm(futures.items(), f"checking {split}", disable=None):
+                try:
+                    counts, good[pair], digest = future.result()
+                    pixels += counts
+                    first, where = seen.setdefault(digest, (pair.image, split))
+                    if where != split:
+                        problems.append(f"{pair.image}: is also in {where} ({first}); keep one")
+                except UserError as error:
+                    problems.append(str(error))
+        sizes = sorted({*good.values()})
+        if len(sizes) > 1 and not config["resize"]:
+            problems.append(f"{split}: images of {len(sizes)} sizes; set resize: [height, width]")
+        shares = (pixels / pixels.sum().clamp(min=1))[[*range(len(classes)), IGNORE]]
+        cells = len(pairs), len({pair.group for pair in pairs}), ", ".join(sizes[:2])
+        print(line.format(split, *cells, *(f"{share:.4f}" for share in shares)))
+        chosen = [[*good][i] for i in evenly(len(good), 6)] if args.picture else []
+        laid = (overlay(*read_pair(pair.image, pair.mask, config), classes) for pair in chosen)
+        rows.append([(pair.name, thumbnail(p)) for pair, p in zip(chosen, laid, strict=True)])
+    if any(rows):
+        save(grid(rows, legend_of(config)), args.picture)
+    problems = list(dict.fromkeys(problems))  # random splits have the same ones
+    print("".join(f"problem: {problem}\n" for problem in problems), end="")
+    if problems:
+        raise UserError(f"{config['data']}: {len(problems)} problem(s), listed above; fix them")

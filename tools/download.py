@@ -31,13 +31,21 @@ MAX_FILE = 1 << 14  # bytes of one PNG; the real ones have at most 1,472
 def download(out: Path, archive: Path | None = None) -> str:
     """Create the data-set folder `out`, new or empty before; returns the digest of its content.
 
-    `archive` is a local zip to read instead of fetching `URL`. UserError if it cannot be read, or
-    holds something else.
+    `archive` is a zip to read instead of `URL`. UserError if it is unreadable or holds other files.
     """
     source = archive or URL
     with new_folder(out) as folder:
         with reading(source, "get it again, or give a local copy: AFO_ARCHIVE=file.zip"):
-            pngs = read_pngs(archive or fetch())
+            if archive is None:
+                print(f"fetching {URL} (28 MB)", flush=True)
+                with urlopen(URL, timeout=30) as response:  # seconds without a byte
+                    archive = io.BytesIO(response.read())
+            pngs = {}
+            with zipfile.ZipFile(archive) as opened:
+                for info in opened.infolist():
+                    match = MEMBER.fullmatch(info.filename)
+                    if match and info.file_size <= MAX_FILE:  # else the digest is another
+                        pngs[match[1]] = opened.read(info)
         hashes = {name: hashlib.sha256(png).hexdigest() for name, png in pngs.items()}
         lines = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes))
         digest = hashlib.sha256(lines.encode()).hexdigest()
@@ -47,24 +55,6 @@ def download(out: Path, archive: Path | None = None) -> str:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(png)
     return digest
-
-
-def fetch() -> io.BytesIO:
-    """Download `URL` into memory."""
-    print(f"fetching {URL} (28 MB)", flush=True)
-    with urlopen(URL, timeout=30) as response:  # seconds without a byte
-        return io.BytesIO(response.read())
-
-
-def read_pngs(archive: Path | io.BytesIO) -> dict[str, bytes]:
-    """Read the PNGs of the known layout from an archive: path in the data set → content."""
-    pngs = {}
-    with zipfile.ZipFile(archive) as opened:
-        for info in opened.infolist():
-            match = MEMBER.fullmatch(info.filename)
-            if match and info.file_size <= MAX_FILE:  # without a larger one the digest is another
-                pngs[match[1]] = opened.read(info)
-    return pngs
 
 
 def main() -> None:

@@ -2,8 +2,7 @@
 
     python data.py generate --out data/generated [--sequences 300 60 60] [--frames K] [--seed 0]
 
-The shapes are markers of a plotting program. All numbers were measured on the real training split
-(128×128): redrawn from fitted shapes, two of three images and nearly all masks are identical.
+Shapes are markers of a plotting program; numbers were measured on the real training split, 128×128.
 """
 
 import argparse
@@ -11,13 +10,13 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 from common import SPLITS, UserError
 
 import numpy as np
 from numpy import ndarray
+from numpy.random import Generator, default_rng
 from PIL import Image
 from tqdm import tqdm
 
@@ -37,10 +36,7 @@ ARRIVED = 1.12, 1.167  # (x, y) in pixels: one unit of the plot's axes, where a 
 
 
 def covered(shape: str, centre: ndarray, diameter: float, xs: ndarray, ys: ndarray) -> ndarray:
-    """Tell which points (`xs`, `ys`) a marker covers, bool of their broadcast shape.
-
-    `centre` (x, y), `diameter` and points are in pixels, y downwards; pixel centres are whole.
-    """
+    """Tell which points a marker covers, bool; in pixels, y downwards, whole at pixel centres."""
     if shape == "square":  # snapped to whole pixels; its boundary is always 7/8 covered
         half = np.floor(0.4 * diameter - 0.4) + 0.375
         x, y = np.round(centre)
@@ -60,36 +56,31 @@ def covered(shape: str, centre: ndarray, diameter: float, xs: ndarray, ys: ndarr
 def resolve(labels: ndarray, colours: ndarray, classes: ndarray) -> tuple[ndarray, ndarray]:
     """Reduce the labels of samples, (8, H, W), to image and mask, both uint8 (H, W, 3).
 
-    `colours` and `classes` (5, 3) hold the colour of each label in the image and in the mask. A
-    pixel of the image is the rounded mean of its samples; in the mask it has a class only where
-    all of them have it, be it in one shape or in several.
+    `colours` and `classes` (5, 3) are those of the labels in the two. A pixel of the image is the
+    rounded mean of its samples; in the mask it has a class only where all of them have it.
     """
     counts = np.stack([(labels == label).sum(axis=0, dtype=np.uint8) for label in range(5)], axis=2)
     image = ((counts @ colours + 4) // 8).astype(np.uint8)
     return image, 255 * (counts @ classes == 8 * 255).astype(np.uint8)
 
 
-def draw_sequence(
-    shape: str, colour: str, size: int, rng: np.random.Generator, frames: int
-) -> Iterator[tuple[int, ndarray, ndarray]]:
+def draw_sequence(shape: str, colour: str, size: int, rng: Generator, frames: int) -> Iterator:
     """Yield frames of a sequence as (number, image, mask), both uint8 (size, size, 3).
 
     `shape` and `colour` are those of the moving object; `frames` are chosen at random, 0: all.
     """
-    scale = size / 128
     # One shape of each other kind stands still; shapes and colours follow the moving one in turn.
     kinds = np.roll([0, 1, 2], -SHAPES.index(shape))
     tints = np.roll(list(COLOURS.values()), -list(COLOURS).index(colour), axis=0)[:3]
     colours = np.array([(255, 255, 255), (0, 0, 0), *tints], np.uint16)
     classes = np.vstack([np.zeros(3), 255 * np.eye(3)[[kinds[0], *kinds]]]).astype(np.uint16)
-
+    scale = size / 128
     diameters = rng.integers(*MARKER_SIZES, 3, endpoint=True) * PIXELS_PER_POINT * scale
     centres = rng.uniform(*CENTRES, (4, 2)) * scale
     still, places = centres[[0, 2, 3]], [centres[1]]  # the target first; a place for each frame
     present = [True, *(rng.random(2) < PRESENCE)]
     while not (np.abs(still[0] - places[-1]) <= np.multiply(ARRIVED, scale)).all():
         places.append(places[-1] + APPROACH * (still[0] - places[-1]))
-
     xs = np.arange(size)[None, None, :] + SAMPLES[:, 0, None, None]
     ys = np.arange(size)[None, :, None] + SAMPLES[:, 1, None, None]
     scene = np.full((len(SAMPLES), size, size), WHITE, np.uint8)
@@ -100,20 +91,6 @@ def draw_sequence(
     for i in sorted(rng.choice(len(places), number, replace=False)):
         mover = covered(shape, places[i], diameters[0], xs, ys)
         yield i + 1, *resolve(np.where(mover & (scene < MOVER), MOVER, scene), colours, classes)
-
-
-def write_sequence(job: tuple, folder: Path, size: int, seed: int, frames: int) -> int:
-    """Draw and save one sequence, `job` = (split, index, total); returns the number of images."""
-    split, index, total = job
-    # A seed for each sequence: its bytes depend neither on the order nor on the other splits.
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    shape, colour = KINDS[index * len(KINDS) // total]  # grouped, as in the real data
-    drawn = list(draw_sequence(shape, colour, size, rng, frames))
-    for frame, image, mask in drawn:
-        name = f"{index + 1:06d}_{shape}_{colour}_{frame:06d}.png"
-        Image.fromarray(image).save(folder / split / "image" / name, compress_level=1)
-        Image.fromarray(mask).save(folder / split / "gt_image" / f"gt_{name}", compress_level=1)
-    return len(drawn)
 
 
 @contextlib.contextmanager
@@ -131,30 +108,36 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(incomplete, ignore_errors=True)
 
 
-def generate(
-    out: Path, sequences: dict[str, int], size: int, seed: int, frames: int = 0, workers: int = 0
-) -> int:
-    """Generate a data set of `size`×`size` RGB PNG pairs in the layout of the real one.
+def generate(out: Path, sequences: dict, size: int, seed: int, frames=0, workers=0) -> int:
+    """Generate `size`×`size` RGB PNG pairs in the layout of the real data; returns their number.
 
-    `sequences` is the number of each split, `frames` that of random frames of each, 0: all. The
-    same seed gives the same bytes, whatever the `workers` (threads, 0: Python's choice). Returns
-    the number of images. UserError if a value is too small or `out` is not empty.
+    `sequences` by split, `frames` (random) of each, 0: all. UserError if `out` is not empty.
     """
     if min(sequences.values()) < 1 or size < 16 or seed < 0 or frames < 0:
         raise UserError("--sequences, --size, --seed, --frames: must be at least 1, 16, 0 and 0")
+
+    def write(split: str, index: int, total: int) -> int:
+        # A seed for each sequence: its bytes depend neither on the order nor on the other splits.
+        rng = default_rng([seed, SPLITS.index(split), index])
+        shape, colour = KINDS[index * len(KINDS) // total]  # grouped, as in the real data
+        drawn = list(draw_sequence(shape, colour, size, rng, frames))
+        for frame, image, mask in drawn:
+            name = f"{index + 1:06d}_{shape}_{colour}_{frame:06d}.png"
+            Image.fromarray(image).save(folder / split / "image" / name, compress_level=1)
+            Image.fromarray(mask).save(folder / split / "gt_image" / f"gt_{name}", compress_level=1)
+        return len(drawn)
+
     jobs = [(split, index, count) for split, count in sequences.items() for index in range(count)]
     with new_folder(out) as folder, ThreadPoolExecutor(workers or None) as pool:
-        for split in sequences:
-            (folder / split / "image").mkdir(parents=True)
-            (folder / split / "gt_image").mkdir()
-        write = partial(write_sequence, folder=folder, size=size, seed=seed, frames=frames)
-        return sum(tqdm(pool.map(write, jobs), "generate", len(jobs), disable=None))
+        for path in [folder / s / kind for s in sequences for kind in ("image", "gt_image")]:
+            path.mkdir(parents=True)
+        done = pool.map(write, *zip(*jobs, strict=True))
+        return sum(tqdm(done, "generate", len(jobs), disable=None))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    counts = {"nargs": 3, "type": int, "default": [300, 60, 60], "metavar": "N"}
-    parser.add_argument("--sequences", help="training, validation, testing", **counts)
+    parser.add_argument("--sequences", nargs=3, type=int, default=(300, 60, 60), metavar=SPLITS)
     parser.add_argument("--frames", type=int, default=0, help="random frames of each; 0: all")
     parser.add_argument("--size", type=int, default=128, help="side of an image in pixels")
     parser.add_argument("--seed", type=int, default=0)
