@@ -113,12 +113,6 @@ def read_mask(path: Path, config: dict) -> np.ndarray:
     return mask
 
 
-def resize(pixels: Tensor, size: list[int], smooth: bool) -> Tensor:
-    """Resize (..., H, W) uint8 to (..., *size): bilinear, antialiased, or else nearest."""
-    mode = F.InterpolationMode.BILINEAR if smooth else F.InterpolationMode.NEAREST_EXACT
-    return F.resize(pixels, size, mode, antialias=smooth)
-
-
 def read_pair(image_path: Path, mask_path: Path, config: dict) -> tuple[Tensor, Tensor]:
     """Read a (channels, H, W) uint8 image and its (H, W) mask, both resized if the config says so.
 
@@ -130,8 +124,8 @@ def read_pair(image_path: Path, mask_path: Path, config: dict) -> tuple[Tensor, 
         sizes = [f"{width}×{height}" for height, width in (mask.shape, image.shape[1:])]
         raise UserError(f"{mask_path}: is {sizes[0]} but its image is {sizes[1]}; make them alike")
     if config["resize"]:
-        image = resize(image, config["resize"], smooth=True)
-        mask = resize(mask[None], config["resize"], smooth=False)[0]
+        image = F.resize(image, config["resize"])  # bilinear; classes cannot be averaged
+        mask = F.resize(mask[None], config["resize"], F.InterpolationMode.NEAREST_EXACT)[0]
     return image, mask
 
 

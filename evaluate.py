@@ -40,9 +40,6 @@ NEEDED |= dict.fromkeys(("pixel_accuracy", "mean_iou", "mean_dice"), float)
 NEEDED |= {"seed": int, "parameters": int, "per_class_iou": dict, "dead_classes": list}
 
 
-# ---- a model on a split
-
-
 @torch.inference_mode()
 def predict_batches(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield the logits (n, C, H, W) of batches of whole (M, channels, H, W) uint8 images.
@@ -130,9 +127,6 @@ def evaluate_checkpoint(
     return row, arrays
 
 
-# ---- tables: of experiments, each a list of rows that differ in their seed
-
-
 def format_stat(values: list, form: str = "{:.4f}", std: bool = False) -> str:
     """Format the mean of values, ± the standard deviation if asked for; – if one is missing."""
     if (stat := mean_std(values)) is None:
@@ -203,9 +197,8 @@ def differences(row: dict, first: dict) -> list[str]:
 def background_only(row: dict) -> dict:
     """Score a model that predicts the first class everywhere, on the split of `row`."""
     true = torch.tensor(row["confusion_matrix"]).sum(dim=1)
-    matrix = torch.zeros(len(true), len(true), dtype=torch.int64)
+    matrix, classes = torch.zeros(len(true), len(true)).long(), list(row["per_class_iou"])
     matrix[:, 0] = true
-    classes = list(row["per_class_iou"])
     name = {"name": f"{classes[0]} only", "parameters": 0, "split": row["split"]}
     return name | metrics.scores(matrix, classes)
 
@@ -215,25 +208,23 @@ def comparison_table(rows: list[dict]) -> str:
     first = rows[0]
     for row in rows:
         if differ := differences(row, first):
-            raise UserError(
-                f"{row['checkpoint']}: differs from {first['checkpoint']} in {', '.join(differ)}; "
-                "such rows cannot share a table, give them apart"
-            )
+            both = f"{row['checkpoint']}: differs from {first['checkpoint']}"
+            raise UserError(f"{both} in {', '.join(differ)}; give them apart")
     experiments, classes = group_rows(rows), list(first["per_class_iou"])
     if "confusion_matrix" not in first:  # of validation: to choose by, so the best comes first
         means = {n: statistics.fmean(r["mean_iou"] for r in e) for n, e in experiments.items()}
         ranked = sorted(experiments, key=means.get, reverse=True)
         return align(tabulate({name: experiments[name] for name in ranked}, COLUMNS))
     nothing = background_only(first)
-    each = {
+    ious = {
         c: lambda rows, c=c: format_stat([r["per_class_iou"][c] for r in rows]) for c in classes
     }
-    lines = align(tabulate({nothing["name"]: [nothing]} | experiments, COLUMNS | each))
+    lines = align(tabulate({nothing["name"]: [nothing]} | experiments, COLUMNS | ious))
     return (
-        "{data}, {split} split, {images} images, {profile} profile. IoU by class at the right.\n"
-        f"{lines}\nPredicting {classes[0]} everywhere has accuracy "
-        f"{nothing['pixel_accuracy']:.3f} and mean IoU {nothing['mean_iou']:.3f}."
-    ).format(**first)
+        f"{first['data']}, {first['split']} split, {first['images']} images, {first['profile']} "
+        f"profile. IoU by class at the right.\n{lines}\nPredicting {classes[0]} everywhere has "
+        f"accuracy {nothing['pixel_accuracy']:.3f} and mean IoU {nothing['mean_iou']:.3f}."
+    )
 
 
 def read_results(path: Path) -> list[dict]:

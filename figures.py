@@ -153,20 +153,3 @@ def intervals(path: Path, samples: dict[str, np.ndarray], whole: float, label: s
     ax.set(ylim=(-0.3, len(samples) - 0.1), xmargin=0.12, xlabel=label)
     figure.legend(handles=[*band, line], loc="outside upper center", ncols=2)
     save(figure, path)
-
-
-def dead_classes(path: Path, rows: dict[str, list[list[str]]]) -> None:
-    """Draw the dead classes of each epoch, a row a run."""
-    counts = np.array(list(zip_longest(*(map(len, row) for row in rows.values()))), float).T
-    last = counts.shape[1]
-    figure, (ax,) = new_figure(max(6.0, min(0.75 * last + 2.5, 12)), 0.26 * len(rows) + 1.1)
-    look = {"cmap": "Oranges", "vmin": -0.2, "vmax": max(4, np.nanmax(counts)), "ec": "white"}
-    ax.pcolormesh(range(1, last + 1), range(len(rows)), counts, shading="nearest", **look)
-    for y, epochs in enumerate(rows.values()):
-        for x, dead in enumerate(epochs, start=1):
-            text = " ".join(name[: 3 if last <= 16 else 1] for name in dead)
-            ax.text(x, y, text, ha="center", va="center", fontsize=7)
-    ax.invert_yaxis()
-    ax.set_yticks(range(len(rows)), rows, fontsize=8)
-    ax.set(xticks=range(1, last + 1), xlabel="epoch (pale: none; empty: the run was shorter)")
-    save(figure, path)

@@ -19,9 +19,6 @@ T_QUANTILES = {
 }
 
 
-# ---- counts and what is read from them
-
-
 def confusion_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
     """Count the pixels of each image by (true class, predicted class), as (N, C, C) int64.
 
@@ -98,9 +95,6 @@ def boundary_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Ten
 def boundary_iou(matrices: Tensor) -> Tensor:
     """Read boundary IoU, (..., C) float64, from `boundary_matrices`; NaN if there is no band."""
     return iou(matrices)[..., :-1]
-
-
-# ---- statistics over seeds
 
 
 def mean_std(values: list[float | None]) -> dict | None:

@@ -50,9 +50,8 @@ class UNet(nn.Module):
             the resolution; the last one maps to the C classes. "classes" stands for C channels: the
             lab's last stage, a bottleneck behind a ReLU in which whole classes can die.
         skip: what a decoder stage sees of the encoder: "pooled" (the lab), the output after
-            pooling, nothing of the full resolution; or "full", the features before pooling
-            (Ronneberger et al. 2015, arXiv:1505.04597), with one more decoder stage, which works at
-            full resolution and ends in a 1×1 conv.
+            pooling; or "full", the features before it (Ronneberger et al. 2015, arXiv:1505.04597),
+            with one more decoder stage, at full resolution, which ends in a 1×1 conv.
         dropout: probability of dropping a channel after each double conv, in [0, 1).
         upsampling_init: how a transposed conv from C channels to C classes starts: "random"
             (PyTorch's), or "bilinear", each channel wired to its own class (Long et al. 2015,
@@ -146,11 +145,8 @@ def build_model(config: dict) -> UNet:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Count the trainable values of a model."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-# ---- checkpoints
+    """Count the values that training changes."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -184,9 +180,6 @@ def restore_model(path: Path, device: torch.device) -> tuple[UNet, dict]:
         model.load_state_dict(checkpoint["model"])
         model.to(device, memory_format=torch.channels_last)
     return model.eval(), checkpoint
-
-
-# ---- where and how precisely to compute
 
 
 def pick_device(name: str) -> torch.device:

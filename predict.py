@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
 from torchvision.transforms.v2 import ToDtype, ToPILImage
+from torchvision.transforms.v2.functional import resize
 
-from data import evenly, read_image, resize
+from data import evenly, read_image
 from evaluate import cost_of, predict_batches
 from figures import grid, overlay, save, thumbnail
 from model import pick_device, pick_precision, read_checkpoint, restore_model, save_checkpoint
@@ -45,7 +46,7 @@ def predict(model: nn.Module, config: dict, images: Tensor) -> Tensor:
     """Predict probabilities (N, C, H, W) float32, on the CPU, of (N, channels, H, W) uint8."""
     dtype = pick_precision(next(model.parameters()).device, config["precision"])
     size, margin = images.shape[2:], model.receptive_radius  # what the model sees around a tile
-    images = resize(images, config["resize"] or size, smooth=True)
+    images = resize(images, config["resize"] or list(size))
     logits = torch.empty(len(images), len(config["classes"]), *images.shape[2:])
     for top, left in product(*(range(0, side, TILE) for side in images.shape[2:])):
         y, x = max(0, top - margin), max(0, left - margin)

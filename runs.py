@@ -97,8 +97,7 @@ def start_run(
     print(f"{run_dir}: training in {machine['precision']}, {name}{done}", flush=True)
     # purge_step drops the events of epochs that will be repeated.
     writer = SummaryWriter(run_dir, purge_step=len(history) + 1)
-    charts = ("mean_iou", "loss")
-    both = {key: ["Multiline", [f"{key}/training", f"{key}/validation"]] for key in charts}
+    both = {k: ["Multiline", [f"{k}/training", f"{k}/validation"]] for k in ("mean_iou", "loss")}
     writer.add_custom_scalars({"training and validation": both})
     return writer
 
@@ -118,24 +117,11 @@ def show_predictions(validation: Split, predictions: Tensor, config: dict) -> Fi
     return grid(rows, legend_of(config))
 
 
-def write_epoch(run_dir: Path, about: dict, parts: dict, history: list, figure: Figure) -> None:
-    """Write metrics.jsonl, last.pt and, if the last epoch is the best, best.pt and its figure.
-
-    last.pt comes last: a run that is killed before it repeats the epoch.
-    """
-    state = {name: part.state_dict() for name, part in parts.items()}
-    if history[-1] is best_of(history):
-        best = about | {"model": state["model"], "epoch": len(history)}
-        save_checkpoint(run_dir / "best.pt", best)
-        save(figure, run_dir / "predictions.png")
-    lines = "".join(json.dumps(entry) + "\n" for entry in history)
-    write_atomically(run_dir / "metrics.jsonl", lines.encode())
-    save_checkpoint(run_dir / "last.pt", about | state | {"history": history})
-
-
-def log_epoch(config: dict, history: list, figure: Figure, writer: SummaryWriter) -> None:
-    """Write the last epoch and the figure of predictions for TensorBoard; print a line."""
-    entry = history[-1]
+def write_epoch(
+    run_dir: Path, about: dict, parts: dict, history: list, figure: Figure, writer: SummaryWriter
+) -> None:
+    """Log and print an epoch; write metrics.jsonl, last.pt and, if it is the best, best.pt."""
+    config, entry, best = about["config"], history[-1], history[-1] is best_of(history)
     epoch, training, validation = (entry[key] for key in ("epoch", "training", "validation"))
     tags = {key: entry[key] for key in ("learning_rate", "images_per_s")}
     for split in ("training", "validation"):
@@ -146,13 +132,20 @@ def log_epoch(config: dict, history: list, figure: Figure, writer: SummaryWriter
             writer.add_scalar(tag, value, epoch)
     writer.add_figure("image | truth | prediction", figure, epoch)
     writer.flush()
+    state = {name: part.state_dict() for name, part in parts.items()}
+    if best:
+        save_checkpoint(run_dir / "best.pt", about | {"model": state["model"], "epoch": epoch})
+        save(figure, run_dir / "predictions.png")
+    lines = "".join(json.dumps(entry) + "\n" for entry in history)
+    write_atomically(run_dir / "metrics.jsonl", lines.encode())
+    # Last of all: a run that is killed before repeats the epoch.
+    save_checkpoint(run_dir / "last.pt", about | state | {"history": history})
     iou, dead = training["mean_iou"] or 0.0, validation["dead_classes"]
     print(
         f"{config['name']} epoch {epoch}/{config['epochs']}  "
         f"loss {training['loss']:.4f} / {validation['loss']:.4f}  "
         f"mean IoU {iou:.4f} / {validation['mean_iou']:.4f}  (training / validation)  "
-        f"{entry['images_per_s']:.0f} images/s"
-        + ("  best" if entry is best_of(history) else "")
+        f"{entry['images_per_s']:.0f} images/s{'  best' * best}"
         + (f"  dead: {', '.join(dead)}" if dead else ""),
         flush=True,
     )

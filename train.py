@@ -4,9 +4,8 @@
                     [--run-dir DIR] [--resume] [--overwrite] [--device DEVICE]
     torchrun --nproc_per_node=N train.py ...    in N processes, each with a share of every batch
 
-Everything random in a step is a function of (seed, step, process), and the order of the images one
-of (seed, pass over the data). So the same seed gives the same weights on the same machine, and a
-run that was killed and resumed ends with the weights of one that was left alone.
+All randomness is a function of seed and step: the same seed gives the same weights on the same
+machine, also in a run that was killed and resumed.
 """
 
 import argparse
@@ -118,14 +117,10 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
 
         if rank == 0:
             figure = runs.show_predictions(validation, predictions, config)
-            runs.log_epoch(config, history, figure, writer)
-            runs.write_epoch(run_dir, about, parts, history, figure)
+            runs.write_epoch(run_dir, about, parts, history, figure, writer)
 
     if rank == 0:
         runs.write_summary(run_dir, about, history, count_parameters(model), writer)
-
-
-# ---- data, schedule, random numbers
 
 
 def load_data(config: dict) -> tuple[Split, Split]:

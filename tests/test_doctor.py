@@ -17,6 +17,7 @@ from runs import locked
 from tools import doctor
 from train import train
 
+CPU = torch.device("cpu")
 CLASSES = ("background", "square", "triangle", "circle")
 FALLING, RISING = [0.7, 0.2, 0.1, 0.06, 0.05, 0.04], [0.6, 0.8, 0.9, 0.93, 0.94, 0.945]
 
@@ -32,9 +33,7 @@ def healthy(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"epochs": 3, "images_per_epoch": 240, "learning_rate": 0.03, "skip": "full"}
     settings |= {"encoder": "[[8, 3]]", "decoder": "[[8, 3], [8, 3]]", "schedule": "one_cycle"}
     with locked(root / "run"):
-        train(
-            load_config([], tiny(data, **settings)), root / "run", torch.device("cpu"), False, False
-        )
+        train(load_config([], tiny(data, **settings)), root / "run", CPU, False, False)
     return root / "run"
 
 
@@ -122,8 +121,6 @@ def test_rare_foreground_matters_only_where_it_is_not_learnt() -> None:
         assert len(found) == number
         assert all("0.075%" in doctor.TEXTS[key].format(**values) for key, values in found)
 
-
-# ---- histories written by hand
 
 STILL, LOW = [1.4, 1.39, 1.4, 1.4, 1.4, 1.38], [0.2] * 6
 CLIMBING, ONE_CYCLE = [0.3, 0.4, 0.5, 0.6, 0.7, 0.75], {"schedule": "one_cycle"}

@@ -191,22 +191,19 @@ def interval_of_fifty(run: Run, arrays: dict[str, np.ndarray], out: Path) -> dic
     shown, score = dict(zip(titles, samples.values(), strict=True)), run.test["mean_iou"]
     figures.intervals(out / "batch-of-50.png", shown, score, f"test mean IoU of {run.experiment}")
     limits = {kind: np.quantile(v, (0.025, 0.975)).tolist() for kind, v in samples.items()}
-    return limits | {
-        **{"interval_model": run.experiment, "whole_score": score, "draws": DRAWS},
-        **{"test_images": run.test["images"], "test_groups": len(np.unique(arrays["groups"]))},
-        "batch_width": limits["batch"][1] - limits["batch"][0],
-    }
+    facts = {"interval_model": run.experiment, "whole_score": score, "draws": DRAWS} | limits
+    return facts | {"test_images": run.test["images"], "test_groups": run.test["groups"]}
 
 
-def show_dead_classes(groups: Groups, out: Path) -> dict:
-    """Show when the models, and the other runs that had one, had a dead class."""
-    every = {}
+def find_dead_classes(groups: Groups) -> dict:
+    """Tabulate when the models, and the other runs that had one, had a dead class."""
+    rows, ever = [["run", "dead classes, an entry an epoch"]], 0
     for run in (run for runs in groups.values() for run in runs):
-        dead = [entry["validation"]["dead_classes"] for entry in run.history]
-        every[f"{run.experiment}, seed {run.seed}"] = dead
-    rows = {n: dead for n, dead in every.items() if any(dead) or n.split(",")[0] in MODELS}
-    figures.dead_classes(out / "dead-classes.png", rows or every)
-    return {"dead_runs": sum(map(any, every.values())), "dead_by_epoch": rows}
+        dead = [", ".join(entry["validation"]["dead_classes"]) or "–" for entry in run.history]
+        ever += set(dead) != {"–"}
+        if set(dead) != {"–"} or run.experiment in MODELS:
+            rows.append([f"{run.experiment}, seed {run.seed}", " / ".join(dead)])
+    return {"dead_runs": ever, "dead_table": markdown(rows)}
 
 
 def tabulate_experiments(groups: Groups, augment: Groups, tune: Groups, out: Path) -> dict:
@@ -221,17 +218,17 @@ def tabulate_experiments(groups: Groups, augment: Groups, tune: Groups, out: Pat
     others = {name: runs for name, runs in groups.items() if name.split("/")[0] not in known}
     if others:
         facts["other_table"] = table(rows_of(others, "test"), ["lab IoU"])
-    overfit = {n.split("/")[1]: r for n, r in groups.items() if n.startswith("overfit/")}
-    if overfit:
+    if overfit := {n.split("/")[1]: r for n, r in groups.items() if n.startswith("overfit/")}:
         curves = panel(overfit, "training") | panel(overfit, "validation")
         lines = [["model", "images", "1.000 in epoch", *curves, "gap", "n"]]
         for name, runs in overfit.items():
             images, reached = str(runs[0].config["limit_images"] or "all"), []
             for ious in curves["training mean IoU"][name]:
-                perfect = (str(i) for i, iou in enumerate(ious, start=1) if iou >= PERFECT)
+                perfect = (str(i) for i, iou in enumerate(ious, start=1) if (iou or 0) >= PERFECT)
                 reached.append(next(perfect, "never"))
             ends = [[values[-1] for values in found[name]] for found in curves.values()]
-            texts = [format_stat(v, std=True) for v in (*ends, np.subtract(*ends).tolist())]
+            gap = np.subtract(*np.array(ends, float)).tolist()
+            texts = [format_stat(values, std=True) for values in (*ends, gap)]
             lines.append([name, images, ", ".join(reached), *texts, str(len(runs))])
         figures.curves(out / "overfit.png", curves)
         facts["overfit_table"] = markdown(lines)

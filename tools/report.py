@@ -12,7 +12,6 @@ import base64
 import json
 import re
 from pathlib import Path
-from string import Template
 
 from common import ROOT, UserError, read_json, reading, require, run, write_atomically
 
@@ -23,22 +22,18 @@ from config import load_config
 from evaluate import differences, read_results
 from metrics import mean_std
 from tools import facts
-from tools.facts import MODELS, Groups
 
 ADVICE = "remove the folder of this run and make it again"
 MACHINE = "{device}, {threads} threads, {precision}, PyTorch {torch}"
 EPOCH = {"loss": float, "mean_iou": (float, type(None)), "dead_classes": list}
 COST = {"images_seen": int, "train_seconds": float}
-RESULTS = {"summary.json": COST, "testing.json": COST | {"confusion_matrix": list}}
+RESULTS = {"summary.json": COST, "testing.json": COST | {"groups": int, "confusion_matrix": list}}
 UNTESTED = ("tune", "overfit")  # they choose settings, and never read the test split
 STATISTICS = ("pixel_accuracy", "mean_iou", "mean_iou_foreground", "mean_dice")
 
 
-def find_runs(root: Path) -> tuple[Groups, list[str]]:
-    """Read every run below a folder: the finished ones, and a line for each unfinished one.
-
-    UserError names the file of a finished run that cannot be used.
-    """
+def find_runs(root: Path) -> tuple[facts.Groups, list[str]]:
+    """Read the finished runs below a folder, and list the others; UserError if one is damaged."""
     groups, left_out = {}, []
     folders = [f for f in root.rglob("seed*") if f.is_dir() and f.name[4:].isdigit()]
     for folder in sorted(folders, key=lambda f: (f.parent, int(f.name[4:]))):
@@ -65,17 +60,16 @@ def find_runs(root: Path) -> tuple[Groups, list[str]]:
     return groups, left_out
 
 
-def comparable(groups: Groups, left_out: list[str]) -> Groups:
+def comparable(groups: facts.Groups, left_out: list[str]) -> facts.Groups:
     """Keep the runs that can share a table with the first one, and list the others."""
-    kept, first = {}, None
+    kept, first = {}, None  # best, ours, may take another budget: a column says so
     for name, runs in groups.items():
         for one in runs:
             first = first or one
             differ = differences(one.validation, first.validation)
             differ += differences(one.test, first.test) if one.test and first.test else []
             seen = {run.validation["images_seen"] for run in (one, first)}
-            if len(seen) > 1 and name != "best":  # ours may take another budget: a column says so
-                differ.append("images seen")
+            differ += ["images seen"] * (len(seen) > 1 and name != "best")
             if terms := ", ".join(dict.fromkeys(differ)):
                 left_out.append(f"`{one.folder}` differs from its table in {terms}.")
             else:
@@ -83,19 +77,18 @@ def comparable(groups: Groups, left_out: list[str]) -> Groups:
     return kept
 
 
-def collect_facts(groups: Groups, left_out: list[str], out: Path) -> dict:
+def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
     """Compute all that the template can say, and draw the figures into a folder."""
-    tables = {"models": {name: groups[name] for name in MODELS if name in groups}}
-    alone = [name for name in (*MODELS, "final") if name not in groups]
-    missing = [f"`make train-{name}` makes {name}." for name in alone]
-    for folder, base in {"augment": "none", "tune": "base", "overfit": None}.items():
+    tables = [{name: groups[name] for name in facts.MODELS if name in groups}]
+    missing = [f"`make train-{n}` makes {n}." for n in (*facts.MODELS, "final") if n not in groups]
+    for folder, base in (("augment", "none"), ("tune", "base"), ("overfit", "")):
         mine = {n.split("/")[1]: runs for n, runs in groups.items() if n.startswith(f"{folder}/")}
         names = {path.stem for path in (ROOT / "configs" / folder).glob("*.yaml")} - mine.keys()
         if names:
             missing.append(f"`make {folder}` makes {', '.join(sorted(names))}.")
-        # the tuned model, which the experiments vary, stands for their base
-        tables[folder] = {base: groups["tuned"]} | mine if mine and "tuned" in groups else mine
-    models, augment, tune = (comparable(table, left_out) for table in tables.values())
+        # the tuned model, which they vary, stands for `base`
+        tables.append({base: groups["tuned"]} | mine if mine and "tuned" in groups else mine)
+    models, augment, tune = (comparable(table, left_out) for table in tables[:3])
     missing += dict.fromkeys(left_out)
     runs = [one for group in groups.values() for one in group]
     profiles = {f"{one.config['profile']} profile on {one.config['data']}" for one in runs}
@@ -116,23 +109,19 @@ def collect_facts(groups: Groups, left_out: list[str], out: Path) -> dict:
         found |= facts.interval_of_fifty(models[judged][0], arrays[judged], out)
     if "tuned" in groups:
         found |= facts.running_average(groups, out)
-    found |= facts.answer_questions(models, augment, tune) | facts.show_dead_classes(groups, out)
+    found |= facts.answer_questions(models, augment, tune) | facts.find_dead_classes(groups)
     return found | facts.tabulate_experiments(groups, augment, tune, out)
 
 
 def fill_template(found: dict, folder: Path) -> tuple[str, str]:
-    """Fill the template: the report as Markdown, and as one HTML file that loads nothing.
-
-    Of a section that lacks a fact only its make target is left. The paths of images start at
-    `folder`; the alternative text of an image is its caption.
-    """
+    """Fill the template: as Markdown, and as one HTML file that loads nothing, not even figures."""
     text, (template, page) = "", (ROOT / "docs" / f"report{n}" for n in ("_template.md", ".html"))
     for section in re.split(r"^(?=#)", template.read_text(encoding="utf-8"), flags=re.M)[1:]:
         heading, _, content = section.partition("\n")
         title, _, target = heading.removesuffix(" -->").partition(" <!-- ")
         try:
             text += f"{title}\n{content.format_map(found)}"
-        except KeyError:
+        except KeyError:  # there is no run that tells
             text += f"{title}\n\nNot run yet: `{target}`.\n\n"
     body = markdown(text, extensions=["tables"]).replace(" ± ", "&nbsp;±&nbsp;")
     for image, caption, source in re.findall(r'<p>(<img alt="(.*?)" src="(.*?)" />)</p>', body):
@@ -140,8 +129,8 @@ def fill_template(found: dict, folder: Path) -> tuple[str, str]:
         embedded = image.replace(source, f"data:image/png;base64,{data}")
         figure = f"<figure>{embedded}<figcaption>{caption}</figcaption></figure>"
         body = body.replace(f"<p>{image}</p>", figure)
-    html = Template(page.read_text(encoding="utf-8"))
-    return text.rstrip() + "\n", html.substitute(title=text.splitlines()[0][2:], body=body)
+    html = page.read_text(encoding="utf-8").replace("$title", text.splitlines()[0][2:])
+    return text.rstrip() + "\n", html.replace("$body", body)
 
 
 def main() -> None:
