@@ -6,7 +6,6 @@ Imported before torch: libgomp reads GOMP_SPINCOUNT when torch loads it.
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import sys
 import time
@@ -74,12 +73,6 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:  # a full disk is reported without a name
         partial.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}); make room") from None
-
-
-def read_json(path: Path) -> object:
-    """Read a JSON file; UserError if it cannot be read."""
-    with reading(path, "remove it and run make again"):
-        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def require(values: dict, kinds: dict[str, type]) -> None:

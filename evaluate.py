@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import ROOT, UserError, code_digest, read_json, reading, require, run, write_atomically
+from common import ROOT, UserError, code_digest, reading, require, run, write_atomically
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from augment import to_float
 from data import SPLITS, evenly, load_split
 from losses import weighted_loss
 from metrics import IGNORE, mean_std
-from model import autocast, count_parameters, pick_device, pick_precision, restore_model
+from model import count_parameters, pick_device, pick_precision, restore_model
 
 BATCH = 32  # images of 128×128; more leave the processor's caches, and were no faster
 SHOWN = 4  # evenly spaced images, and as many of the worst, that are kept for the report
@@ -49,7 +49,7 @@ def predict_batches(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Ite
     device = next(model.parameters()).device
     size = max(1, min(BATCH, BATCH * 128**2 // (images.shape[-2] * images.shape[-1])))
     for batch in images.split(size):
-        with autocast(device, dtype):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(to_float(batch.to(device, non_blocking=True)))
         yield logits
 
@@ -78,7 +78,9 @@ def cost_of(path: Path, checkpoint: dict) -> dict:
     """Look up images_seen and train_seconds of the whole run; None if it is not finished."""
     summary = path.with_name("summary.json")
     with reading(summary, "train this run again"):
-        found = checkpoint.get("cost") or (read_json(summary) if summary.exists() else {})
+        found = checkpoint.get("cost") or (
+            json.loads(summary.read_text()) if summary.exists() else {}
+        )
         return {key: found.get(key) for key in ("images_seen", "train_seconds")}
 
 
@@ -229,8 +231,8 @@ def comparison_table(rows: list[dict]) -> str:
 
 def read_results(path: Path) -> list[dict]:
     """Read rows that --json wrote, or a summary.json; UserError if the file holds anything else."""
-    rows = read_json(path)
     with reading(path, "remove it and run make again"):
+        rows = json.loads(path.read_text(encoding="utf-8"))
         if "validation" in rows:
             rows = [rows | rows["validation"] | {"split": "validation", "checkpoint": str(path)}]
         for row in rows or [{}]:

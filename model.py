@@ -202,17 +202,10 @@ def pick_precision(device: torch.device, name: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Make a context in which convolutions compute in `dtype`; none if it is float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
 def keep_memory(keep: bool = True) -> None:
-    """Keep the memory that a step frees for the next one, or not, where the C library is glibc.
-
-    By default glibc gives every large block back to the system, which zeroes it before it hands
-    it out again: a tenth of a step of the wide models, more in float32.
-    """
+    """Keep the memory that a step frees for the next one, or not, where the C library is glibc."""
+    # By default glibc gives every large block back to the system, which zeroes it before it hands
+    # it out again: a tenth of a step of the wide models, more in float32.
     with contextlib.suppress(OSError, AttributeError):  # another library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0 if keep else 1 << 16)  # M_MMAP_MAX: blocks that are mapped by themselves

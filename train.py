@@ -33,7 +33,7 @@ from data import Split, limit, load_split
 from evaluate import evaluate
 from losses import weighted_loss
 from metrics import IGNORE, confusion_matrices, scores
-from model import autocast, build_model, count_parameters, keep_memory, pick_device, pick_precision
+from model import build_model, count_parameters, keep_memory, pick_device, pick_precision
 
 
 def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overwrite: bool) -> None:
@@ -44,7 +44,8 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
     the very end, summary.json. For `resume` and `overwrite` see `runs.resume_run`. UserError if
     data or config are bad, or a loss is not finite.
     """
-    rank, world = rank_and_world()  # rank 0 writes the files
+    # The number of this process and of all; rank 0 writes the files.
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     dtype, seed = pick_precision(device, config["precision"]), config["seed"]
     epochs, batch_size, classes = config["epochs"], config["batch_size"], list(config["classes"])
 
@@ -85,7 +86,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
             torch.manual_seed(derive_seed(seed, f"step of rank {rank}" if rank else "step", step))
             index = index[rank % len(index) :: world]  # this process's share, never empty
             batch, mask = augment(*take_batch(images, masks, index, config), config)
-            with autocast(device, dtype):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = net(batch)
             loss = weighted_loss(logits, mask, config["loss"])
             optimizer.zero_grad(set_to_none=True)
@@ -169,11 +170,6 @@ def epoch_order(epoch: int, per_epoch: int, total: int, seed: int) -> Tensor:
     return torch.cat(passes)[start % total :][:per_epoch]
 
 
-def rank_and_world() -> tuple[int, int]:
-    """Tell the number of this process and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
@@ -192,8 +188,8 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    rank, _ = rank_and_world()
-    with runs.locked(run_dir) if rank == 0 else contextlib.nullcontext():
+    first = int(os.environ.get("RANK", 0)) == 0
+    with runs.locked(run_dir) if first else contextlib.nullcontext():
         train(config, run_dir, device, args.resume, args.overwrite)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -13,7 +13,7 @@ import json
 import re
 from pathlib import Path
 
-from common import ROOT, UserError, read_json, reading, require, run, write_atomically
+from common import ROOT, UserError, reading, require, run, write_atomically
 
 import numpy as np
 from markdown import markdown
@@ -44,7 +44,7 @@ def find_runs(root: Path) -> tuple[facts.Groups, list[str]]:
             continue
         config, rows = load_config([folder / "config.yaml"]), dict.fromkeys(RESULTS)
         with reading(path := folder / "environment.json", ADVICE):
-            environment = read_json(path)
+            environment = json.loads(path.read_text(encoding="utf-8"))
             MACHINE.format(**environment)
         with reading(path := folder / "metrics.jsonl", ADVICE):
             history = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
