@@ -14,11 +14,7 @@ from metrics import IGNORE
 
 
 def choose_corners(masks: Tensor, crop: int, on_objects: float) -> tuple[Tensor, Tensor]:
-    """Choose top and left, both (N,) int64, of a random crop in each of (N, H, W) masks.
-
-    `crop` is the side in pixels, less than H and W; the share `on_objects` of the crops is placed
-    around a random foreground pixel.
-    """
+    """Choose top and left, (N,) int64, of crops in (N, H, W) masks, a share of them on objects."""
     n, height, width = masks.shape
     choice, pixel, y, x = torch.rand(4, n, device=masks.device)
     top, left = (y * (height - crop + 1)).long(), (x * (width - crop + 1)).long()
@@ -59,11 +55,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, masks: Tensor, config: dict) -> tuple[Tensor, Tensor]:
-    """Augment a batch on its own device, as the augmentation keys of the config say.
-
-    From (N, channels, H, W) uint8 images and (N, H, W) uint8 masks to float32 images in [0, 1] and
-    uint8 masks of the same shapes.
-    """
+    """Augment a batch on its own device: uint8 images to float32 in [0, 1], masks stay uint8."""
     for key, axis in (("vertical_flip", -2), ("horizontal_flip", -1)):
         if config[key] > 0:
             flip = torch.rand(len(images)).lt(config[key]).to(images.device, non_blocking=True)

@@ -74,10 +74,7 @@ def read_image(path: Path, channels: int | None = None) -> np.ndarray:
 
 
 def mask_values(config: dict) -> np.ndarray:
-    """List the values of masks: a row of 3 (colours) or 1 (indices) a class, and one for `ignore`.
-
-    UserError if a class has no colour, or two values are the same.
-    """
+    """List the values of masks: a row of 3 (colours) or 1 (indices) a class, one for `ignore`."""
     with reading("classes, ignore", "see configs/default.yaml for their form"):
         values = np.array([*config["classes"].values()], np.uint8).reshape(-1, 3)
         if config["mask_format"] == "indices":
@@ -114,10 +111,7 @@ def read_mask(path: Path, config: dict) -> np.ndarray:
 
 
 def read_pair(image_path: Path, mask_path: Path, config: dict) -> tuple[Tensor, Tensor]:
-    """Read a (channels, H, W) uint8 image and its (H, W) mask, both resized if the config says so.
-
-    UserError as in `read_image` and `read_mask`, or if the two differ in size.
-    """
+    """Read a (channels, H, W) image and its (H, W) mask, both uint8; UserError if sizes differ."""
     image = torch.from_numpy(read_image(image_path, config["in_channels"])).permute(2, 0, 1)
     mask = torch.from_numpy(read_mask(mask_path, config))
     if image.shape[1:] != mask.shape:
@@ -181,10 +175,7 @@ def find_pairs(config: dict, split: str) -> tuple[list[Pair], list[str]]:
 
 
 def load_split(config: dict, split: str) -> Split:
-    """Load a split through a cache of its decoded files, which is rebuilt when any of them changed.
-
-    UserError if a file is missing, unreadable or of another size.
-    """
+    """Load a split through a cache of its decoded files; UserError if one cannot be used."""
     pairs, problems = find_pairs(config, split)
     if problems:
         more = f" (and {len(problems) - 1} more: `make check` lists them)"

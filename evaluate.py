@@ -42,11 +42,8 @@ NEEDED |= {"seed": int, "parameters": int, "per_class_iou": dict, "dead_classes"
 
 @torch.inference_mode()
 def predict_batches(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield the logits (n, C, H, W) of batches of whole (M, channels, H, W) uint8 images.
-
-    Images larger than 128×128 make smaller batches, so that memory hardly grows with their size.
-    """
-    device = next(model.parameters()).device
+    """Yield the logits (n, C, H, W) of batches of whole (M, channels, H, W) uint8 images."""
+    device = next(model.parameters()).device  # larger images make smaller batches: memory is flat
     size = max(1, min(BATCH, BATCH * 128**2 // (images.shape[-2] * images.shape[-1])))
     for batch in images.split(size):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -248,8 +245,7 @@ def read_results(path: Path) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    files = "best.pt, testing.json or summary.json"
-    parser.add_argument("files", type=Path, nargs="+", metavar="CHECKPOINT", help=files)
+    parser.add_argument("files", type=Path, nargs="+", metavar="CHECKPOINT", help="or JSON of one")
     parser.add_argument("--data", metavar="DIR", help="another data set than it was trained on")
     parser.add_argument("--split", choices=SPLITS, default="testing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")

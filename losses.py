@@ -64,10 +64,7 @@ LOSSES = {
 
 
 def weighted_loss(logits: Tensor, mask: Tensor, weights: dict[str, float]) -> Tensor:
-    """Add up losses by their weights, name in `LOSSES` → weight; a float32 (float64) scalar.
-
-    UserError if no weight is given, or one for an unknown loss or that is not a number.
-    """
+    """Add up losses by weight, name in `LOSSES` → weight; UserError if a name is unknown."""
     for name, weight in weights.items() or [("nothing", None)]:
         if name not in LOSSES or not isinstance(weight, (int, float)):
             known = ", ".join(LOSSES)

@@ -20,10 +20,7 @@ T_QUANTILES = {
 
 
 def confusion_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
-    """Count the pixels of each image by (true class, predicted class), as (N, C, C) int64.
-
-    `prediction` and `mask` are (N, H, W) class indices; where the mask is `IGNORE` nothing counts.
-    """
+    """Count pixels of (N, H, W) by (true class, predicted class): (N, C, C) int64, no `IGNORE`."""
     # Ignored pixels are counted in a cell of their own, and cells by scatter_add_: a boolean index
     # or bincount would make a GPU wait for their number.
     cells = num_classes**2

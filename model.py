@@ -157,10 +157,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 def read_checkpoint(path: Path, device: torch.device) -> dict:
-    """Read what `save_checkpoint` was given, `config` with every key of today's default.yaml.
-
-    Nothing in the file is executed. UserError if it is missing, damaged, or of another project.
-    """
+    """Read what `save_checkpoint` was given; UserError if damaged. Nothing in it is executed."""
     with reading(path, "give a .pt file that train.py wrote"):
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look
             raise ValueError(f"{damaged} in it is damaged")
