@@ -26,19 +26,16 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; print a `UserError`, or a file that cannot be used, in one line and exit with 2.
-
-    All else is a bug and keeps its trace. torchrun ends all processes when one ends: all but rank 0
-    wait before they speak, since most errors are the same everywhere or follow from the first.
-    """
-    rank = int(os.environ.get("RANK", -1))  # -1: not started by torchrun
+    """Call `main`; a `UserError` or an unusable file is printed in one line, exit code 2."""
+    # All else is a bug and keeps its trace. torchrun ends all processes when one ends: all but
+    # rank 0 wait, since most errors are the same everywhere or follow from the first.
     try:
         main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        time.sleep(5 if rank > 0 else 0)
+        time.sleep(5 if os.environ.get("RANK", "0") != "0" else 0)
         if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
             error = UserError(f"{error.filename or 'disk'}: {error.strerror}")
         if not isinstance(error, UserError):

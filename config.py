@@ -80,10 +80,8 @@ def load_config(paths: list[Path], overrides: list[str] = ()) -> dict:
         for key, value in values.items():
             config[key] = check_value(source, key, value, default, allowed)
     if "{split}" not in config["images"] and not any("group" in values for _, values in layers):
-        raise UserError(
-            "group: the splits are chosen at random, so say what in a name must stay in one split, "
-            "as in '^[^_]+' (all before the first _), or '' if each image is independent"
-        )
+        fix = "say what in a name stays together: '^[^_]+' (all before the first _), '' (nothing)"
+        raise UserError(f"group: the splits are chosen at random; {fix}")
     config["name"] = config["name"] or (Path(paths[0]).stem if paths else "default")
     return config
 

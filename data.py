@@ -90,7 +90,7 @@ def read_mask(path: Path, config: dict) -> np.ndarray:
     """Read (H, W) uint8 class indices, or `IGNORE`; UserError if a pixel's value is of no class."""
     values, number = mask_values(config), len(config["classes"])
     if config["mask_format"] == "colours":  # one number for a colour, whatever its alpha
-        pixels, places = read_image(path, 4), np.float32([1 << 16, 1 << 8, 1, 0])
+        pixels, places = read_image(path, 4), np.float32([1 << 16, 1 << 8, 1, 0])  # exact
         codes, known = pixels @ places, values @ places[:3]
     else:  # grey may be written as three equal channels
         pixels = read_image(path)[..., :3]
@@ -142,9 +142,10 @@ def find_pairs(config: dict, split: str) -> tuple[list[Pair], list[str]]:
     patterns = [config[key].replace("{split}", folder) for key in ("images", "masks")]
     found: list[dict[str, Path]] = []  # what * stands for → path
     for pattern in patterns:
-        before, after = map(len, str(Path(pattern)).split("*"))
-        paths = [p for p in root.glob(pattern) if p.name[0] != "."]  # macOS leaves such files
-        found.append({str(p.relative_to(root))[before : -after or None]: p for p in paths})
+        before, after = str(Path(pattern)).split("*")
+        files = [p for p in root.glob(pattern) if p.name[0] != "."]  # macOS leaves such files
+        names = (str(p.relative_to(root)).removeprefix(before).removesuffix(after) for p in files)
+        found.append(dict(zip(names, files, strict=True)))
     images, masks = found
     taken = {*masks.values()}  # both in one folder, a.png and a_mask.png: a mask is no image
     images = {name: path for name, path in images.items() if path not in taken}
@@ -165,8 +166,9 @@ def find_pairs(config: dict, split: str) -> tuple[list[Pair], list[str]]:
         # Groups are sorted by a hash, so that neighbours in name, perhaps in time, are spread.
         groups = sorted({p.group for p in pairs}, key=lambda g: sha256(os.fsencode(g)).digest())
         shares = config["split_shares"]
-        _, i, j = (max(1, round(len(groups) * share / sum(shares))) for share in shares)
-        ends = {"validation": (0, i), "testing": (i, i + j), "training": (i + j, None)}[split]
+        _, val, test = (max(1, round(len(groups) * share / sum(shares))) for share in shares)
+        both = val + test  # training takes the rest
+        ends = {"validation": (0, val), "testing": (val, both), "training": (both, None)}[split]
         chosen = {*groups[slice(*ends)]}
         pairs = [pair for pair in pairs if pair.group in chosen]
         if not pairs and not problems:

@@ -84,6 +84,7 @@ def boundary_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Ten
     bands = []
     for labels in (prediction.where(mask != IGNORE, IGNORE), mask):
         padded = F.pad(labels[:, None].float(), [BOUNDARY] * 4, value=-1)  # no class has this value
+        # −max(−x) is the minimum: where both are the same, the window holds one class alone.
         high, low = (s * F.max_pool2d(s * padded, 2 * BOUNDARY + 1, 1)[:, 0] for s in (1, -1))
         bands.append(labels.masked_fill((high == low) | (labels == IGNORE), num_classes))
     return confusion_matrices(*bands, num_classes + 1)

@@ -52,7 +52,8 @@ def resume_run(
     starts over where that cannot be. Returns the epochs so far, none if it starts over. UserError
     if there is a run that can neither be resumed nor overwritten.
     """
-    path, why = run_dir / "last.pt", "which --resume goes on with"
+    path = run_dir / "last.pt"
+    why = "which --resume goes on with" if path.exists() else "without last.pt to go on from"
     there = {file.name for file in run_dir.glob("*")} - {"lock"}
     if there and "config.yaml" not in there:
         raise UserError(f"{run_dir}: holds other files than a run; give another --run-dir")

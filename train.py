@@ -60,9 +60,9 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
     model = build_model(config).to(device, memory_format=torch.channels_last)
     try_batch(model, images, masks, config, min(2, per_epoch % batch_size or batch_size))
     optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"], fused=True)
-    scheduler = make_scheduler(optimizer, config["schedule"], steps * epochs)
+    scheduler = make_scheduler(optimizer, config["schedule"], steps * epochs, config["warm_up"])
 
-    # ---- start over, or go on after the last finished epoch
+    # ---- start over, or go on after the last finished epoch; `about` is in every checkpoint
     about = {"config": config, "data_digest": training.digest, "code": code_digest()}
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     history = runs.resume_run(run_dir, about, parts, resume, overwrite)  # an entry an epoch
@@ -81,8 +81,9 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
         loss_sum = torch.zeros((), device=device)
         matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
         batches = epoch_order(epoch, per_epoch, len(images), seed).split(batch_size)
-        title = f"{config['name']} epoch {epoch + 1}/{epochs}"
-        for step, index in enumerate(tqdm(batches, title, disable=rank > 0 or None), epoch * steps):
+        title, first_step = f"{config['name']} epoch {epoch + 1}/{epochs}", epoch * steps
+        bar = tqdm(batches, title, disable=rank > 0 or None)  # None: a bar in a terminal only
+        for step, index in enumerate(bar, first_step):
             torch.manual_seed(derive_seed(seed, f"step of rank {rank}" if rank else "step", step))
             index = index[rank % len(index) :: world]  # this process's share, never empty
             batch, mask = augment(*take_batch(images, masks, index, config), config)
@@ -106,10 +107,11 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
         if not math.isfinite(train_loss + val_loss):
             found = f"{train_loss} in training and {val_loss} in validation"
             raise UserError(f"{run_dir}: {title}: the loss is {found}; lower learning_rate")
-        before = history[-1]["train_seconds"] if history else 0
         entry = {
-            **{"epoch": epoch + 1, "images_seen": (epoch + 1) * per_epoch},
-            **{"train_seconds": before + seconds, "images_per_s": per_epoch / seconds},
+            "epoch": epoch + 1,
+            "images_seen": (epoch + 1) * per_epoch,
+            "train_seconds": seconds + (history[-1]["train_seconds"] if history else 0),
+            "images_per_s": per_epoch / seconds,
             "learning_rate": scheduler.get_last_lr()[0],
             "training": {"loss": train_loss, **scores(matrix, classes)},
             "validation": {"loss": val_loss, **scores(matrices.sum(dim=0), classes)},
@@ -143,14 +145,14 @@ def try_batch(model: nn.Module, images: Tensor, masks: Tensor, config: dict, siz
         weighted_loss(copy.deepcopy(model).train()(batch), mask, config["loss"])
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, schedule: str, steps: int) -> LRScheduler:
-    """Make the learning-rate schedule, stepped after every batch."""
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, schedule: str, steps: int, warm_up: float
+) -> LRScheduler:
+    """Make the schedule of learning rate and Adam's first beta, stepped after every batch."""
     if schedule == "constant":
         return ConstantLR(optimizer, factor=1.0)
-    # One step more, since the rate is noted after the last one. 0.21, since OneCycleLR divides by
-    # zero where the warm-up is exactly one step.
-    peak = optimizer.param_groups[0]["lr"]
-    return OneCycleLR(optimizer, peak, steps + 1, pct_start=0.21)
+    # One step more, since the rate is noted after the last one.
+    return OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], steps + 1, pct_start=warm_up)
 
 
 def derive_seed(seed: int, stream: str, index: int) -> int:

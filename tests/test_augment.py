@@ -37,13 +37,6 @@ def noise(count: int, channels: int = 3, side: int = 16) -> tuple[Tensor, Tensor
     return images, torch.randint(4, (count, side, side), generator=generator, dtype=torch.uint8)
 
 
-def back(images: Tensor) -> Tensor:
-    """Convert floats in [0, 1] to the uint8 they came from; fails if they came from none."""
-    scaled = images * 255
-    assert (scaled - scaled.round()).abs().max() < 1e-3
-    return scaled.round().to(torch.uint8)
-
-
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
@@ -87,13 +80,6 @@ def test_every_crop_on_objects_shows_one(crop: int) -> None:
     assert ((mask == 2).sum(dim=(1, 2)) == 1).all()
 
 
-def test_object_lies_anywhere_in_its_crop() -> None:
-    mask = torch.zeros(9, 9, dtype=torch.uint8)
-    mask[4, 4] = 1
-    counts = crops_of(mask, 300, crop=4, on_objects=1.0).sum(dim=0, dtype=torch.int64)
-    assert counts.sum() == 300 and counts.min() >= 5  # about 19 each
-
-
 @pytest.mark.parametrize(
     ("value", "share", "low", "high"),
     [(1, 0.3, 80, 160), (IGNORE, 1.0, 0, 5), (0, 1.0, 0, 0)],  # 120 ± 9; no object: at random
@@ -105,12 +91,13 @@ def test_share_of_crops_on_objects(value: int, share: float, low: int, high: int
     assert low <= int(found.sum()) <= high
 
 
-def test_every_foreground_pixel_is_as_likely() -> None:
+def test_every_foreground_pixel_is_as_likely_and_lies_anywhere_in_its_crop() -> None:
     mask = torch.zeros(40, 40, dtype=torch.uint8)
-    mask[:2, :2], mask[30:32, 30:32] = 1, 3
-    crops = crops_of(mask, 300, crop=4, on_objects=1.0)
-    first, second = (int((crops == c).flatten(1).any(dim=1).sum()) for c in (1, 3))
-    assert first + second == 300 and 110 < first < 190
+    mask[4, 4], mask[30, 30] = 1, 3
+    crops = crops_of(mask, 600, crop=4, on_objects=1.0)
+    first, second = ((crops == c).sum(dim=0) for c in (1, 3))
+    assert first.sum() + second.sum() == 600 and 240 < first.sum() < 360  # 300 ± 12
+    assert min(first.min(), second.min()) >= 5  # about 19 at each place
 
 
 @pytest.mark.parametrize("crop", [0, 10, 999])
@@ -124,23 +111,14 @@ def test_crop_of_the_image_or_more_is_the_whole(crop: int) -> None:
 # ---- flips
 
 
-@pytest.mark.parametrize(("key", "axis"), [("vertical_flip", 1), ("horizontal_flip", 2)])
-def test_certain_flip(key: str, axis: int) -> None:
-    images, masks = labelled(3, 7, 5)
-    out, mask = augment(images, masks, settings(**{key: 1.0}))
-    assert np.array_equal(back(out).numpy(), np.flip(images.numpy(), axis + 1))
-    assert np.array_equal(mask.numpy(), np.flip(masks.numpy(), axis))
-
-
 def test_each_image_is_flipped_by_itself_and_its_mask_with_it() -> None:
     images, masks = labelled(400)
     out, mask = augment(images, masks, settings(vertical_flip=0.3, horizontal_flip=0.5))
-    out = back(out)
-    assert torch.equal(out[:, 2], mask)
     kinds = {(False, False): 0, (False, True): 0, (True, False): 0, (True, True): 0}
-    for image, part, whole in zip(out, mask, masks, strict=True):
+    for image, part, plain, whole in zip(out, mask, images, masks, strict=True):
         upside_down, mirrored = bool(image[0, 0, 0] > 0), bool(image[1, 0, 0] > 0)
-        axes = [axis for axis, flipped in enumerate((upside_down, mirrored)) if flipped]
+        axes = [axis for axis, flipped in ((-2, upside_down), (-1, mirrored)) if flipped]
+        assert torch.equal(image, plain.flip(axes) / 255)
         assert torch.equal(part, whole.flip(axes))
         kinds[upside_down, mirrored] += 1
     for (upside_down, _), count in kinds.items():  # independent: 0.15 or 0.35 of 400, ± 4 σ

@@ -1,4 +1,4 @@
-"""Tests of data.py, tools/check.py and pictures: pairs, splits, the cache, bad files."""
+"""Tests of data.py, tools/check.py and pictures: pairs, splits, the cache, damaged files."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,6 @@ from figures import colourise, overlay, thumbnail
 from metrics import IGNORE
 from train import load_data
 
-STRAY = r"1 pixels are of no class, the first is \[9, 8, 7\] at x=1"
 TWO = {"water": [0, 0, 0], "lily": [255, 255, 255]}
 
 
@@ -125,19 +124,16 @@ def test_masks_of_indices_and_ignored_pixels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pixels", "keys", "says"),
     [
-        ([[[0, 0, 0], [9, 8, 7]]], {}, STRAY),
+        ([[[0, 0, 0], [9, 8, 7]]], {}, r"1 pixels are of no class, the first is \[9, 8, 7\] at x=1"),
         ([[0, 1, 2]], {}, "set mask_format: indices"),
         ([[[255, 0, 0]]], {"mask_format": "indices"}, "set mask_format: colours"),
         ([[0, 255]], {"mask_format": "indices"}, r"set ignore: \[255\]"),
     ],
 )
-def test_mask_that_does_not_fit_says_what_to_set(
-    tmp_path: Path, pixels: list, keys: dict, says: str
-) -> None:
+def test_unfit_mask_says_what_to_set(tmp_path: Path, pixels: list, keys: dict, says: str) -> None:
     path = save(tmp_path / "m.png", pixels)
-    with pytest.raises(UserError, match=says) as caught:
+    with pytest.raises(UserError, match=f"{path}: .*{says}"):
         d.read_mask(path, config_for(tmp_path, **keys))
-    assert str(path) in str(caught.value)
 
 
 def test_images_of_any_kind(tmp_path: Path) -> None:
@@ -173,7 +169,6 @@ def test_damaged_image_or_mask_is_one_line(dataset: Path, tmp_path: Path, kind: 
     [
         ({"images": "photos"}, "images, masks: must be paths"),
         ({"classes": {"a": [0, 0, 0]}}, "classes, ignore"),
-        ({"classes": {"a": [0, 0, 0], "b": [0, 0, 0]}}, "classes, ignore"),
         ({"classes": {"a": [0, 0, 0], "b": "red"}}, "classes, ignore"),
         ({"ignore": [255, 0, 0]}, "classes, ignore"),
         ({"resize": [4]}, "resize"),
@@ -186,9 +181,9 @@ def test_bad_keys_are_named(dataset: Path, keys: dict, says: str) -> None:
         d.load_split(config_for(dataset) | keys, "training")
 
 
-def test_check_lists_everything(root: Path, tmp_path: Path, script, call) -> None:
-    good = script("data.py", "check", root, "--picture", tmp_path / "good.png")
-    assert good.returncode == 0 and "problem" not in good.stdout
+def test_check_lists_everything(root: Path, tmp_path: Path, call) -> None:
+    code, out, _ = call(d.main, "check", root, "--picture", tmp_path / "good.png")
+    assert code == 0 and "problem" not in out
     assert Image.open(tmp_path / "good.png").width > 500
     first, second, third, *_ = sorted((root / "training/image").iterdir())
     for path in (first, *sorted((root / "validation/gt_image").iterdir())[:2]):

@@ -22,7 +22,6 @@ from metrics import (
 )
 
 CLASSES = ["background", "square", "triangle", "circle"]
-MEANS = ("pixel_accuracy", "mean_iou", "mean_iou_foreground", "mean_dice")
 
 
 def pair(seed: int, classes: int = 4, ignored: float = 0.2) -> tuple[Tensor, Tensor]:
@@ -38,31 +37,20 @@ def split_matrix(prediction: Tensor, mask: Tensor, classes: int = 4) -> Tensor:
     return confusion_matrices(prediction, mask, classes).sum(dim=0)
 
 
-def loop_matrix(prediction: Tensor, mask: Tensor, classes: int) -> list[list[int]]:
-    """Count the pixels one by one, a row for each true class."""
-    counts = [[0] * classes for _ in range(classes)]
-    for p, t in zip(prediction.flatten().tolist(), mask.flatten().tolist(), strict=True):
-        if t != 255:
-            counts[t][p] += 1
-    return counts
-
-
 # ---- the confusion matrix
 
 
 @pytest.mark.parametrize("ignored", [0, 0.3, 1])
-@pytest.mark.parametrize("classes", [2, 4, 7])
-def test_each_image_is_counted_as_by_a_double_loop(classes: int, ignored: float) -> None:
+@pytest.mark.parametrize("classes", [2, 4, 7, 255])  # 255²: more than the mask's type can hold
+def test_each_image_is_counted_as_by_a_loop(classes: int, ignored: float) -> None:
     prediction, mask = pair(classes, classes, ignored)
     matrices = confusion_matrices(prediction, mask, classes)
     assert matrices.dtype == torch.int64 and len(matrices) == len(mask)
-    for matrix, p, t in zip(matrices, prediction, mask, strict=True):
-        assert matrix.tolist() == loop_matrix(p, t, classes)
-
-
-def test_255_classes_do_not_overflow_the_type_of_the_mask() -> None:
-    mask = torch.arange(255, dtype=torch.uint8).view(1, 1, 255)
-    assert torch.equal(split_matrix(mask, mask, 255), torch.eye(255, dtype=torch.int64))
+    counts = np.zeros((len(mask), classes, classes), int)
+    for n, y, x in product(*map(range, mask.shape)):
+        if mask[n, y, x] != 255:
+            counts[n, int(mask[n, y, x]), int(prediction[n, y, x])] += 1
+    assert matrices.tolist() == counts.tolist()
 
 
 # ---- the scores
@@ -93,14 +81,6 @@ def test_scores_are_their_definitions(seed: int) -> None:
     assert result["pixel_accuracy"] == pytest.approx(right)
     assert result["dead_classes"] == []
     assert json.loads(json.dumps(result)) == result  # plain data
-
-
-@pytest.mark.parametrize(("shift", "expected"), [(0, 1), (1, 0)])
-def test_perfect_and_worst_prediction(shift: int, expected: int) -> None:
-    matrix = torch.diag(torch.tensor([900, 40, 30, 20])).roll(shift, dims=1)  # the next class
-    result = scores(matrix, CLASSES)
-    assert [result[key] for key in MEANS] == [expected] * 4
-    assert result["dead_classes"] == []  # wrong everywhere, but all are predicted
 
 
 def test_background_everywhere_is_accurate_and_bad() -> None:
@@ -134,8 +114,8 @@ def test_class_predicted_but_not_there_scores_zero_and_is_not_dead() -> None:
 
 def test_all_ignored() -> None:
     result = scores(split_matrix(*pair(0, ignored=1)), CLASSES)
-    assert [result[key] for key in MEANS] == [None] * 4
-    assert set(result["per_class_iou"].values()) == {None}
+    assert result["pixel_accuracy"] is result["mean_iou"] is result["mean_dice"] is None
+    assert result["mean_iou_foreground"] is None and {*result["per_class_iou"].values()} == {None}
     assert result["dead_classes"] == []
 
 

@@ -81,7 +81,7 @@ def test_every_step_of_every_seed_draws_other_numbers() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 100])
 def test_one_cycle_rises_to_the_peak_and_falls_to_nothing(steps: int) -> None:
     optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=0.01)
-    scheduler, rates = make_scheduler(optimizer, "one_cycle", steps), []
+    scheduler, rates = make_scheduler(optimizer, "one_cycle", steps, 0.21), []
     for _ in range(steps):
         rates.append(scheduler.get_last_lr()[0])
         optimizer.step(), scheduler.step()
