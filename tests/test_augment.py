@@ -76,7 +76,6 @@ def test_every_crop_on_objects_shows_one(crop: int) -> None:
     masks = torch.eye(64, dtype=torch.uint8).view(-1, 8, 8) * 2  # one foreground pixel each
     config = settings(crop=crop, crop_on_objects=1.0)
     _, mask = take_batch(masks[:, None], masks, torch.arange(64).repeat(3), config)
-    assert mask.shape == (192, crop, crop)
     assert ((mask == 2).sum(dim=(1, 2)) == 1).all()
 
 
@@ -130,9 +129,7 @@ def test_each_image_is_flipped_by_itself_and_its_mask_with_it() -> None:
 
 @pytest.mark.parametrize("sigma", [0.1, 0.8, 5.0])
 @pytest.mark.parametrize("kernel", [3, 5])
-def test_blur_is_a_convolution_with_a_gaussian_and_leaves_masks_alone(
-    sigma: float, kernel: int
-) -> None:
+def test_blur_is_a_gaussian_and_leaves_masks_alone(sigma: float, kernel: int) -> None:
     images, masks = noise(3)
     config = settings(blur=1.0, blur_kernel=kernel, blur_sigma=[sigma, sigma])
     out, mask = augment(images, masks.clone(), config)
@@ -200,7 +197,6 @@ def test_shapes_types_range_and_untouched_input(channels: int) -> None:
     assert batch.shape == (20, channels, 8, 8) and mask.shape == (20, 8, 8)
     assert batch.dtype == torch.float32 and mask.dtype == torch.uint8
     assert batch.is_contiguous(memory_format=torch.channels_last)
-    assert torch.isfinite(batch).all()
     assert batch.min() >= -1e-6 and batch.max() <= 1 + 1e-6  # a blur of white may round up
     assert torch.equal(images, before[0]) and torch.equal(masks, before[1])
 

@@ -86,12 +86,10 @@ def test_cache_is_made_once_and_again_when_a_file_changes(root: Path) -> None:
 def test_configs_of_one_folder_keep_their_caches(pond: dict) -> None:
     others = [{"split_shares": [0.5, 0.25, 0.25]}, {"group": ""}, {"classes": TWO | {"x": [1] * 3}}]
     configs = [pond, *(pond | other for other in others)]
-    first = [d.load_split(config, "training") for config in configs]
-    found = Path(pond["data"]).glob(".cache/training-*")
-    caches = {path: path.stat().st_mtime_ns for path in found}
-    again = [d.load_split(config, "training") for config in configs]
-    assert len(caches) == 4 and [s.digest for s in first] == [s.digest for s in again]
-    assert all(path.stat().st_mtime_ns == time for path, time in caches.items())
+    first = [d.load_split(config, "training").digest for config in configs]
+    caches = {p: p.stat().st_mtime_ns for p in Path(pond["data"]).glob(".cache/training-*")}
+    assert [d.load_split(config, "training").digest for config in configs] == first
+    assert len(caches) == 4 and all(p.stat().st_mtime_ns == time for p, time in caches.items())
 
 
 def test_data_in_a_read_only_folder(root: Path, tmp_path: Path, monkeypatch) -> None:
@@ -124,7 +122,7 @@ def test_masks_of_indices_and_ignored_pixels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pixels", "keys", "says"),
     [
-        ([[[0, 0, 0], [9, 8, 7]]], {}, r"1 pixels are of no class, the first is \[9, 8, 7\] at x=1"),
+        ([[[0, 0, 0], [9, 8, 7]]], {}, r"1 pixels are of no class, .* \[9, 8, 7\] at x=1"),
         ([[0, 1, 2]], {}, "set mask_format: indices"),
         ([[[255, 0, 0]]], {"mask_format": "indices"}, "set mask_format: colours"),
         ([[0, 255]], {"mask_format": "indices"}, r"set ignore: \[255\]"),
@@ -141,10 +139,9 @@ def test_images_of_any_kind(tmp_path: Path) -> None:
     assert d.read_image(half, 3).tolist() == [[[255, 0, 0], [255, 255, 255]]]  # shown on white
     assert d.read_image(half, 4)[0, 1, 3] == 0
     assert d.read_image(half, 1).shape == (1, 2, 1)
-    turned = Image.new("RGB", (4, 2))
-    exif = turned.getexif()
+    exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
-    turned.save(tmp_path / "b.jpg", exif=exif)
+    Image.new("RGB", (4, 2)).save(tmp_path / "b.jpg", exif=exif)
     assert d.read_image(tmp_path / "b.jpg", 3).shape == (4, 2, 3)
     Image.fromarray(np.zeros((2, 2), np.uint16)).save(tmp_path / "c.png")
     with pytest.raises(UserError, match=r"c\.png: has (16 bits|pixels of mode)"):
@@ -169,7 +166,6 @@ def test_damaged_image_or_mask_is_one_line(dataset: Path, tmp_path: Path, kind: 
     [
         ({"images": "photos"}, "images, masks: must be paths"),
         ({"classes": {"a": [0, 0, 0]}}, "classes, ignore"),
-        ({"classes": {"a": [0, 0, 0], "b": "red"}}, "classes, ignore"),
         ({"ignore": [255, 0, 0]}, "classes, ignore"),
         ({"resize": [4]}, "resize"),
         ({"group": "("}, "group"),
@@ -195,23 +191,19 @@ def test_check_lists_everything(root: Path, tmp_path: Path, call) -> None:
     mask = root / "training/gt_image" / f"gt_{third.name}"
     shutil.copy(mask, root / "testing/gt_image" / f"gt_{copied}")
     code, out, error = call(d.main, "check", root)
-    problems = [line for line in out.splitlines() if line.startswith("problem: ")]
     assert code == 2 and error.endswith("6 problem(s), listed above; fix them\n")
-    assert len(problems) == 6
+    assert out.count("problem: ") == 6
     same = f"{copied}: is also in training ({third})"
     for said in (f"gt_{first.name}: has no", f"{second}: cannot be read", "9×9", same):
-        assert sum(said in line for line in problems) == 1, said
+        assert out.count(said) == 1, said
     with pytest.raises(UserError, match=r"\.png: has no .*gt_.* \(and 1 more"):
         d.load_split(config_for(root), "validation")
 
 
-def test_two_sizes_need_resize(pond: dict) -> None:
+def test_two_sizes_and_splits_of_ignored_pixels_are_refused_at_once(pond: dict) -> None:
     with pytest.raises(UserError, match="set `resize`"):
         d.load_split(pond | {"resize": []}, "training")
     assert not list(Path(pond["data"]).glob(".cache/training*"))
-
-
-def test_split_of_ignored_pixels_is_refused_at_once(pond: dict) -> None:
     for mask in Path(pond["data"]).glob("*_mask.png"):
         Image.new("RGB", Image.open(mask).size, (9, 9, 9)).save(mask)
     with pytest.raises(UserError, match="ignore: leaves no pixel of the training split"):

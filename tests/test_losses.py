@@ -93,11 +93,8 @@ def test_class_absent_from_the_batch(name: str) -> None:
     assert LOSSES[name](logits, mask).item() == pytest.approx(LOOPS[name](logits, mask))
 
 
-@pytest.mark.parametrize(
-    "weights",
-    [{"dice_pooled": 2}, {"cross_entropy": 0.5, "dice_per_class": 3.0, "dice_pooled": 0}],
-)
-def test_weighted_sum(weights: dict[str, float]) -> None:
+def test_weighted_sum() -> None:
+    weights = {"cross_entropy": 0.5, "dice_per_class": 3.0, "dice_pooled": 2}
     logits, mask = batch()
     expected = sum(weight * LOOPS[name](logits, mask) for name, weight in weights.items())
     assert weighted_loss(logits, mask, weights).item() == pytest.approx(expected)
