@@ -29,7 +29,7 @@ from augment import to_float
 from data import SPLITS, evenly, load_split
 from losses import weighted_loss
 from metrics import IGNORE, mean_std
-from model import count_parameters, pick_device, pick_precision, restore_model
+from model import count_parameters, keep_memory, pick_device, pick_precision, restore_model
 
 BATCH = 32  # images of 128×128; more leave the processor's caches, and were no faster
 SHOWN = 4  # evenly spaced images, and as many of the worst, that are kept for the report
@@ -102,8 +102,7 @@ def evaluate_checkpoint(
         raise UserError(f"{data}: ignore: leaves no pixel of the {split} split")
     pairs = zip(predictions.split(64), masks.split(64), strict=True)
     bands = sum(metrics.boundary_matrices(*pair, len(classes)).sum(dim=0) for pair in pairs)
-    took = time.perf_counter() - started
-    print(f"{path}: {len(masks)} images of {data}/{split} in {took:.1f} s", file=sys.stderr)
+    print(f"{path}: {len(masks)} images, {time.perf_counter() - started:.1f} s", file=sys.stderr)
     worst: dict[str, int] = {}  # group → its worst image, groups from the worst
     for i in metrics.mean_iou(matrices).nan_to_num(1).argsort(stable=True).tolist():
         worst.setdefault(groups[i], i)
@@ -253,6 +252,7 @@ def main() -> None:
     parser.add_argument("--goal", type=float, metavar="IOU", help="fail unless all runs reach it")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
     args = parser.parse_args()
+    keep_memory()
     rows, device = [], pick_device(args.device)
     for path in args.files:
         if path.suffix == ".json":

@@ -67,12 +67,13 @@ def grid(rows: list[list[tuple[str, Tensor]]], legend: dict[str, list[int]]) -> 
     high = min(2, max(picture.shape[1] / picture.shape[2] for row in rows for _, picture in row))
     height = 0.6 + len(rows) * (inches * high + 0.25)
     figure = Figure(figsize=(max(4, inches * columns), height), dpi=110)
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.6 / height, wspace=0.04)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.6 / height, wspace=0.05)
     bare = {"frame_on": False, "xticks": [], "yticks": []}
     axes = figure.subplots(len(rows), columns, squeeze=False, subplot_kw=bare)
     for y, row in enumerate(rows):
         for ax, (caption, picture) in zip(axes[y], row, strict=False):
             ax.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+            ax.set(frame_on=True)  # a white picture has no edge of its own
             ax.set_title(caption[-25:], fontsize=7, pad=2, parse_math=False)
     handles = [Patch(fc=np.divide(c, 255), ec="grey", label=name) for name, c in legend.items()]
     figure.legend(handles=handles, loc="upper center", ncols=min(6, len(handles)), fontsize=8)

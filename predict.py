@@ -26,7 +26,7 @@ from torchvision.transforms.v2.functional import resize
 from data import evenly, read_image
 from evaluate import cost_of, predict_batches
 from figures import grid, overlay, save, thumbnail
-from model import pick_device, pick_precision, read_checkpoint, restore_model, save_checkpoint
+from model import keep_memory, pick_device, pick_precision, restore_model, save_checkpoint
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 BATCH = 32  # images that are read at once; those of one size are predicted together,
@@ -147,7 +147,7 @@ def export(model: nn.Module, config: dict, path: Path) -> None:
 
 def slim(checkpoint: Path, path: Path) -> None:
     """Write what a checkpoint needs to predict and be evaluated, its weights in float16."""
-    content = read_checkpoint(checkpoint, torch.device("cpu"))
+    _, content = restore_model(checkpoint, torch.device("cpu"))
     kept = {k: content[k] for k in ("config", "data_digest", "code", "epoch") if k in content}
     state = {k: v.half() if v.is_floating_point() else v for k, v in content["model"].items()}
     save_checkpoint(path, kept | {"model": state, "cost": cost_of(checkpoint, content)})
@@ -166,6 +166,7 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.images or args.export or args.slim):
         raise UserError('name images or folders: make predict IMAGES="photo.jpg folder/"')
+    keep_memory()
     model, config = load_model(args.checkpoint, args.device)
     if args.images:
         predict_files(model, config, args.images, args.out, args.probabilities)

@@ -190,8 +190,7 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    first = int(os.environ.get("RANK", 0)) == 0
-    with runs.locked(run_dir) if first else contextlib.nullcontext():
+    with contextlib.nullcontext() if int(os.environ.get("RANK", 0)) else runs.locked(run_dir):
         train(config, run_dir, device, args.resume, args.overwrite)
     if dist.is_initialized():
         dist.destroy_process_group()

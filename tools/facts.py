@@ -24,7 +24,6 @@ VERDICTS = {
     "one seed": '**Cannot be told from one seed** (`SEEDS="0 1 2"` adds seeds)',
 }
 
-
 # A finished run: the content of its files. `validation` and `test` are rows of tables; `test` is
 # None where the test split is never read.
 Run = namedtuple("Run", "experiment seed folder config environment history validation test")
