@@ -34,6 +34,8 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # as in: python evaluate.py … | head
+        os._exit(141)
     except Exception as error:
         time.sleep(5 if os.environ.get("RANK", "0") != "0" else 0)
         if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):

@@ -2,8 +2,7 @@
 
     python config.py --config configs/tuned.yaml configs/quick.yaml --set batch_size=64
 
-prints the resolved config, a flat mapping. default.yaml is the schema: it has every key, and a
-value has the type of the one there. allowed.yaml beside it says which values a key may have.
+prints the resolved config. default.yaml has every key, by type; allowed.yaml has their ranges.
 """
 
 import argparse

@@ -76,6 +76,9 @@ def read_image(path: Path, channels: int | None = None) -> np.ndarray:
 def mask_values(config: dict) -> np.ndarray:
     """List the values of masks: a row of 3 (colours) or 1 (indices) a class, one for `ignore`."""
     with reading("classes, ignore", "see configs/default.yaml for their form"):
+        for name, colour in config["classes"].items():
+            if type(name) is not str or [type(value) for value in colour] != [int] * 3:
+                raise ValueError(f"{name}: give a name, quoted, and a colour [r, g, b]")
         values = np.array([*config["classes"].values()], np.uint8).reshape(-1, 3)
         if config["mask_format"] == "indices":
             values = np.arange(len(values), dtype=np.uint8)[:, None]

@@ -270,7 +270,7 @@ def main() -> None:
     if args.goal is not None:
         seconds = [row.get("train_seconds") or math.nan for row in rows]  # nan: unfinished
         print(f"median {statistics.median(seconds):.1f} s of training")
-        if any(map(math.isnan, seconds)) or min(row["mean_iou"] for row in rows) < args.goal:
+        if any(map(math.isnan, seconds)) or not min(row["mean_iou"] for row in rows) >= args.goal:
             raise UserError(f"mean IoU {args.goal}: a run has not reached it, or is not finished")
 
 

@@ -81,10 +81,7 @@ def grid(rows: list[list[tuple[str, Tensor]]], legend: dict[str, list[int]]) -> 
 
 
 def curves(path: Path, panels: dict[str, dict[str, list[list[float | None]]]]) -> None:
-    """Draw values by epoch: label of a y axis → name of a line → runs (seeds) → a value an epoch.
-
-    A line is the mean over the runs, a band their range. The axis of a wide loss is logarithmic.
-    """
+    """Draw mean and range by epoch: y axis → line → runs (seeds) → a value an epoch."""
     figure, axes = new_figure(max(7.5, 3.7 * len(panels)), 3.6, len(panels))
     handles = {}
     for ax, (label, lines) in zip(axes, panels.items(), strict=True):

@@ -50,8 +50,7 @@ def scores(matrix: Tensor, classes: list[str]) -> dict:
     """Read every score of a split from its confusion matrix.
 
     Dice = 2·TP / (2·TP + FP + FN) (Dice 1945) = 2·IoU / (1 + IoU). A class that is in the masks
-    and never predicted has IoU 0 and is listed as dead. Scores lie in [0, 1], or are None if no
-    pixel was counted; those of the foreground leave out class 0, the background.
+    and never predicted has IoU 0 and is listed as dead. Scores lie in [0, 1]; None: no pixel.
     """
     m = matrix.detach().cpu().double()
     each = iou(m)

@@ -76,8 +76,8 @@ class UNet(nn.Module):
                 key, "give [channels, odd kernel] for each stage, as in [[16, 3], [32, 3]]"
             ):
                 for width, kernel in stages:
-                    named = key == "decoder" and width == "classes"
-                    if (not named and (type(width) is not int or width < 1)) or kernel % 2 == 0:
+                    sizes = {kernel, 1 if (key, width) == ("decoder", "classes") else width}
+                    if any(type(n) is not int or n < 1 for n in sizes) or kernel % 2 == 0:
                         raise ValueError(f"[{width}, {kernel}] is no stage")
         decoder = [(num_classes if w == "classes" else w, kernel) for w, kernel in decoder]
         if not encoder or len(decoder) != len(encoder) + (skip == "full"):
@@ -158,7 +158,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 def read_checkpoint(path: Path, device: torch.device) -> dict:
     """Read what `save_checkpoint` was given; UserError if damaged. Nothing in it is executed."""
-    with reading(path, "give a .pt file that train.py wrote"):
+    with reading(path, "give a .pt file that train.py wrote, or remove it"):
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look
             raise ValueError(f"{damaged} in it is damaged")
         checkpoint = torch.load(path, map_location=device, weights_only=True)

@@ -76,9 +76,10 @@ def find_images(given: list[Path], out: Path) -> dict[Path, Path]:
             target = out / (file.relative_to(path) if path.is_dir() else file.name)
             if images.setdefault(target.with_suffix(""), file) != file:
                 raise UserError(f"{file}: another image has its name; predict them apart")
-    masks = {Path(f"{target}_mask.png").resolve() for target in images}
-    if lost := masks & {file.resolve() for file in images.values()}:
-        raise UserError(f"{min(lost)}: a mask would overwrite it; use another --out")
+    results = {f"{target}_{kind}.png" for target in images for kind in ("mask", "overlay")}
+    results = {Path(result).resolve() for result in (*results, out / "contact_sheet.png")}
+    if lost := results & {file.resolve() for file in images.values()}:
+        raise UserError(f"{min(lost)}: an overlay or mask would overwrite it; use another --out")
     return images
 
 

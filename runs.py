@@ -57,7 +57,8 @@ def resume_run(
     there = {file.name for file in run_dir.glob("*")} - {"lock"}
     if there and "config.yaml" not in there:
         raise UserError(f"{run_dir}: holds other files than a run; give another --run-dir")
-    if not there & {"last.pt", "best.pt"}:
+    started = {name for name in there if ".partial" in name or "tfevents" in name}
+    if not there - started - {"config.yaml", "environment.json"}:
         return []  # nothing that could be lost
     if resume and path.exists():
         last = read_checkpoint(path, torch.device("cpu"))

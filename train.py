@@ -181,7 +181,8 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="discard the run that is there")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
     args = parser.parse_args()
-    config = load_config(args.config, args.overrides + ([f"data={args.data}"] if args.data else []))
+    data = [f"data={args.data!r}"] if args.data else []
+    config = load_config(args.config, args.overrides + data)
     where = (Path(config["data"]).name, config["profile"], config["name"], f"seed{config['seed']}")
     run_dir = args.run_dir or Path("runs", *where)
     device = pick_device(args.device)

@@ -90,10 +90,10 @@ def test_bad_images_among_batches(checkpoint: Path, tmp_path: Path, call) -> Non
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    paths = [save_noise(tmp_path / name, 8, 8) for name in ("a.png", "a_mask.png", "b/a.png")]
-    for other, says in ((paths[1], "mask would overwrite"), (paths[2], "has its name")):
+    path, lost = save_noise(tmp_path / "a.png", 8, 8), "mask would overwrite"
+    for other, says in {"a_mask": lost, "a_overlay": lost, "b/a": "has its name"}.items():
         with pytest.raises(UserError, match=says):
-            predict.find_images([paths[0], other], tmp_path)
+            predict.find_images([path, save_noise(tmp_path / f"{other}.png", 8, 8)], tmp_path)
 
 
 def test_tiles_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

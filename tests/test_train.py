@@ -174,9 +174,10 @@ def test_new_run_starts_in_an_empty_folder(run: Path, dataset: Path, tmp_path: P
     assert len(lines(copy)) == 1 and not (copy / "testing.json").exists()
     assert not events & {path.name for path in copy.iterdir()}
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos/me.png").write_bytes(b"dear")
-    with pytest.raises(UserError, match="other files than a run"):
-        train_tiny(dataset, tmp_path / "photos")
+    for name, says in (("me.png", "other files than a run"), ("config.yaml", "without last.pt")):
+        (tmp_path / "photos" / name).write_bytes(b"dear")
+        with pytest.raises(UserError, match=says):
+            train_tiny(dataset, tmp_path / "photos")
     assert (tmp_path / "photos/me.png").exists()
 
 

@@ -32,7 +32,7 @@ def main() -> None:
     add_arguments(parser, required=False)
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw samples, a row a split")
     args = parser.parse_args()
-    config = load_config(args.config, args.overrides + [f"data={args.data}"] * bool(args.data))
+    config = load_config(args.config, args.overrides + [f"data={args.data!r}"] * bool(args.data))
     classes, problems, rows, seen = config["classes"], [], [], {}
     line = "{:<12}{:>7}{:>8}  {:<12}" + "{:>12}" * (len(classes) + 1)
     print(line.format("split", "pairs", "groups", "size", *classes, "ignored"))

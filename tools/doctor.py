@@ -2,8 +2,7 @@
 
     python -m tools.doctor RUN_DIR [--device auto]
 
-What it says is in docs/doctor.yaml. Its thresholds are such that healthy runs of this project stay
-clear of them: a false alarm costs more trust than a finding brings.
+It speaks by docs/doctor.yaml; healthy runs of this project stay clear of all its thresholds.
 """
 
 import argparse
@@ -13,7 +12,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import ROOT, SPLITS, UserError, reading, run
+from common import ROOT, SPLITS, UserError, reading, require, run
 
 import torch
 import yaml
@@ -31,6 +30,7 @@ SAMPLE = 200  # images of a split that are looked at, evenly spaced: seconds on 
 LOW_IOU = 0.5  # predicting one class of two or more everywhere stays below
 TRAINED = SPLITS[:2]  # training and validation, which training sees
 TEXTS = yaml.safe_load((ROOT / "docs" / "doctor.yaml").read_text(encoding="utf-8"))
+SCORES = ("loss", "mean_iou", "mean_iou_foreground", "per_class_iou", "dead_classes")
 Findings = Iterator[tuple[str, dict]]  # the key of a text, and what to fill in
 
 
@@ -41,7 +41,10 @@ def read_run(run_dir: Path) -> tuple[dict, list[dict]]:
         raise UserError(f"{run_dir}: is no run, has no config.yaml; give a folder train.py wrote")
     with reading(path, "train this run again"):
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return load_config([config]), [json.loads(line) for line in lines]
+        log = [json.loads(line) for line in lines]
+        for entry in (epoch[split] for epoch in log for split in TRAINED):
+            require(entry, dict.fromkeys(SCORES, object))
+    return load_config([config]), log
 
 
 def diagnose(run_dir: Path, config: dict, log: list[dict], device: torch.device) -> Findings:

@@ -54,21 +54,15 @@ def covered(shape: str, centre: ndarray, diameter: float, xs: ndarray, ys: ndarr
 
 
 def resolve(labels: ndarray, colours: ndarray, classes: ndarray) -> tuple[ndarray, ndarray]:
-    """Reduce the labels of samples, (8, H, W), to image and mask, both uint8 (H, W, 3).
-
-    `colours` and `classes` (5, 3) are those of the labels in the two. A pixel of the image is the
-    rounded mean of its samples; in the mask it has a class only where all of them have it.
-    """
+    """Reduce the labels of samples, (8, H, W), to image and mask, both uint8 (H, W, 3)."""
+    # A pixel of the image is the mean of its samples, one of the mask has a class if all have it.
     counts = np.stack([(labels == label).sum(axis=0, dtype=np.uint8) for label in range(5)], axis=2)
     image = ((counts @ colours + 4) // 8).astype(np.uint8)
     return image, 255 * (counts @ classes == 8 * 255).astype(np.uint8)
 
 
 def draw_sequence(shape: str, colour: str, size: int, rng: Generator, frames: int) -> Iterator:
-    """Yield frames of a sequence as (number, image, mask), both uint8 (size, size, 3).
-
-    `shape` and `colour` are those of the moving object; `frames` are chosen at random, 0: all.
-    """
+    """Yield (number, image, mask), uint8 (size, size, 3), of random `frames` of a scene, 0: all."""
     # One shape of each other kind stands still; shapes and colours follow the moving one in turn.
     kinds = np.roll([0, 1, 2], -SHAPES.index(shape))
     tints = np.roll(list(COLOURS.values()), -list(COLOURS).index(colour), axis=0)[:3]

@@ -3,8 +3,7 @@
     python -m tools.report --runs runs/generated/quick --out report
 
 Writes OUT/report.md, OUT/report.html (one file that needs no other), OUT/results.json (every
-number) and OUT/figures/. The sentences are in docs/report_template.md: where numbers are missing,
-the make target of the section stands. Runs that cannot be shown are listed at the end.
+number) and OUT/figures/. The sentences are in docs/report_template.md; runs left out are listed.
 """
 
 import argparse
@@ -35,7 +34,7 @@ STATISTICS = ("pixel_accuracy", "mean_iou", "mean_iou_foreground", "mean_dice")
 def find_runs(root: Path) -> tuple[facts.Groups, list[str]]:
     """Read the finished runs below a folder, and list the others; UserError if one is damaged."""
     groups, left_out = {}, []
-    folders = [f for f in root.rglob("seed*") if f.is_dir() and f.name[4:].isdigit()]
+    folders = [f for f in root.rglob("seed*") if f.is_dir() and f.name[4:].isdecimal()]
     for folder in sorted(folders, key=lambda f: (f.parent, int(f.name[4:]))):
         name = folder.parent.relative_to(root).as_posix()
         files = list(RESULTS)[: 1 + (name.split("/")[0] not in UNTESTED)]
