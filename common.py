@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # By default a waiting thread spins for so long that two trainings on the same cores slow each other
-# down tenfold; with a short spin they share the cores, and one alone loses nearly nothing.
+# down tenfold. A short spin helped on one machine; on another only one thread for each did.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 ROOT = Path(__file__).resolve().parent
