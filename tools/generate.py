@@ -53,11 +53,23 @@ def covered(shape: str, centre: ndarray, diameter: float, xs: ndarray, ys: ndarr
     return np.logical_and.reduce([x * np.cos(a) + y * np.sin(a) <= distance for a in angles])
 
 
+def paint(labels: ndarray, label: int, shape: str, centre: ndarray, diameter: float) -> None:
+    """Give the samples that a marker covers, (8, size, size), its label, over those below it."""
+    # Only the samples near it are looked at; the rest of the scene would take most of the time.
+    reach = 0.7 * diameter + 1
+    near = [slice(max(0, int(c - reach)), int(c + reach) + 1) for c in centre]
+    places = np.arange(labels.shape[1]) + SAMPLES[:, :, None]  # (8, 2, size)
+    xs, ys = places[:, 0, None, near[0]], places[:, 1, near[1], None]
+    window = labels[:, near[1], near[0]]
+    window[covered(shape, centre, diameter, xs, ys) & (window < label)] = label
+
+
 def resolve(labels: ndarray, colours: ndarray, classes: ndarray) -> tuple[ndarray, ndarray]:
     """Reduce the labels of samples, (8, H, W), to image and mask, both uint8 (H, W, 3)."""
     # A pixel of the image is the mean of its samples, one of the mask has a class if all have it.
-    counts = np.stack([(labels == label).sum(axis=0, dtype=np.uint8) for label in range(5)], axis=2)
-    image = ((counts @ colours + 4) // 8).astype(np.uint8)
+    counts = np.stack([(labels == k).sum(axis=0, dtype=np.uint8) for k in range(5)], axis=2)
+    counts = counts.astype(np.float32)  # exact, and many times faster to multiply than integers
+    image = ((counts @ colours + 4) / 8).astype(np.uint8)
     return image, 255 * (counts @ classes == 8 * 255).astype(np.uint8)
 
 
@@ -66,8 +78,8 @@ def draw_sequence(shape: str, colour: str, size: int, rng: Generator, frames: in
     # One shape of each other kind stands still; shapes and colours follow the moving one in turn.
     kinds = np.roll([0, 1, 2], -SHAPES.index(shape))
     tints = np.roll(list(COLOURS.values()), -list(COLOURS).index(colour), axis=0)[:3]
-    colours = np.array([(255, 255, 255), (0, 0, 0), *tints], np.uint16)
-    classes = np.vstack([np.zeros(3), 255 * np.eye(3)[[kinds[0], *kinds]]]).astype(np.uint16)
+    colours = np.array([(255, 255, 255), (0, 0, 0), *tints], np.float32)
+    classes = np.vstack([np.zeros(3), 255 * np.eye(3)[[kinds[0], *kinds]]]).astype(np.float32)
     scale = size / 128
     diameters = rng.integers(*MARKER_SIZES, 3, endpoint=True) * PIXELS_PER_POINT * scale
     centres = rng.uniform(*CENTRES, (4, 2)) * scale
@@ -75,16 +87,15 @@ def draw_sequence(shape: str, colour: str, size: int, rng: Generator, frames: in
     present = [True, *(rng.random(2) < PRESENCE)]
     while not (np.abs(still[0] - places[-1]) <= np.multiply(ARRIVED, scale)).all():
         places.append(places[-1] + APPROACH * (still[0] - places[-1]))
-    xs = np.arange(size)[None, None, :] + SAMPLES[:, 0, None, None]
-    ys = np.arange(size)[None, :, None] + SAMPLES[:, 1, None, None]
     scene = np.full((len(SAMPLES), size, size), WHITE, np.uint8)
     for i, label in enumerate((TARGET, FIRST, SECOND)):
         if present[i]:
-            scene[covered(SHAPES[kinds[i]], still[i], diameters[i], xs, ys)] = label
+            paint(scene, label, SHAPES[kinds[i]], still[i], diameters[i])
     number = min(frames, len(places)) or len(places)
     for i in sorted(rng.choice(len(places), number, replace=False)):
-        mover = covered(shape, places[i], diameters[0], xs, ys)
-        yield i + 1, *resolve(np.where(mover & (scene < MOVER), MOVER, scene), colours, classes)
+        labels = scene.copy()
+        paint(labels, MOVER, shape, places[i], diameters[0])
+        yield i + 1, *resolve(labels, colours, classes)
 
 
 @contextlib.contextmanager
