@@ -7,11 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from augment import augment, take_batch, to_float
 from config import load_config
-from losses import LOSSES, weighted_loss
+from losses import LOSSES
 from metrics import IGNORE, confusion_matrices
 
 
@@ -201,34 +200,10 @@ def test_shapes_types_range_and_untouched_input(channels: int) -> None:
     assert torch.equal(images, before[0]) and torch.equal(masks, before[1])
 
 
-def test_seed_decides() -> None:
-    images, masks = noise(10)
-    runs = []
-    for number in (1, 1, 2):
-        torch.manual_seed(number)
-        batch = take_batch(images, masks, torch.arange(10), everything())
-        runs.append(augment(*batch, everything()))
-    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
-    assert not torch.equal(runs[0][0], runs[2][0])
-
-
-class NoWaiting(TorchDispatchMode):
-    """Refuse operations on large tensors that make the host wait for a GPU's result."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name, on_device = str(function), [a for a in args if isinstance(a, Tensor) and a.dim() > 1]
-        waits = ("nonzero", "bincount", "_local_scalar_dense", "masked_select", "unique")
-        assert not (on_device and any(word in name for word in waits)), name
-        if "index.Tensor" in name:
-            assert all(i is None or i.dtype != torch.bool for i in args[1]), name
-        return function(*args, **(kwargs or {}))
-
-
 def test_no_step_waits_for_a_gpu() -> None:
-    images, masks = noise(6)
-    with NoWaiting():
-        batch = take_batch(images, masks, torch.arange(6), everything())
-        _, mask = augment(*batch, everything())
-        confusion_matrices(mask.long(), mask, 4)
-        logits = torch.zeros(6, 4, 8, 8, requires_grad=True)
-        weighted_loss(logits, mask, dict.fromkeys(LOSSES, 1.0)).backward()
+    """Tensors of the meta device have no values: whatever would wait for one fails."""
+    images, masks = (tensor.to("meta") for tensor in noise(6))
+    _, mask = augment(*take_batch(images, masks, torch.arange(6), everything()), everything())
+    confusion_matrices(mask.long(), mask, 4)
+    logits = torch.zeros(6, 4, 8, 8, device="meta", requires_grad=True)
+    sum(loss(logits, mask) for loss in LOSSES.values()).backward()

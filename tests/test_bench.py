@@ -1,10 +1,16 @@
-"""Test of tools/bench.py: a tiny run from end to end. No timing is asserted."""
+"""Tests of tools/bench.py: a tiny run from end to end, what is timed. No timing is asserted."""
 
 import json
 import re
+from multiprocessing import active_children
 from pathlib import Path
+from types import SimpleNamespace
 
-from conftest import TINY
+import torch
+from conftest import TINY, tiny
+
+from config import load_config
+from tools import bench
 
 
 def test_tiny_run_in_float32(script, dataset: Path, tmp_path: Path) -> None:
@@ -24,3 +30,11 @@ def test_tiny_run_in_float32(script, dataset: Path, tmp_path: Path) -> None:
     assert set(result) == speeds and min(result.values()) > 0
     assert len(neighbour["shares"]) == 2 and min(neighbour["shares"]) > 0
     assert re.search("^tuned .* float32 channels_last$", done.stdout, re.M)
+
+
+def test_baseline_decodes_all_its_images_while_it_is_timed(dataset: Path, monkeypatch) -> None:
+    alive = []  # workers whenever the clock is read: later they would slow the other loop
+    clock = {"default_timer": lambda: alive.append(active_children()) or len(alive)}
+    monkeypatch.setattr(bench, "timeit", SimpleNamespace(**clock))
+    bench.train_baseline(load_config([], tiny(dataset)), torch.device("cpu"), 1)
+    assert alive == [[], []]

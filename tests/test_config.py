@@ -1,5 +1,6 @@
-"""Tests of config.py: layers, the errors people make, and damaged files."""
+"""Tests of config.py and common.run: layers, the errors people make, and damaged files."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -89,6 +90,12 @@ def test_overrides_are_named(tmp_path: Path, call) -> None:
     assert "epochs: 30" in note and "crop" not in note  # the same in both
     assert load_config([out]) == load_config(list(files[1:3]))
     assert call(main, *files) == (0, "", "")  # unchanged: said once
+
+
+def test_errors_of_files_are_one_line_and_others_keep_their_trace(call) -> None:
+    assert call(Path("no/file").read_text)[2] == "error: no/file: No such file or directory\n"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        call(lambda: os.close(-1))
 
 
 def test_damaged_config_is_one_line(tmp_path: Path) -> None:

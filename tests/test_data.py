@@ -64,10 +64,10 @@ def test_random_splits_share_no_group(pond: dict) -> None:
 
 def test_limits_are_evenly_spaced(dataset: Path) -> None:
     split = d.load_split(config_for(dataset), "training")
-    few = d.limit(split, 2, 4)
+    few, short = load_data(config_for(dataset, limit_groups=2, limit_images=4, limit_validation=5))
     assert sorted(set(few.groups)) == [min(split.groups), max(split.groups)]
     assert few.names[0] == split.names[0] and few.names[-1] == split.names[-1]
-    assert len(few.names) == len(few.images) == len(few.masks) == 4
+    assert len(few.names) == len(few.images) == len(few.masks) == 4 < len(short.masks) == 5
     assert d.limit(split) is split and d.evenly(10, 4) == [0, 3, 6, 9]
 
 
@@ -85,11 +85,12 @@ def test_cache_is_made_once_and_again_when_a_file_changes(root: Path) -> None:
 
 def test_configs_of_one_folder_keep_their_caches(pond: dict) -> None:
     others = [{"split_shares": [0.5, 0.25, 0.25]}, {"group": ""}, {"classes": TWO | {"x": [1] * 3}}]
+    others.append({"images": "d*.png", "masks": "d*_mask.png"})
     configs = [pond, *(pond | other for other in others)]
     first = [d.load_split(config, "training").digest for config in configs]
     caches = {p: p.stat().st_mtime_ns for p in Path(pond["data"]).glob(".cache/training-*")}
     assert [d.load_split(config, "training").digest for config in configs] == first
-    assert len(caches) == 4 and all(p.stat().st_mtime_ns == time for p, time in caches.items())
+    assert len(caches) == 5 and all(p.stat().st_mtime_ns == time for p, time in caches.items())
 
 
 def test_data_in_a_read_only_folder(root: Path, tmp_path: Path, monkeypatch) -> None:

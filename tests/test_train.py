@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import ROOT, UserError
+from common import ROOT, UserError, code_digest
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ import runs
 import train as script_module
 from config import load_config
 from data import load_split
+from evaluate import main as evaluate
 from metrics import confusion_matrices, scores
 from model import build_model
 from train import derive_seed, epoch_order, make_scheduler, train
@@ -152,17 +154,21 @@ def test_tensorboard_shows_both_splits_and_pictures(run: Path) -> None:
     assert {(255, 0, 0), (0, 255, 0), (0, 0, 255)} <= colours  # of the truth
 
 
-def test_run_that_is_there_is_not_lost(run: Path, script: Callable) -> None:
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
-    config = ("--config", run / "config.yaml", "--run-dir", run)
+def test_run_that_is_there_is_not_lost(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable
+) -> None:
+    default = Path("runs/set/full/random/seed0")  # that of train.py and of make
+    shutil.copytree(run, tmp_path / default)
+    monkeypatch.chdir(tmp_path)
+    before = {path.name: path.read_bytes() for path in default.iterdir()}
     for more, says in (
         ((), "--resume goes on with"),
         (("--resume", "--set", "batch_size=4", "dropout=0.1"), "another dropout, batch_size"),
     ):
-        done = script("train.py", *config, *more)
-        assert done.returncode == 2 and done.stderr.startswith(f"error: {run}: there is a run")
-        assert says in done.stderr and done.stderr.count("\n") == 1
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+        code, _, error = call(script_module.main, "--config", run / "config.yaml", *more)
+        assert code == 2 and error.startswith(f"error: {default}: there is a run")
+        assert says in error and error.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in default.iterdir()} == before
 
 
 def test_new_run_starts_in_an_empty_folder(run: Path, dataset: Path, tmp_path: Path) -> None:
@@ -179,6 +185,21 @@ def test_new_run_starts_in_an_empty_folder(run: Path, dataset: Path, tmp_path: P
         with pytest.raises(UserError, match=says):
             train_tiny(dataset, tmp_path / "photos")
     assert (tmp_path / "photos/me.png").exists()
+
+
+@pytest.mark.parametrize("file", ["best.pt", "summary.json"])
+def test_run_of_other_code_is_marked(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable, file: str
+) -> None:
+    for name in (names := ("train.py", "model.py", "losses.py", "augment.py", "data.py")):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setattr("common.ROOT", tmp_path)
+    digests = {code_digest()}
+    assert re.search("^random ", call(evaluate, run / file)[1], re.M)
+    for name in names:
+        (tmp_path / name).write_text("edited")
+        digests.add(code_digest())
+    assert len(digests) == 6 and re.search(r"^random\* ", call(evaluate, run / file)[1], re.M)
 
 
 # ---- the same again
@@ -268,7 +289,6 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(
     [
         ({"loss": "{dice: 1}"}, "loss: dice: 1"),
         ({"encoder": "[[8, 4]]"}, "encoder: cannot"),
-        ({"skip": "full"}, "one stage more"),
         ({"blur": 0.1, "blur_kernel": 31, "crop": 8}, "Padding size"),
         ({"classes": "{a: [0, 0, 0], b: [1, 2, 300]}"}, "classes"),
         ({"images": "nowhere/{split}/*.png"}, "no such files"),
