@@ -63,7 +63,7 @@ setup: .venv/installed  ## create .venv with everything the project needs
 data: $(DATA_DIR)  ## prepare the data of DATA
 
 data/generated: | .venv/installed
-	$(PY) data.py generate --out $@
+	$(PY) data.py generate --sequences 5400 1100 1100 --frames 2 --out $@
 
 data/afo: | .venv/installed
 	$(PY) data.py download --out $@ $(if $(AFO_ARCHIVE),--archive $(AFO_ARCHIVE))

@@ -35,7 +35,7 @@ TINY = {
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Generate a data set of 3, 2 and 2 sequences at 32×32. Read-only: copy it to change it."""
     root = tmp_path_factory.mktemp("data") / "set"
-    generate(root, {"training": 3, "validation": 2, "testing": 2}, size=32, seed=0, workers=1)
+    generate(root, {"training": 3, "validation": 2, "testing": 2}, size=32, seed=0)
     return root
 
 

@@ -8,8 +8,10 @@ Shapes are markers of a plotting program; numbers were measured on the real trai
 import argparse
 import contextlib
 import shutil
+import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from multiprocessing import Pool
 from pathlib import Path
 
 from common import SPLITS, UserError
@@ -113,30 +115,34 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(incomplete, ignore_errors=True)
 
 
-def generate(out: Path, sequences: dict, size: int, seed: int, frames=0, workers=0) -> int:
+def write_sequence(job: tuple, folder: Path, size: int, seed: int, frames: int) -> int:
+    """Draw and write the frames of one sequence (split, index, number of all); returns how many."""
+    split, index, total = job
+    # A seed for each sequence: its bytes depend neither on the order nor on the other splits.
+    rng = default_rng([seed, SPLITS.index(split), index])
+    shape, colour = KINDS[index * len(KINDS) // total]  # grouped, as in the real data
+    drawn = list(draw_sequence(shape, colour, size, rng, frames))
+    for frame, image, mask in drawn:
+        name = f"{index + 1:06d}_{shape}_{colour}_{frame:06d}.png"
+        Image.fromarray(image).save(folder / split / "image" / name, compress_level=1)
+        Image.fromarray(mask).save(folder / split / "gt_image" / f"gt_{name}", compress_level=1)
+    return len(drawn)
+
+
+def generate(out: Path, sequences: dict, size: int, seed: int, frames: int = 0) -> int:
     """Generate `size`×`size` RGB PNG pairs in the layout of the real data; returns their number.
 
     `sequences` by split, `frames` (random) of each, 0: all. UserError if `out` is not empty.
     """
     if min(sequences.values()) < 1 or size < 16 or seed < 0 or frames < 0:
         raise UserError("--sequences, --size, --seed, --frames: must be at least 1, 16, 0 and 0")
-
-    def write(split: str, index: int, total: int) -> int:
-        # A seed for each sequence: its bytes depend neither on the order nor on the other splits.
-        rng = default_rng([seed, SPLITS.index(split), index])
-        shape, colour = KINDS[index * len(KINDS) // total]  # grouped, as in the real data
-        drawn = list(draw_sequence(shape, colour, size, rng, frames))
-        for frame, image, mask in drawn:
-            name = f"{index + 1:06d}_{shape}_{colour}_{frame:06d}.png"
-            Image.fromarray(image).save(folder / split / "image" / name, compress_level=1)
-            Image.fromarray(mask).save(folder / split / "gt_image" / f"gt_{name}", compress_level=1)
-        return len(drawn)
-
     jobs = [(split, index, count) for split, count in sequences.items() for index in range(count)]
-    with new_folder(out) as folder, ThreadPoolExecutor(workers or None) as pool:
+    deaf = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # to Ctrl-C
+    with new_folder(out) as folder, Pool(**deaf) as pool:
         for path in [folder / s / kind for s in sequences for kind in ("image", "gt_image")]:
             path.mkdir(parents=True)
-        done = pool.map(write, *zip(*jobs, strict=True))
+        write = partial(write_sequence, folder=folder, size=size, seed=seed, frames=frames)
+        done = pool.imap(write, jobs, chunksize=8)
         return sum(tqdm(done, "generate", len(jobs), disable=None))
 
 
