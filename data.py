@@ -3,6 +3,7 @@
     python data.py generate --out data/generated [--sequences 300 60 60] [--frames K] [--seed 0]
     python data.py download --out data/afo [--archive FILE.zip]
     python data.py check data/generated [--picture FILE.png]
+    python data.py compare data/afo data/generated [--models FILE FILE]
 
 Where files lie, what masks hold and how splits are made: the keys up to `resize` of default.yaml.
 """
@@ -248,8 +249,8 @@ def limit(split: Split, groups: int = 0, images: int = 0) -> Split:
 
 def main() -> None:
     command = "".join(sys.argv[1:2])
-    if command not in ("generate", "download", "check"):
-        raise UserError(f"python data.py {command}: give one of generate, download, check")
+    if command not in ("generate", "download", "check", "compare"):
+        raise UserError(f"python data.py {command}: give one of generate, download, check, compare")
     sys.argv[:2] = [f"data.py {command}"]
     import_module(f"tools.{command}").main()  # each has its own options
 

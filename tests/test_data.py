@@ -14,6 +14,7 @@ from PIL import Image
 import data as d
 from figures import colourise, overlay, thumbnail
 from metrics import IGNORE
+from tools.compare import describe
 from train import load_data
 
 TWO = {"water": [0, 0, 0], "lily": [255, 255, 255]}
@@ -228,3 +229,21 @@ def test_pictures() -> None:
     over = overlay(image, mask, classes)
     assert over[:, 0, 0].tolist() == [100] * 3 and over[:, 0, 1].tolist() == [177, 50, 50]
     assert max(thumbnail(torch.zeros(3, 999, 500, dtype=torch.uint8)).shape) <= 160
+
+
+def test_compare_measures_what_masks_hold(dataset: Path, script) -> None:
+    masks = torch.zeros(3, 20, 20, dtype=torch.uint8)
+    masks[0, 2:6, 10:15] = 1  # 20 pixels around (12, 3.5), beside another shape
+    masks[0, 2:6, 16:18] = 2
+    masks[1, 4:8, 1:6] = 1  # alone
+    assert describe(masks, 1) == {
+        **{"in images": "0.667", "of all pixels": f"{40 / 1200:.4f}"},
+        "pixels: median (5–95 %)": "20 (20–20)",
+        **{"x: median (5–95 %)": "8 (3–12)", "y: median (5–95 %)": "4 (4–5)"},  # of 3 and 12
+        "touches another": "0.500",
+    }
+    done = script("data.py", "compare", dataset, dataset, "--models", *["weights/best.pt"] * 2)
+    assert done.returncode == 0, done.stderr
+    lines = [line.rsplit(maxsplit=2) for line in done.stdout.splitlines()]
+    assert ["images", *[str(len(list(dataset.glob("training/image/*.png"))))] * 2] in lines
+    assert lines[-1] == lines[-2] and lines[-1][1] == lines[-1][2]

@@ -82,11 +82,14 @@ def test_report_is_complete_and_names_what_is_not(
     write_run("overfit/one-batch-tuned", 0, 0.9999)
     (write_run("augment/blur-0.3", 0, 0.9) / "summary.json").unlink()
     other = write_run("best", 0, 0.9, profile="quick")
+    with open(old := write_run("final", 0, 0.9) / "config.yaml", "a") as file:
+        file.write("a_key_of_last_year: 1\n")
     shutil.rmtree(tmp_path / "runs/initial/seed1")
     code, text, error = make()
     assert (code, error) == (0, "")
     assert f"`{tmp_path}/runs/augment/blur-0.3/seed0` is not finished" in text
     assert f"`{other}` differs from its table in profile" in text
+    assert f"left out: {old}: unknown key 'a_key_of_last_year'" in text
     assert "`make train-final` makes final" in text and "makes blur-0.3" in text
     values = [
         json.loads((tmp_path / f"runs/tuned/seed{s}/testing.json").read_text())[0]["mean_iou"]

@@ -7,6 +7,7 @@ Both loops train on full images, in turn: median (min–max). The peak is that o
 
 import argparse
 import json
+import os
 import tempfile
 import timeit
 from concurrent.futures import ProcessPoolExecutor
@@ -90,6 +91,8 @@ def bench(config: dict, args: argparse.Namespace) -> dict:
 def beside_neighbour(config: dict, device: torch.device) -> dict:
     """Train in one process, then in two at once; returns the figures for the JSON file."""
     rates = []
+    if "OMP_NUM_THREADS" not in os.environ:  # as common.py does for train.py
+        os.environ.setdefault("OMP_PROC_BIND", "true")
     for number in (1, 2):
         with ProcessPoolExecutor(number, torch.multiprocessing.get_context("spawn")) as pool:
             rates += pool.map(train_ours, [config] * number, [device] * number, [15] * number)

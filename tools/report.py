@@ -41,7 +41,12 @@ def find_runs(root: Path) -> tuple[facts.Groups, list[str]]:
         if not all((folder / file).exists() for file in files):
             left_out.append(f"`{folder}` is not finished, it needs {' and '.join(files)}.")
             continue
-        config, rows = load_config([folder / "config.yaml"]), dict.fromkeys(RESULTS)
+        rows = dict.fromkeys(RESULTS)
+        try:
+            config = load_config([folder / "config.yaml"])
+        except UserError as error:  # of an older version of the code
+            left_out.append(f"A run is left out: {error}.")
+            continue
         with reading(path := folder / "environment.json", ADVICE):
             environment = json.loads(path.read_text(encoding="utf-8"))
             MACHINE.format(**environment)
@@ -139,7 +144,8 @@ def main() -> None:
     args = parser.parse_args()
     groups, left_out = find_runs(args.runs)
     if not groups:
-        raise UserError(f"{args.runs}: holds no finished run; `make report` makes some")
+        more = "".join(f" ({left})" for left in left_out[:1])
+        raise UserError(f"{args.runs}: holds no finished run; `make report` makes some{more}")
     found = collect_facts(groups, left_out, args.out / "figures")
     text, html = fill_template(found, args.out)
     statistics, all_runs = {}, []
