@@ -32,6 +32,7 @@ from metrics import IGNORE, mean_std
 from model import count_parameters, keep_memory, pick_device, pick_precision, restore_model
 
 BATCH = 32  # images of 128×128; more leave the processor's caches, and were no faster
+LAB_BATCH = 50  # test images that the lab scored
 SHOWN = 4  # evenly spaced images, and as many of the worst, that are kept for the report
 LAB = yaml.safe_load((ROOT / "docs/lab.yaml").read_text())  # what its report of 2021 says
 # What tables need of a row.
@@ -102,6 +103,9 @@ def evaluate_checkpoint(
         raise UserError(f"{data}: ignore: leaves no pixel of the {split} split")
     pairs = zip(predictions.split(64), masks.split(64), strict=True)
     bands = sum(metrics.boundary_matrices(*pair, len(classes)).sum(dim=0) for pair in pairs)
+    unique, group = np.unique(groups, return_inverse=True)
+    scenes = torch.zeros(len(unique), *matrix.shape, dtype=torch.int64)
+    scenes.index_add_(0, torch.from_numpy(group), matrices)
     print(f"{path}: {len(masks)} images, {time.perf_counter() - started:.1f} s", file=sys.stderr)
     worst: dict[str, int] = {}  # group → its worst image, groups from the worst
     for i in metrics.mean_iou(matrices).nan_to_num(1).argsort(stable=True).tolist():
@@ -110,8 +114,10 @@ def evaluate_checkpoint(
     row = {
         **{key: config[key] for key in ("name", "seed", "profile")},
         **{"checkpoint": str(path), "data": data, "split": split, "digest": digest},
-        **{"images": len(masks), "groups": len(worst), "parameters": count_parameters(model)},
+        **{"images": len(masks), "groups": len(scenes), "parameters": count_parameters(model)},
         **metrics.scores(matrix, classes),
+        "interval": metrics.interval(scenes),
+        "interval_of_lab_batch": metrics.interval(matrices, LAB_BATCH),
         "boundary_iou": metrics.number(metrics.boundary_iou(bands).nanmean()),
         **cost_of(path, checkpoint),
         **{"code": checkpoint.get("code"), "confusion_matrix": matrix.tolist()},

@@ -135,19 +135,3 @@ def dots(path: Path, models: dict[str, list[dict[str, float | None]]]) -> None:
     ax.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=len(models))
     save(figure, path)
-
-
-def intervals(path: Path, samples: dict[str, np.ndarray], whole: float, label: str) -> None:
-    """Draw how a score scatters over resampled images, name → values, around the whole split's."""
-    figure, (ax,) = new_figure(9, 1 + 1.1 * len(samples))
-    for y, values in enumerate(samples.values()):
-        heights, edges = np.histogram(values, bins=60)
-        ax.stairs(y + 0.75 * heights / heights.max(), edges, baseline=y, fill=True, color=f"C{y}")
-        low, high = np.quantile(values, (0.025, 0.975))
-        band = ax.plot([low, high], [y - 0.09] * 2, "k-", lw=3, label="95 % of the samples")
-        ax.text(high, y - 0.11, f"  {low:.4f} to {high:.4f}", va="center", fontsize=9)
-    line = ax.axvline(whole, color="black", lw=1, ls="--", label="whole split")
-    ax.set_yticks(np.arange(len(samples)) + 0.3, samples)
-    ax.set(ylim=(-0.3, len(samples) - 0.1), xmargin=0.12, xlabel=label)
-    figure.legend(handles=[*band, line], loc="outside upper center", ncols=2)
-    save(figure, path)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 IGNORE = 255  # mask value of a pixel that counts neither in losses nor in scores
 BOUNDARY = 2  # pixels: width of the band along a contour that boundary IoU looks at
+DRAWS = 2000  # of an interval: its limits then move by a few per cent of their distance
 # 97.5 % quantiles of Student's t distribution by degrees of freedom.
 T_QUANTILES = {
     **{1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262},
@@ -92,6 +93,20 @@ def boundary_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Ten
 def boundary_iou(matrices: Tensor) -> Tensor:
     """Read boundary IoU, (..., C) float64, from `boundary_matrices`; NaN if there is no band."""
     return iou(matrices)[..., :-1]
+
+
+def interval(matrices: Tensor, size: int = 0) -> list[float]:
+    """Estimate between which limits 95 % of the mean IoUs of other images would lie.
+
+    From (M, C, C) confusion matrices of images, or of scenes where images of one are alike. M of
+    them are drawn anew with replacement (a bootstrap, Efron 1979), or `size` of them without.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(matrices), (DRAWS, len(matrices)), generator=generator)
+    if size:
+        drawn = [torch.randperm(len(matrices), generator=generator)[:size] for _ in range(DRAWS)]
+    means = mean_iou(torch.stack([matrices[indices].sum(dim=0) for indices in drawn]))
+    return means.nan_to_num(0).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
 
 
 def mean_std(values: list[float | None]) -> dict | None:

@@ -16,6 +16,7 @@ from metrics import (
     boundary_matrices,
     compare,
     confusion_matrices,
+    interval,
     mean_iou,
     mean_std,
     scores,
@@ -189,3 +190,19 @@ def test_compare_of_one_seed_and_of_equal_values() -> None:
     assert compare(constant, constant) == "noise" and compare(higher, constant) == "more"
     a, b = mean_std([0.0, 1.0, 2.0]), mean_std([2.0, 3.0, 4.0])  # difference 2, error 0.816
     assert compare(a, b) == "noise"  # two standard errors are not enough for three seeds
+
+
+def test_interval_is_that_of_repeated_draws() -> None:
+    values = torch.rand(40, generator=torch.Generator().manual_seed(0)) * 1000
+    # Of two classes, half of each pixel count wrong: IoU depends on the share of right pixels.
+    matrices = torch.stack([torch.tensor([[int(v), 1000 - int(v)], [0, 1000]]) for v in values])
+    rng, means = np.random.default_rng(1), []
+    for _ in range(4000):
+        right = sum(int(values[i]) for i in rng.integers(40, size=40)) / 40000
+        means.append((right + 1 / (2 - right)) / 2)  # the IoU of both classes
+    low, high = interval(matrices)
+    assert [low, high] == pytest.approx(np.quantile(means, (0.025, 0.975)), abs=0.005)
+    few = interval(matrices, 10)
+    assert few[1] - few[0] > 1.5 * (high - low)  # √(4 · 30/39) times as wide
+    assert interval(matrices, 40) == pytest.approx([mean_iou(matrices.sum(0)).item()] * 2)
+    assert interval(0 * matrices) == [0, 0]  # all ignored: no NaN in JSON

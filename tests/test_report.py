@@ -7,16 +7,14 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import corruptions, write_checkpoint
 
 from config import dump
 from evaluate import main as evaluate
-from metrics import mean_iou
 from model import read_checkpoint
-from tools import facts, report
+from tools import report
 
 CLASSES = ["background", "square", "triangle", "circle"]
 
@@ -108,7 +106,7 @@ def test_report_is_complete_and_names_what_is_not(
     assert len(results["all_runs"]) == 13
     page, pictures = (tmp_path / "out/report.html").read_text(), (tmp_path / "out/figures")
     links = re.findall(r"""(?:src|href)=["']([^"']*)""", page)
-    assert len(links) == len(list(pictures.glob("*.png"))) == 8
+    assert len(links) == len(list(pictures.glob("*.png"))) == 7
     assert all(link.startswith("data:image/png;base64,") for link in links)
     assert "url(" not in page and "@import" not in page and "<table>" in page
     for picture in pictures.glob("*.png"):
@@ -152,20 +150,3 @@ def test_damaged_file_is_named_or_the_report_is_whole(
 def test_no_runs_is_one_line(make: Callable, tmp_path: Path) -> None:
     code, _, error = make()
     assert code == 2 and error.startswith(f"error: {tmp_path / 'runs'}: holds no finished run")
-
-
-def test_bootstrap_repeats_itself_and_needs_unlike_images_to_scatter() -> None:
-    generator = np.random.default_rng(1)
-    groups = np.array([f"{i // 10:06d}" for i in range(80)])
-    matrices = generator.integers(1, 100, (80, 3, 3))
-    first, again = facts.bootstrap(matrices, groups), facts.bootstrap(matrices, groups)
-    score = mean_iou(torch.from_numpy(matrices.sum(axis=0))).item()
-    for kind in ("whole", "batch"):
-        assert np.array_equal(first[kind], again[kind]) and len(first[kind]) == facts.DRAWS
-        assert first[kind][0] < score < first[kind][-1]
-        assert first[kind].mean() == pytest.approx(score, abs=0.002)
-    # 8 groups of 10 scatter as 8 samples do, not as 80: more than 50 images of all 80
-    assert first["whole"].std() > first["batch"].std()
-    assert facts.bootstrap(0 * matrices, groups)["batch"][-1] == 0  # all ignored: no NaN in JSON
-    alike = facts.bootstrap(np.stack([matrices[0]] * 80), groups)
-    assert alike["whole"][0] == pytest.approx(alike["batch"][-1])

@@ -16,8 +16,6 @@ from metrics import BOUNDARY, IGNORE, compare, mean_iou, mean_std
 MODELS = ("initial", "modified", "tuned", "best")
 HIGH_ACCURACY, LOW_IOU = 0.8, 0.5  # what is called high and poor
 PERFECT = 0.9995  # rounds to 1.000
-BATCH = 50  # test images the lab scored
-DRAWS = 2000  # of a bootstrap: its 95 % limits then move by a few per cent of their distance
 CLASS_COLOURS = ([242, 242, 242], [213, 94, 0], [0, 158, 115], [0, 114, 178], [240, 228, 66])
 VERDICTS = {
     **{"more": "**Yes**", "less": "**No, it did worse**", "noise": "**Not beyond noise**"},
@@ -163,35 +161,6 @@ def running_average(groups: Groups, out: Path) -> dict:
     shown = {name: [values] for name, values in ({"each epoch by itself": true} | lines).items()}
     figures.curves(out / "running-average.png", {label: shown})
     return {"true_last": true[-1], "running_last": lines["never reset"][-1]}
-
-
-def bootstrap(matrices: np.ndarray, groups: np.ndarray) -> dict[str, np.ndarray]:
-    """Resample the test images of one model, to see how far its mean IoU scatters with them.
-
-    From (M, C, C) confusion matrices and (M,) sequences to `DRAWS` sorted values each: "whole"
-    draws sequences with replacement (Efron 1979), as images of one are alike; "batch" draws
-    `BATCH` images without replacement, as the lab did.
-    """
-    rng, values = np.random.default_rng(0), {"whole": [], "batch": []}
-    sequences = np.stack([matrices[groups == name].sum(axis=0) for name in np.unique(groups)])
-    for _ in range(DRAWS):
-        drawn = sequences[rng.integers(len(sequences), size=len(sequences))]
-        few = matrices[rng.choice(len(matrices), min(BATCH, len(matrices)), replace=False)]
-        for kind, sample in (("whole", drawn), ("batch", few)):
-            values[kind].append(sample.sum(axis=0, dtype=np.int64))
-    means = {kind: mean_iou(torch.from_numpy(np.stack(v))) for kind, v in values.items()}
-    return {kind: np.sort(mean.nan_to_num(0).numpy()) for kind, mean in means.items()}
-
-
-def interval_of_fifty(run: Run, arrays: dict[str, np.ndarray], out: Path) -> dict:
-    """Show how wide the interval of a test on 50 images is, for the model of a run."""
-    samples = bootstrap(arrays["matrices"], arrays["groups"])
-    titles = ("whole split,\nsequences redrawn", f"{BATCH} images of this split\n(the lab's test)")
-    shown, score = dict(zip(titles, samples.values(), strict=True)), run.test["mean_iou"]
-    figures.intervals(out / "batch-of-50.png", shown, score, f"test mean IoU of {run.experiment}")
-    limits = {kind: np.quantile(v, (0.025, 0.975)).tolist() for kind, v in samples.items()}
-    facts = {"interval_model": run.experiment, "whole_score": score, "draws": DRAWS} | limits
-    return facts | {"test_images": run.test["images"], "test_groups": run.test["groups"]}
 
 
 def find_dead_classes(groups: Groups) -> dict:
