@@ -237,7 +237,8 @@ def test_compare_measures_what_masks_hold(dataset: Path, script) -> None:
     masks[0, 2:6, 16:18] = 2
     masks[1, 4:8, 1:6] = 1  # alone
     assert describe(masks, 1) == {
-        **{"in images": "0.667", "pixels: median (5–95 %)": "20 (20–20)"},
+        **{"in images": "0.667", "of all pixels": "0.0333"},  # 40 of 1200
+        "pixels: median (5–95 %)": "20 (20–20)",
         **{"x: median (5–95 %)": "8 (3–12)", "y: median (5–95 %)": "4 (4–5)"},  # of 3 and 12
         "touches another": "0.500",
     }

@@ -22,8 +22,9 @@ QUANTILES = torch.tensor([0.05, 0.5, 0.95])
 def describe(masks: Tensor, index: int) -> dict[str, str]:
     """Describe a class of (N, H, W) masks; sizes and places are of the images that have it."""
     has = (masks == index).any(dim=2).any(dim=1)
-    found = {"in images": f"{has.float().mean():.3f}"}
     mine = masks[has] == index
+    share = mine.sum() / masks.numel()
+    found = {"in images": f"{has.float().mean():.3f}", "of all pixels": f"{share:.4f}"}
     columns, lines = mine.sum(dim=1).float(), mine.sum(dim=2).float()
     area = columns.sum(dim=1)
     measures = {"pixels": area}  # and where they lie on average
@@ -35,9 +36,8 @@ def describe(masks: Tensor, index: int) -> dict[str, str]:
     # Shapes that overlap come within two pixels: mixed pixels between them are background.
     near = F.max_pool2d(mine.float(), 5, 1, 2) > 0
     others = (masks[has] != index) & (masks[has] != 0) & (masks[has] != IGNORE)
-    return found | {
-        "touches another": f"{(near & others).flatten(1).any(dim=1).float().mean():.3f}"
-    }
+    touching = (near & others).flatten(1).any(dim=1).float().mean()
+    return found | {"touches another": f"{touching:.3f}"}
 
 
 def main() -> None:
