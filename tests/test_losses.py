@@ -2,14 +2,12 @@
 
 import math
 
-from common import UserError
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from losses import LOSSES, dice_pooled, weighted_loss
+from losses import LOSSES, weighted_loss
 from metrics import IGNORE
 
 each_loss = pytest.mark.parametrize("name", LOSSES)
@@ -100,12 +98,6 @@ def test_weighted_sum() -> None:
     assert weighted_loss(logits, mask, weights).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("weights", [{}, {"dice": 1.0}, {"cross_entropy": "much"}])
-def test_unknown_losses_and_weights_are_named(weights: dict) -> None:
-    with pytest.raises(UserError, match=r"loss: .*cross_entropy, dice_pooled"):
-        weighted_loss(*batch(), weights)
-
-
 # ---- values known without a formula
 
 
@@ -120,12 +112,6 @@ def test_perfect_and_worst_prediction_and_equal_logits(name: str) -> None:
     # Dice of a class: overlap 1/4 · 1/4, total 1/4 + 1/4.
     expected = math.log(4) if name == "cross_entropy" else 0.75
     assert LOSSES[name](torch.zeros(1, 4, 8, 4), mask).item() == pytest.approx(expected)
-
-
-def test_dice_pooled_is_one_minus_the_mean_probability_of_the_true_class() -> None:
-    logits, mask = batch(ignored=0)
-    probability = np.mean([p[true] for _, p, true in pixels(logits, mask)])
-    assert dice_pooled(logits, mask).item() == pytest.approx(1 - probability)
 
 
 # ---- gradients

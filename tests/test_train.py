@@ -288,6 +288,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(
     ("values", "says"),
     [
         ({"loss": "{dice: 1}"}, "loss: dice: 1"),
+        ({"loss": "{cross_entropy: much}"}, "cross_entropy, dice_pooled"),
         ({"encoder": "[[8, 4]]"}, "encoder: cannot"),
         ({"blur": 0.1, "blur_kernel": 31, "crop": 8}, "Padding size"),
         ({"classes": "{a: [0, 0, 0], b: [1, 2, 300]}"}, "classes"),
