@@ -109,8 +109,7 @@ def main() -> None:
     elif not args.out.exists() or args.out.read_text(encoding="utf-8") != text:
         for first, last in zip(args.config, args.config[1:], strict=False):
             was, now = read_yaml(first), read_yaml(last)
-            lost = [f"{key}: {was[key]}" for key in now if was.get(key, now[key]) != now[key]]
-            if lost:
+            if lost := [f"{key}: {was[key]}" for key in now if was.get(key, now[key]) != now[key]]:
                 print(f"note: {last} overrides {', '.join(lost)} of {first}", file=sys.stderr)
         write_atomically(args.out, text.encode())
 

@@ -39,9 +39,8 @@ def save(figure: Figure, path: Path) -> None:
 
 def colourise(mask: Tensor, classes: dict[str, list[int]]) -> Tensor:
     """Colour (H, W) class indices: (3, H, W) uint8, grey where they are of no class."""
-    palette = torch.tensor(GREY, dtype=torch.uint8).repeat(256, 1)
-    palette[: len(classes)] = torch.tensor(list(classes.values()), dtype=torch.uint8)
-    return palette[mask.long()].permute(2, 0, 1)
+    palette = [*classes.values(), *[GREY] * (256 - len(classes))]
+    return torch.tensor(palette, dtype=torch.uint8)[mask.long()].permute(2, 0, 1)
 
 
 def overlay(image: Tensor, mask: Tensor, classes: dict[str, list[int]]) -> Tensor:
@@ -87,8 +86,7 @@ def curves(path: Path, panels: dict[str, dict[str, list[list[float | None]]]]) -
     for ax, (label, lines) in zip(axes, panels.items(), strict=True):
         for (name, runs), other in zip(lines.items(), cycle(STYLES.values()), strict=False):
             colour, line, marker = STYLES.get(name, other)
-            # None, no score or a shorter run, becomes NaN: a hole in the line
-            values = np.array(list(zip_longest(*runs)), float)
+            values = np.array(list(zip_longest(*runs)), float)  # None becomes a hole in the line
             epochs, look = range(1, len(values) + 1), {"marker": marker, "ms": 5, "label": name}
             [handles[name]] = ax.plot(epochs, values.mean(axis=1), line, color=colour, **look)
             ax.fill_between(epochs, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.2)
@@ -108,8 +106,7 @@ def confusion(path: Path, matrices: dict[str, np.ndarray], classes: list[str]) -
     figure, axes = new_figure(side * len(matrices), side + 0.45, len(matrices))
     for ax, (name, matrix) in zip(axes, matrices.items(), strict=True):
         share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-        # The root makes the small shares visible, which are the mistakes.
-        ax.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 100))
+        ax.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 100))  # mistakes stay visible
         for (y, x), value in np.ndenumerate(share):
             text = f"{value:.2f}" if value < 99.995 else "100"
             ax.text(x, y, text, ha="center", va="center", color="white" if value > 40 else "black")
@@ -129,8 +126,7 @@ def dots(path: Path, models: dict[str, list[dict[str, float | None]]]) -> None:
         std = values.std(axis=0, ddof=1) if len(runs) > 1 else None
         x = np.arange(len(groups)) + (i - (len(models) - 1) / 2) * 0.8 / len(models)
         colour, _, marker = STYLES[name]
-        look = {"color": colour, "marker": marker, "ms": 6, "ls": "", "capsize": 4}
-        ax.errorbar(x, values.mean(axis=0), yerr=std, label=name, **look)
+        ax.errorbar(x, values.mean(0), std, fmt=marker, color=colour, ms=6, capsize=4, label=name)
     ax.set(xticks=range(len(groups)), xticklabels=groups, ylabel="test score")
     ax.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=len(models))

@@ -13,8 +13,7 @@ from torch import Tensor
 IGNORE = 255  # mask value of a pixel that counts neither in losses nor in scores
 BOUNDARY = 2  # pixels: width of the band along a contour that boundary IoU looks at
 DRAWS = 2000  # of an interval: its limits then move by a few per cent of their distance
-# 97.5 % quantiles of Student's t distribution by degrees of freedom.
-T_QUANTILES = {
+T_QUANTILES = {  # 97.5 % quantiles of Student's t distribution by degrees of freedom
     **{1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262},
     **{10: 2.228, 12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000, 120: 1.980},
 }
@@ -22,8 +21,7 @@ T_QUANTILES = {
 
 def confusion_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
     """Count pixels of (N, H, W) by (true class, predicted class): (N, C, C) int64, no `IGNORE`."""
-    # Ignored pixels are counted in a cell of their own, and cells by scatter_add_: a boolean index
-    # or bincount would make a GPU wait for their number.
+    # Ignored pixels have a cell of their own; a boolean index or bincount would make a GPU wait.
     cells = num_classes**2
     cell = torch.where(mask == IGNORE, cells, mask.long() * num_classes + prediction).flatten(1)
     counts = torch.zeros(len(mask), cells + 1, dtype=torch.int64, device=mask.device)
@@ -34,8 +32,7 @@ def confusion_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Te
 def iou(matrices: Tensor) -> Tensor:
     """Divide true positives by the union: IoU = TP / (TP + FP + FN) (Jaccard 1912).
 
-    From (..., C, C) confusion matrices to (..., C) float64 in [0, 1]; NaN where a class is neither
-    true nor predicted.
+    From (..., C, C) confusion matrices to (..., C) float64 in [0, 1], or NaN.
     """
     m = matrices.double()
     tp = m.diagonal(dim1=-2, dim2=-1)
@@ -78,7 +75,6 @@ def boundary_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Ten
 
     The band of a class is its pixels at most `BOUNDARY` away (in rows and columns) from one that is
     not of the class. As in the authors' code, the image border is a contour.
-
     From (N, H, W) as in `confusion_matrices` to (N, C + 1, C + 1) int64; class C is "in no band".
     """
     bands = []
@@ -121,8 +117,7 @@ def mean_std(values: list[float | None]) -> dict | None:
 def compare(a: dict, b: dict) -> str:
     """Compare two results of `mean_std` by Welch's t test (1947), two-sided, at 95 %.
 
-    "more" or "less" if a lies beyond noise above or below b, else "noise"; "one seed" if either has
-    no standard deviation.
+    "more" or "less" if a lies beyond noise above or below b, else "noise"; "one seed" if n = 1.
     """
     if a["std"] is None or b["std"] is None:
         return "one seed"

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
-from torchvision.transforms.v2 import ToDtype, ToPILImage
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms import v2
 
 from data import evenly, read_image
 from evaluate import cost_of, predict_batches
@@ -46,7 +45,7 @@ def predict(model: nn.Module, config: dict, images: Tensor) -> Tensor:
     """Predict probabilities (N, C, H, W) float32, on the CPU, of (N, channels, H, W) uint8."""
     dtype = pick_precision(next(model.parameters()).device, config["precision"])
     size, margin = images.shape[2:], model.receptive_radius  # what the model sees around a tile
-    images = resize(images, config["resize"] or list(size))
+    images = v2.functional.resize(images, config["resize"] or list(size))
     logits = torch.empty(len(images), len(config["classes"]), *images.shape[2:])
     for top, left in product(*(range(0, side, TILE) for side in images.shape[2:])):
         y, x = max(0, top - margin), max(0, left - margin)
@@ -86,10 +85,10 @@ def find_images(given: list[Path], out: Path) -> dict[Path, Path]:
 def write_results(target: Path, image: Tensor, values: Tensor, classes: dict, keep: bool) -> tuple:
     """Write the results of an image; returns a text on them, and cells of the contact sheet."""
     mask, files = values.argmax(dim=0).to(torch.uint8), defaultdict(io.BytesIO)
-    laid, picture = overlay(image, mask, classes), ToPILImage()(mask)
+    laid, picture = overlay(image, mask, classes), v2.ToPILImage()(mask)
     picture.putpalette(np.array(list(classes.values()), np.uint8).tobytes())
     picture.save(files["mask.png"], "PNG")
-    ToPILImage()(laid).save(files["overlay.png"], "PNG")
+    v2.ToPILImage()(laid).save(files["overlay.png"], "PNG")
     if keep:
         np.savez_compressed(files["probabilities.npz"], probabilities=values, classes=list(classes))
     for name, file in files.items():
@@ -134,7 +133,7 @@ def predict_files(model: nn.Module, config: dict, given: list[Path], out: Path, 
 def export(model: nn.Module, config: dict, path: Path) -> None:
     """Write a `torch.export` program for images of any number, height and width."""
     model = model.to("cpu", memory_format=torch.contiguous_format)
-    program = nn.Sequential(ToDtype(torch.float32, scale=True), model)
+    program = nn.Sequential(v2.ToDtype(torch.float32, scale=True), model)
     example = torch.zeros(2, config["in_channels"], 50, 70, dtype=torch.uint8)
     dynamic = [dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)]
     # Without this, a size of one (at the deepest stage) would be taken for a special case.

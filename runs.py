@@ -42,15 +42,12 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def resume_run(
-    run_dir: Path, about: dict, parts: dict[str, object], resume: bool, overwrite: bool
-) -> list[dict]:
+def resume_run(run_dir: Path, about: dict, parts: dict, resume: bool, overwrite: bool) -> list:
     """Decide whether a run starts over or goes on after its last finished epoch.
 
-    `resume` goes on with the run that is there, if `config` and `data_digest` of `about` are its
-    own, and loads the states of `parts` (model, optimizer, scheduler) from last.pt; `overwrite`
-    starts over where that cannot be. Returns the epochs so far, none if it starts over. UserError
-    if there is a run that can neither be resumed nor overwritten.
+    `resume` goes on with a run of the `config` and `data_digest` in `about`, and loads the states
+    of `parts` (model, optimizer, scheduler) from last.pt; else `overwrite` starts over. Returns the
+    epochs so far, none if it starts over. UserError if a run can be neither resumed nor replaced.
     """
     path = run_dir / "last.pt"
     why = "which --resume goes on with" if path.exists() else "without last.pt to go on from"
@@ -83,9 +80,8 @@ def start_run(
     for path in run_dir.iterdir() if not history else ():
         if path.name != "lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    git, commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], "unknown"
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # not a git checkout
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    options = {"shell": True, "cwd": ROOT, "capture_output": True, "text": True}
+    commit = subprocess.run("git describe --always --dirty", **options).stdout.strip() or "unknown"
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases
     name = capabilities.get("cpu_name", platform.machine())
     if device.type != "cpu":
@@ -97,8 +93,7 @@ def start_run(
     write_atomically(run_dir / "environment.json", json.dumps(machine, indent=2).encode())
     done = f", resuming after epoch {len(history)}" if history else ""
     print(f"{run_dir}: training in {machine['precision']}, {name}{done}", flush=True)
-    # purge_step drops the events of epochs that will be repeated.
-    writer = SummaryWriter(run_dir, purge_step=len(history) + 1)
+    writer = SummaryWriter(run_dir, purge_step=len(history) + 1)  # drops epochs to be repeated
     both = {k: ["Multiline", [f"{k}/training", f"{k}/validation"]] for k in ("mean_iou", "loss")}
     writer.add_custom_scalars({"training and validation": both})
     return writer
@@ -142,15 +137,11 @@ def write_epoch(
     write_atomically(run_dir / "metrics.jsonl", lines.encode())
     # Last of all: a run that is killed before repeats the epoch.
     save_checkpoint(run_dir / "last.pt", about | state | {"history": history})
-    iou, dead = training["mean_iou"] or 0.0, validation["dead_classes"]
-    print(
-        f"{config['name']} epoch {epoch}/{config['epochs']}  "
-        f"loss {training['loss']:.4f} / {validation['loss']:.4f}  "
-        f"mean IoU {iou:.4f} / {validation['mean_iou']:.4f}  (training / validation)  "
-        f"{entry['images_per_s']:.0f} images/s{'  best' * best}"
-        + (f"  dead: {', '.join(dead)}" if dead else ""),
-        flush=True,
-    )
+    loss, iou = (f"{training[k] or 0:.4f} / {validation[k]:.4f}" for k in ("loss", "mean_iou"))
+    dead = validation["dead_classes"]
+    said = f"{config['name']} epoch {epoch}/{config['epochs']}  loss {loss}  mean IoU {iou}  "
+    said += f"(training / validation)  {entry['images_per_s']:.0f} images/s{'  best' * best}"
+    print(said + (f"  dead: {', '.join(dead)}" if dead else ""), flush=True)
     if dead and epoch in (1, config["epochs"]):
         print(DEAD_CLASS_FIX)
 
@@ -165,8 +156,7 @@ def write_summary(
     summary |= {key: history[-1][key] for key in ("images_seen", "train_seconds")}
     summary |= {"best_epoch": best["epoch"], "parameters": parameters, "code": about["code"]}
     summary |= {"peak_memory_mib": peak / (2**20 if sys.platform == "darwin" else 2**10)}
-    summary |= {"digest": about["data_digest"]}
-    summary |= {key: best[key] for key in ("training", "validation")}
+    summary |= {"digest": about["data_digest"]} | {k: best[k] for k in ("training", "validation")}
     simple = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.items()}
     means = {split: best[split]["mean_iou"] for split in ("validation", "training")}
     reached = {f"result/{s}_mean_iou": mean for s, mean in means.items() if mean is not None}
@@ -174,7 +164,5 @@ def write_summary(
     writer.add_hparams(simple, reached, run_name=".", global_step=config["epochs"] + 1)
     writer.close()
     write_atomically(run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    print(
-        f"best epoch {best['epoch']}, validation mean IoU {best['validation']['mean_iou']:.4f}; "
-        f"next: python evaluate.py {run_dir / 'best.pt'}"
-    )
+    advice = f"next: python evaluate.py {run_dir / 'best.pt'}"
+    print(f"best epoch {best['epoch']}, validation mean IoU {means['validation']:.4f}; {advice}")

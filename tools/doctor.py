@@ -40,8 +40,7 @@ def read_run(run_dir: Path) -> tuple[dict, list[dict]]:
     if not config.is_file():
         raise UserError(f"{run_dir}: is no run, has no config.yaml; give a folder train.py wrote")
     with reading(path, "train this run again"):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        log = [json.loads(line) for line in lines]
+        log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         for entry in (epoch[split] for epoch in log for split in TRAINED):
             require(entry, dict.fromkeys(SCORES, object))
     return load_config([config]), log

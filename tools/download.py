@@ -7,10 +7,10 @@ has a digest of `DIGESTS`: nothing else can be installed.
 """
 
 import argparse
-import hashlib
 import io
 import re
 import zipfile
+from hashlib import sha256
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -38,17 +38,14 @@ def download(out: Path, archive: Path | None = None) -> str:
         with reading(source, "get it again, or give a local copy: AFO_ARCHIVE=file.zip"):
             if archive is None:
                 print(f"fetching {URL} (28 MB)", flush=True)
-                with urlopen(URL, timeout=30) as response:  # seconds without a byte
-                    archive = io.BytesIO(response.read())
-            pngs = {}
+                archive = io.BytesIO(urlopen(URL, timeout=30).read())  # seconds without a byte
             with zipfile.ZipFile(archive) as opened:
-                for info in opened.infolist():
-                    match = MEMBER.fullmatch(info.filename)
-                    if match and info.file_size <= MAX_FILE:  # else the digest is another
-                        pngs[match[1]] = opened.read(info)
-        hashes = {name: hashlib.sha256(png).hexdigest() for name, png in pngs.items()}
-        lines = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes))
-        digest = hashlib.sha256(lines.encode()).hexdigest()
+                # Without a larger file the digest is another.
+                small = [info for info in opened.infolist() if info.file_size <= MAX_FILE]
+                matches = {info: MEMBER.fullmatch(info.filename) for info in small}
+                pngs = {match[1]: opened.read(info) for info, match in matches.items() if match}
+        lines = [f"{sha256(png).hexdigest()}  {name}\n" for name, png in sorted(pngs.items())]
+        digest = sha256("".join(lines).encode()).hexdigest()
         if digest not in DIGESTS:
             raise UserError(f"{source}: holds other files, {digest}; use the original")
         for name, png in pngs.items():
