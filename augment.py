@@ -19,11 +19,10 @@ def choose_corners(masks: Tensor, crop: int, on_objects: float) -> tuple[Tensor,
     choice, pixel, y, x = torch.rand(4, n, device=masks.device)
     top, left = (y * (height - crop + 1)).long(), (x * (width - crop + 1)).long()
     if on_objects > 0:
-        # The k-th foreground pixel is where the running count reaches k.
         count = ((masks > 0) & (masks != IGNORE)).flatten(1).cumsum(dim=1, dtype=torch.int32)
         total = count[:, -1]
         k = torch.minimum((pixel * total).int() + 1, total)
-        found = torch.searchsorted(count, k[:, None])[:, 0]
+        found = torch.searchsorted(count, k[:, None])[:, 0]  # the k-th pixel of an object
         # The pixel lies anywhere in the crop, not in its middle: else the model would learn that
         # the middle of a picture is never background.
         around_y = (found // width - (y * crop).long()).clamp(0, height - crop)
@@ -74,6 +73,4 @@ def augment(images: Tensor, masks: Tensor, config: dict) -> tuple[Tensor, Tensor
 
 def chosen(images: Tensor, probability: float) -> list[int]:
     """Choose images of a batch at random; returns their indices."""
-    if probability == 0:
-        return []
-    return torch.rand(len(images)).lt(probability).nonzero().flatten().tolist()
+    return torch.rand(len(images)).lt(probability).nonzero()[:, 0].tolist() if probability else []

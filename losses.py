@@ -15,16 +15,14 @@ from metrics import IGNORE
 def cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     """Average the negative log-likelihood of the true class over the pixels; in [0, inf)."""
     counted = (mask != IGNORE).sum().clamp(min=1)  # all ignored: a loss of 0, not 0/0
-    total = F.cross_entropy(logits, mask.long(), ignore_index=IGNORE, reduction="sum")
-    return total / counted
+    return F.cross_entropy(logits, mask.long(), ignore_index=IGNORE, reduction="sum") / counted
 
 
 def _probabilities_and_target(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over classes and one-hot mask, both (N, C, H*W) float32, 0 where ignored."""
-    counted = (mask != IGNORE).flatten(1).unsqueeze(1)
-    classes = torch.arange(logits.shape[1], device=mask.device).view(1, -1, 1)
-    target = (mask.flatten(1).unsqueeze(1) == classes).to(logits.dtype)
-    return logits.flatten(2).softmax(dim=1) * counted, target
+    classes, mask = torch.arange(logits.shape[1], device=mask.device), mask.flatten(1)[:, None]
+    target = (mask == classes[:, None]).to(logits.dtype)
+    return logits.flatten(2).softmax(dim=1) * (mask != IGNORE), target
 
 
 def dice_pooled(logits: Tensor, mask: Tensor) -> Tensor:
@@ -70,6 +68,5 @@ def weighted_loss(logits: Tensor, mask: Tensor, weights: dict[str, float]) -> Te
             known = ", ".join(LOSSES)
             raise UserError(f"loss: {name}: {weight} is no loss with its weight; known: {known}")
     with torch.autocast(logits.device.type, enabled=False):
-        if logits.dtype != torch.float64:
-            logits = logits.float()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return sum(weight * LOSSES[name](logits, mask) for name, weight in weights.items())

@@ -33,13 +33,6 @@ def double_conv(in_channels: int, out_channels: int, kernel: int, dropout: float
     return nn.Sequential(*layers, *[nn.Dropout2d(dropout)] * (dropout > 0))
 
 
-def start_bilinear(up: nn.ConvTranspose2d) -> None:
-    """Make a 3×3, stride 2 transposed conv the bilinear up-sampling of each channel by itself."""
-    hat = torch.tensor([0.5, 1.0, 0.5])
-    kernels = torch.eye(up.in_channels)[:, :, None, None] * hat[:, None] * hat
-    up.weight.data, up.bias.data = kernels, torch.zeros(up.in_channels)
-
-
 class UNet(nn.Module):
     """Encoder stages that halve the resolution, decoder stages that double it, skips between.
 
@@ -72,9 +65,8 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         for key, stages in (("encoder", encoder), ("decoder", decoder)):
-            with reading(
-                key, "give [channels, odd kernel] for each stage, as in [[16, 3], [32, 3]]"
-            ):
+            advice = "give [channels, odd kernel] for each stage, as in [[16, 3], [32, 3]]"
+            with reading(key, advice):
                 for width, kernel in stages:
                     sizes = {kernel, 1 if (key, width) == ("decoder", "classes") else width}
                     if any(type(n) is not int or n < 1 for n in sizes) or kernel % 2 == 0:
@@ -83,36 +75,33 @@ class UNet(nn.Module):
         if not encoder or len(decoder) != len(encoder) + (skip == "full"):
             wanted = "one stage more than" if skip == "full" else "as many stages as"
             raise UserError(f"decoder: with skip: {skip} it needs {wanted} the encoder")
-        self.skip, channels = skip, in_channels
+        self.skip, channels, skip_widths = skip, in_channels, []
         self.encoder, self.decoder, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         for width, kernel in encoder:
             self.encoder.append(double_conv(channels, width, kernel, dropout))
+            skip_widths.append(width if skip == "full" else channels)
             channels = width
-        # The first decoder stage works on the deepest pooled features alone; each later one also
-        # on the skip of its own resolution, which for "pooled" starts one stage further out.
-        skip_widths = [width for width, _ in encoder][::-1]
-        skip_widths = [0, *(skip_widths if skip == "full" else skip_widths[1:])]
-        doubling = {"stride": 2, "padding": 1, "output_padding": 1}
-        for (width, kernel), skip_width in zip(decoder, skip_widths, strict=True):
-            self.decoder.append(double_conv(channels + skip_width, width, kernel, dropout))
-            last = len(self.decoder) == len(decoder)
-            if last and skip == "full":
+        for i, (width, kernel) in enumerate(decoder):
+            if i > 0:  # the first works on the deepest pooled features alone
+                channels += skip_widths.pop()
+            self.decoder.append(double_conv(channels, width, kernel, dropout))
+            if i == len(encoder):  # with skip: full, at full resolution
                 self.up.append(nn.Conv2d(width, num_classes, 1))
             else:
-                out = num_classes if last else width
-                self.up.append(nn.ConvTranspose2d(width, out, 3, **doubling))
+                out = num_classes if i == len(decoder) - 1 else width
+                self.up.append(nn.ConvTranspose2d(width, out, 3, 2, padding=1, output_padding=1))
             channels = width
         if upsampling_init == "bilinear" and channels == num_classes and skip == "pooled":
-            start_bilinear(self.up[-1])
+            hat = torch.tensor([0.5, 1.0, 0.5])  # up-samples each channel by itself, bilinearly
+            self.up[-1].weight.data = torch.eye(channels)[:, :, None, None] * hat[:, None] * hat
+            nn.init.zeros_(self.up[-1].bias)
 
         self.stride = 2 ** len(encoder)  # pixels of the input under one of the deepest features
-        # Pixels that a logit sees on each side: at each stage two kernels and a pooling or
-        # up-sampling, rounded up to the stride.
-        scales = [2**i for i in range(len(encoder))]
-        scales += [2 ** (len(encoder) - i) for i in range(len(decoder))]
-        kernels = [kernel for _, kernel in (*encoder, *decoder)]
-        reach = sum(s * (2 * (k // 2) + 1) for s, k in zip(scales, kernels, strict=True))
+        # Pixels that a logit sees on each side: two convs (kernel // 2 each) and a pooling or
+        # up-sampling (1) make a kernel at the scale of each stage; rounded up to the stride.
+        depth, stages = len(encoder), enumerate((*encoder, *decoder))
+        reach = sum(2 ** (depth - abs(depth - i)) * kernel for i, (_, kernel) in stages)
         self.receptive_radius = -(-reach // self.stride) * self.stride
 
     def forward(self, images: Tensor) -> Tensor:
@@ -127,10 +116,8 @@ class UNet(nn.Module):
         skips = []
         for stage in self.encoder:
             features = stage(x)
+            skips.append(features if self.skip == "full" else x)  # x: pooled by the stage before
             x = self.pool(features)
-            skips.append(features if self.skip == "full" else x)
-        if self.skip == "pooled":
-            skips.pop()  # the deepest pooled features are the decoder's own input
         for i, (stage, up) in enumerate(zip(self.decoder, self.up, strict=True)):
             if i > 0:
                 x = torch.cat([x, skips.pop()], dim=1)
@@ -215,18 +202,17 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="side of the image in pixels")
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
-    model, shapes = build_model(config).eval(), []  # of the stages, in the order of their use
-    stages = {f"encoder {i}": stage for i, stage in enumerate(model.encoder, 1)}
-    for i, (stage, up) in enumerate(zip(model.decoder, model.up, strict=True), 1):
-        stages |= {f"decoder {i}": stage, f"decoder {i} up": up}
-    for stage in stages.values():
-        stage.register_forward_hook(lambda _, inputs, output: shapes.append(output.shape[1:]))
+    model, shapes = build_model(config).eval(), {}  # of the stages, in the order of their use
+    kinds = {"encoder {}": model.encoder, "decoder {}": model.decoder, "decoder {} up": model.up}
+    names = {stage: kind.format(i) for kind, of in kinds.items() for i, stage in enumerate(of, 1)}
+    for stage in names:
+        stage.register_forward_hook(lambda key, _, output: shapes.update({key: output.shape[1:]}))
     with FlopCounterMode(display=False) as flops, torch.inference_mode():
         model(torch.zeros(1, config["in_channels"], args.size, args.size))
     line = "{:<14}{:>14}{:>14}"
     print(line.format("stage", "output", "parameters"))
-    for (name, stage), shape in zip(stages.items(), shapes, strict=True):
-        print(line.format(name, "×".join(map(str, shape)), f"{count_parameters(stage):,}"))
+    for stage, shape in shapes.items():
+        print(line.format(names[stage], "×".join(map(str, shape)), f"{count_parameters(stage):,}"))
     print(line.format("total", "", f"{count_parameters(model):,}"))
     print(f"{flops.get_total_flops() / 1e9:.3f} GFLOP per {args.size}×{args.size} image (convs)")
 
