@@ -194,7 +194,6 @@ def test_compare_of_one_seed_and_of_equal_values() -> None:
 
 def test_interval_is_that_of_repeated_draws() -> None:
     values = torch.rand(40, generator=torch.Generator().manual_seed(0)) * 1000
-    # Of two classes, half of each pixel count wrong: IoU depends on the share of right pixels.
     matrices = torch.stack([torch.tensor([[int(v), 1000 - int(v)], [0, 1000]]) for v in values])
     rng, means = np.random.default_rng(1), []
     for _ in range(4000):
@@ -202,7 +201,7 @@ def test_interval_is_that_of_repeated_draws() -> None:
         means.append((right + 1 / (2 - right)) / 2)  # the IoU of both classes
     low, high = interval(matrices)
     assert [low, high] == pytest.approx(np.quantile(means, (0.025, 0.975)), abs=0.005)
-    few = interval(matrices, 10)
-    assert few[1] - few[0] > 1.5 * (high - low)  # √(4 · 30/39) times as wide
+    few = interval(matrices, 10)  # √(4 · 30/39) times as wide
+    assert few[1] - few[0] > 1.5 * (high - low)
     assert interval(matrices, 40) == pytest.approx([mean_iou(matrices.sum(0)).item()] * 2)
     assert interval(0 * matrices) == [0, 0]  # all ignored: no NaN in JSON

@@ -66,9 +66,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
 def run(root: Path, *command: object) -> subprocess.CompletedProcess:
     hidden = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS")
     env = {key: value for key, value in os.environ.items() if key not in hidden}
-    done = subprocess.run(
-        list(map(str, command)), cwd=root, env=env, capture_output=True, text=True, timeout=200
-    )
+    options = {"cwd": root, "env": env, "capture_output": True, "text": True, "timeout": 200}
+    done = subprocess.run(list(map(str, command)), **options)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -185,6 +185,9 @@ def test_new_run_starts_in_an_empty_folder(run: Path, dataset: Path, tmp_path: P
         with pytest.raises(UserError, match=says):
             train_tiny(dataset, tmp_path / "photos")
     assert (tmp_path / "photos/me.png").exists()
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed/config.yaml.partial").touch()  # killed before its first file was whole
+    train_tiny(dataset, tmp_path / "killed", epochs=1)
 
 
 @pytest.mark.parametrize("file", ["best.pt", "summary.json"])
