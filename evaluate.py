@@ -35,10 +35,11 @@ BATCH = 32  # images of 128×128; more leave the processor's caches, and were no
 LAB_BATCH = 50  # test images that the lab scored
 SHOWN = 4  # evenly spaced images, and as many of the worst, that are kept for the report
 LAB = yaml.safe_load((ROOT / "docs/lab.yaml").read_text())  # what its report of 2021 says
-# What tables need of a row.
-NEEDED = dict.fromkeys(("name", "checkpoint", "split", "digest", "profile"), str)
+NEEDED = dict.fromkeys(("name", "checkpoint", "split", "digest", "profile"), str)  # of a row
 NEEDED |= dict.fromkeys(("pixel_accuracy", "mean_iou", "mean_dice"), float)
 NEEDED |= {"seed": int, "parameters": int, "per_class_iou": dict, "dead_classes": list}
+EPOCH = dict.fromkeys(("mean_iou", "mean_iou_foreground"), (float, type(None)))
+EPOCH |= {"loss": float, "per_class_iou": dict, "dead_classes": list}  # of either split
 
 
 @torch.inference_mode()
@@ -74,23 +75,21 @@ def evaluate(
 
 def cost_of(path: Path, checkpoint: dict) -> dict:
     """Look up images_seen and train_seconds of the whole run; None if it is not finished."""
-    summary = path.with_name("summary.json")
-    with reading(summary, "train this run again"):
-        found = checkpoint.get("cost") or (
-            json.loads(summary.read_text()) if summary.exists() else {}
-        )
+    file = path.with_name("summary.json")
+    with reading(file, "train this run again"):
+        found = checkpoint.get("cost") or json.loads(file.read_text() if file.exists() else "{}")
         return {key: found.get(key) for key in ("images_seen", "train_seconds")}
 
 
 def evaluate_checkpoint(
     path: Path, data: str | None, split: str, device: torch.device
-) -> tuple[dict, dict[str, np.ndarray]]:
+) -> tuple[dict, dict]:
     """Evaluate one checkpoint on a split of `data`, or of the data that it was trained on.
 
     Returns a row of the table: scores and what the checkpoint says of itself, as plain data. And
-    arrays by name: names, groups (M,), matrices (M, C, C), predictions (M, H, W); of the images in
-    `shown` (K,), evenly spaced and worst ones, images and masks. UserError if the checkpoint or the
-    data cannot be read, or all pixels are ignored.
+    what numpy can save: names, groups (M,), matrices (M, C, C), predictions (M, H, W); of the
+    images in `shown` (K,), evenly spaced and worst ones, images and masks. UserError if the
+    checkpoint or the data cannot be read, or all pixels are ignored.
     """
     model, checkpoint = restore_model(path, device)
     config, started = checkpoint["config"], time.perf_counter()
@@ -103,32 +102,23 @@ def evaluate_checkpoint(
         raise UserError(f"{data}: ignore: leaves no pixel of the {split} split")
     pairs = zip(predictions.split(64), masks.split(64), strict=True)
     bands = sum(metrics.boundary_matrices(*pair, len(classes)).sum(dim=0) for pair in pairs)
-    unique, group = np.unique(groups, return_inverse=True)
-    scenes = torch.zeros(len(unique), *matrix.shape, dtype=torch.int64)
-    scenes.index_add_(0, torch.from_numpy(group), matrices)
+    ids, group = np.unique(groups, return_inverse=True)
+    scenes = matrix.new_zeros(len(ids), *matrix.shape).index_add(0, torch.tensor(group), matrices)
     print(f"{path}: {len(masks)} images, {time.perf_counter() - started:.1f} s", file=sys.stderr)
     worst: dict[str, int] = {}  # group → its worst image, groups from the worst
     for i in metrics.mean_iou(matrices).nan_to_num(1).argsort(stable=True).tolist():
         worst.setdefault(groups[i], i)
     shown = [*evenly(len(masks), SHOWN), *list(worst.values())[:SHOWN]]
-    row = {
-        **{key: config[key] for key in ("name", "seed", "profile")},
-        **{"checkpoint": str(path), "data": data, "split": split, "digest": digest},
-        **{"images": len(masks), "groups": len(scenes), "parameters": count_parameters(model)},
-        **metrics.scores(matrix, classes),
-        "interval": metrics.interval(scenes),
-        "interval_of_lab_batch": metrics.interval(matrices, LAB_BATCH),
-        "boundary_iou": metrics.number(metrics.boundary_iou(bands).nanmean()),
-        **cost_of(path, checkpoint),
-        **{"code": checkpoint.get("code"), "confusion_matrix": matrix.tolist()},
-    }
-    arrays = {
-        **{"names": np.array(names), "groups": np.array(groups), "shown": np.array(shown)},
-        "matrices": matrices.to(torch.int32).numpy(),
-        "predictions": predictions.where(masks != IGNORE, IGNORE).numpy(),
-        **{"images": images[shown].numpy(), "masks": masks[shown].numpy()},
-    }
-    return row, arrays
+    row = {key: config[key] for key in ("name", "seed", "profile")} | cost_of(path, checkpoint)
+    row |= {"checkpoint": str(path), "data": data, "split": split, "digest": digest}
+    row |= {"images": len(masks), "groups": len(scenes), "parameters": count_parameters(model)}
+    row |= metrics.scores(matrix, classes) | {"interval": metrics.interval(scenes)}
+    row["interval_of_lab_batch"] = metrics.interval(matrices, LAB_BATCH)
+    row["boundary_iou"] = metrics.number(metrics.boundary_iou(bands).nanmean())
+    row |= {"code": checkpoint.get("code"), "confusion_matrix": matrix.tolist()}
+    arrays = {"names": names, "groups": groups, "shown": shown, "matrices": matrices.int()}
+    arrays["predictions"] = predictions.where(masks != IGNORE, IGNORE)
+    return row, arrays | {"images": images[shown], "masks": masks[shown]}
 
 
 def format_stat(values: list, form: str = "{:.4f}", std: bool = False) -> str:
@@ -192,6 +182,12 @@ def group_rows(rows: list[dict]) -> dict[str, list[dict]]:
     return {f"{n} ({f})" if folders[n] > 1 else n: found for (n, f), found in groups.items()}
 
 
+def rank(experiments: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """Sort experiments by their mean IoU, the highest first."""
+    means = {n: statistics.fmean(r["mean_iou"] for r in e) for n, e in experiments.items()}
+    return {name: experiments[name] for name in sorted(means, key=means.get, reverse=True)}
+
+
 def differences(row: dict, first: dict) -> list[str]:
     """List why two rows cannot share a table: they differ in split, data, profile or classes."""
     found = [key for key in ("split", "digest", "profile") if row[key] != first[key]]
@@ -216,13 +212,9 @@ def comparison_table(rows: list[dict]) -> str:
             raise UserError(f"{both} in {', '.join(differ)}; give them apart")
     experiments, classes = group_rows(rows), list(first["per_class_iou"])
     if "confusion_matrix" not in first:  # of validation: to choose by, so the best comes first
-        means = {n: statistics.fmean(r["mean_iou"] for r in e) for n, e in experiments.items()}
-        ranked = sorted(experiments, key=means.get, reverse=True)
-        return align(tabulate({name: experiments[name] for name in ranked}, COLUMNS))
+        return align(tabulate(rank(experiments), COLUMNS))
     nothing = background_only(first)
-    ious = {
-        c: lambda rows, c=c: format_stat([r["per_class_iou"][c] for r in rows]) for c in classes
-    }
+    ious = {c: lambda e, c=c: format_stat([r["per_class_iou"][c] for r in e]) for c in classes}
     lines = align(tabulate({nothing["name"]: [nothing]} | experiments, COLUMNS | ious))
     return (
         f"{first['data']}, {first['split']} split, {first['images']} images, {first['profile']} "
@@ -246,6 +238,16 @@ def read_results(path: Path) -> list[dict]:
                 if any(row[key] != value for key, value in found.items()):
                     raise ValueError("its scores are not those of its confusion matrix")
     return rows
+
+
+def read_history(path: Path, advice: str) -> list[dict]:
+    """Read the epochs of a metrics.jsonl; UserError, with advice, if it is damaged."""
+    with reading(path, advice):
+        history = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for entry in history or [{}]:
+            for split in ("training", "validation"):
+                require(entry[split], EPOCH)
+    return history
 
 
 def main() -> None:

@@ -45,8 +45,7 @@ def train_baseline(config: dict, device: torch.device, steps: int) -> float:
     (pairs, _), batch_size = find_pairs(config, "training"), config["batch_size"]
     model = build_model(config).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"])
-    chosen = torch.randint(len(pairs), (steps * batch_size,)).tolist()
-    files = [(pairs[i].image, pairs[i].mask, config) for i in chosen]
+    files = [(*pairs[i][2:], config) for i in torch.randint(len(pairs), (steps * batch_size,))]
     started = timeit.default_timer()
     for images, masks in DataLoader(files, batch_size, num_workers=2, collate_fn=read_batch):
         loss = weighted_loss(model(images.to(device)), masks.to(device), config["loss"])
@@ -54,7 +53,7 @@ def train_baseline(config: dict, device: torch.device, steps: int) -> float:
         loss.backward()
         optimizer.step()
     loss.item()  # waits for the device
-    return len(chosen) / (timeit.default_timer() - started)
+    return len(files) / (timeit.default_timer() - started)
 
 
 def train_ours(config: dict, device: torch.device, steps: int) -> float:

@@ -27,10 +27,8 @@ def describe(masks: Tensor, index: int) -> dict[str, str]:
     found = {"in images": f"{has.float().mean():.3f}", "of all pixels": f"{share:.4f}"}
     columns, lines = mine.sum(dim=1).float(), mine.sum(dim=2).float()
     area = columns.sum(dim=1)
-    measures = {"pixels": area}  # and where they lie on average
-    for name, counts in (("x", columns), ("y", lines)):
-        measures[name] = counts @ torch.arange(counts.shape[1]).float() / area
-    for name, values in measures.items() if has.any() else ():
+    x, y = (counts @ torch.arange(counts.shape[1]).float() / area for counts in (columns, lines))
+    for name, values in {"pixels": area, "x": x, "y": y}.items() if has.any() else ():
         low, middle, high = values.quantile(QUANTILES).tolist()
         found[f"{name}: median (5–95 %)"] = f"{middle:.0f} ({low:.0f}–{high:.0f})"
     # Shapes that overlap come within two pixels: mixed pixels between them are background.
@@ -49,8 +47,7 @@ def main() -> None:
     keep_memory()
     configs = [load_config([], [f"data={data!r}"]) for data in args.data]
     splits = [load_split(config, "training") for config in configs]
-    lines = [["training split", *args.data]]
-    lines.append(["images", *(str(len(split.masks)) for split in splits)])
+    lines = [["training split", *args.data], ["images", *(str(len(s.masks)) for s in splits)]]
     lines.append(["scenes", *(str(len(set(split.groups))) for split in splits)])
     for index, name in [*enumerate(configs[0]["classes"])][1:]:  # the background is the rest
         first, second = (describe(split.masks, index) for split in splits)

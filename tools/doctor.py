@@ -7,19 +7,18 @@ It speaks by docs/doctor.yaml; healthy runs of this project stay clear of all it
 
 import argparse
 import contextlib
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import ROOT, SPLITS, UserError, reading, require, run
+from common import ROOT, SPLITS, UserError, run
 
 import torch
 import yaml
 
 from config import load_config
 from data import Split, limit
-from evaluate import evaluate
+from evaluate import evaluate, read_history
 from figures import curves
 from metrics import mean_iou
 from model import pick_device, restore_model
@@ -30,20 +29,7 @@ SAMPLE = 200  # images of a split that are looked at, evenly spaced: seconds on 
 LOW_IOU = 0.5  # predicting one class of two or more everywhere stays below
 TRAINED = SPLITS[:2]  # training and validation, which training sees
 TEXTS = yaml.safe_load((ROOT / "docs" / "doctor.yaml").read_text(encoding="utf-8"))
-SCORES = ("loss", "mean_iou", "mean_iou_foreground", "per_class_iou", "dead_classes")
 Findings = Iterator[tuple[str, dict]]  # the key of a text, and what to fill in
-
-
-def read_run(run_dir: Path) -> tuple[dict, list[dict]]:
-    """Read the config and the epochs of a run; UserError if a file is damaged, or it is no run."""
-    config, path = run_dir / "config.yaml", run_dir / "metrics.jsonl"
-    if not config.is_file():
-        raise UserError(f"{run_dir}: is no run, has no config.yaml; give a folder train.py wrote")
-    with reading(path, "train this run again"):
-        log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        for entry in (epoch[split] for epoch in log for split in TRAINED):
-            require(entry, dict.fromkeys(SCORES, object))
-    return load_config([config]), log
 
 
 def diagnose(run_dir: Path, config: dict, log: list[dict], device: torch.device) -> Findings:
@@ -124,20 +110,24 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a folder train.py wrote")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
     args = parser.parse_args()
-    config, log = read_run(args.run_dir)
-    found = list(diagnose(args.run_dir, config, log, pick_device(args.device)))
+    run_dir, path = args.run_dir, args.run_dir / "metrics.jsonl"
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir}: is no run, has no config.yaml; give a folder train.py wrote")
+    log = read_history(path, "train this run again") if path.exists() else []
+    config = load_config([run_dir / "config.yaml"])
+    found = list(diagnose(run_dir, config, log, pick_device(args.device)))
     said = f"{len(found)} finding(s), causes first" if found else "nothing found wrong"
     drawn = ", curves in doctor.png" if log else ""
-    print(f"{args.run_dir}: {said} (epoch {len(log)} of {config['epochs']}{drawn})")
+    print(f"{run_dir}: {said} (epoch {len(log)} of {config['epochs']}{drawn})")
     rate = config["learning_rate"]  # these and the keys of the config can be filled in any text
     known = config | {"done": len(log), "third": rate / 3, "tenth": rate / 10, "triple": rate * 3}
     for key, values in found:
         text = TEXTS[key].format(**known, **values, fix=DEAD_CLASS_FIX)
-        print("\n" + text.replace("RUN_DIR", str(args.run_dir)), end="")
+        print("\n" + text.replace("RUN_DIR", str(run_dir)), end="")
     if log:
         panels = {k: {s: [[e[s][k] for e in log]] for s in TRAINED} for k in ("loss", "mean_iou")}
         ious = {c: [[e["validation"]["per_class_iou"][c] for e in log]] for c in config["classes"]}
-        curves(args.run_dir / "doctor.png", panels | {"validation IoU": ious})
+        curves(run_dir / "doctor.png", panels | {"validation IoU": ious})
 
 
 if __name__ == "__main__":

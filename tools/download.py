@@ -25,7 +25,7 @@ DIGESTS = {  # training/validation/testing pairs: the full set, and half of the 
     "b0a28cd560703cae8f233943237d6a813bd30487b743174dfc95a17af5a0b148": "10,817/2,241/1,138 pairs",
 }
 MEMBER = re.compile(r"(?s)(?:.*/)?((?:training|validation|testing)/(?:gt_)?image/\w+\.png)", re.A)
-MAX_FILE = 1 << 14  # bytes of one PNG; the real ones have at most 1,472
+MAX_FILE = 1 << 14  # bytes of one PNG, or it is not read; the real ones have at most 1,472
 
 
 def download(out: Path, archive: Path | None = None) -> str:
@@ -40,7 +40,6 @@ def download(out: Path, archive: Path | None = None) -> str:
                 print(f"fetching {URL} (28 MB)", flush=True)
                 archive = io.BytesIO(urlopen(URL, timeout=30).read())  # seconds without a byte
             with zipfile.ZipFile(archive) as opened:
-                # Without a larger file the digest is another.
                 small = [info for info in opened.infolist() if info.file_size <= MAX_FILE]
                 matches = {info: MEMBER.fullmatch(info.filename) for info in small}
                 pngs = {match[1]: opened.read(info) for info, match in matches.items() if match}

@@ -1,7 +1,6 @@
 """What the report says: facts by their name in docs/report_template.md, and its figures."""
 
 import re
-import statistics
 from collections import namedtuple
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 
 import figures
-from evaluate import COLUMNS, background_only, format_stat, tabulate
+from evaluate import COLUMNS, background_only, format_stat, rank, tabulate
 from figures import colourise
 from metrics import BOUNDARY, IGNORE, compare, mean_iou, mean_std
 
@@ -34,19 +33,12 @@ def rows_of(groups: Groups, split: str) -> Rows:
     return {name: [getattr(run, split) for run in runs] for name, runs in groups.items()}
 
 
-def rank(rows: Rows) -> list[str]:
-    """Order the names of experiments by their mean IoU, the highest first."""
-    return sorted(rows, key=lambda n: -statistics.fmean(row["mean_iou"] for row in rows[n]))
-
-
 def contrast(a: list[dict], b: list[dict]) -> dict:
     """Tell whether the mean IoU of one experiment exceeds that of another."""
     first, second = (mean_std([row["mean_iou"] for row in rows]) for rows in (a, b))
-    return {
-        **{"result": compare(first, second), "verdict": VERDICTS[compare(first, second)]},
-        **{"first": COLUMNS["mean IoU"](a), "second": COLUMNS["mean IoU"](b)},
-        "difference": first["mean"] - second["mean"],
-    }
+    found = {"result": compare(first, second), "difference": first["mean"] - second["mean"]}
+    found |= {"first": COLUMNS["mean IoU"](a), "second": COLUMNS["mean IoU"](b)}
+    return found | {"verdict": VERDICTS[found["result"]]}
 
 
 def panel(groups: Groups, split: str, key: str = "mean_iou") -> dict[str, dict]:
@@ -78,19 +70,17 @@ def describe_models(models: Groups, out: Path) -> dict:
         keys = {"mean IoU": "mean_iou", "boundary IoU": "boundary_iou"}
         dots[name] = [{h: r[k] for h, k in keys.items()} | r["per_class_iou"] for r in runs]
         matrices[name] = sum(np.array(row["confusion_matrix"]) for row in runs)
-    top, nothing = rank(rows)[0], background_only(rows[next(iter(rows))][0])
+    [top, *_], nothing = rank(rows), background_only(rows[next(iter(rows))][0])
     curves = panel(models, "training") | panel(models, "validation")
     figures.curves(out / "curves.png", curves | panel(models, "validation", "loss"))
     figures.dots(out / "scores.png", dots)
     figures.confusion(out / "confusion.png", matrices, list(nothing["per_class_iou"]))
     known = nothing["pixel_accuracy"] >= HIGH_ACCURACY and nothing["mean_iou"] <= LOW_IOU
     heads = ["boundary IoU", "mean Dice", "accuracy", "dead classes", "lab IoU", "parameters"]
-    return {
-        "models_table": table({nothing["name"]: [nothing]} | rows, heads),
-        "accuracy_verdict": "**No.**" if known else "**Not shown by this data.**",
-        **{"band": BOUNDARY, "nothing": nothing, "top": top},
-        **{f"top_{head}": COLUMNS[head](rows[top]) for head in ("mean IoU", "accuracy")},
-    }
+    found = {"models_table": table({nothing["name"]: [nothing]} | rows, heads)}
+    found["accuracy_verdict"] = "**No.**" if known else "**Not shown by this data.**"
+    found |= {f"top_{head}": COLUMNS[head](rows[top]) for head in ("mean IoU", "accuracy")}
+    return found | {"band": BOUNDARY, "nothing": nothing, "top": top}
 
 
 def show_images(models: Groups, arrays: dict[str, dict], out: Path) -> dict:
@@ -135,10 +125,11 @@ def answer_questions(models: Groups, augment: Groups, tune: Groups) -> dict:
             base = {n: tune[n] for n in ("base",) if n in tune}
             factors.setdefault(match[1].replace("-", " ").capitalize(), base)[name] = runs
     for factor, settings in factors.items():
-        rows = rows_of(settings, "validation")
-        if len(ranked := rank(rows)) > 1:
-            ends = contrast(rows[ranked[0]], rows[ranked[-1]])
-            lowest, highest = f"{ranked[-1]}: {ends['second']}", f"{ranked[0]}: {ends['first']}"
+        rows = rank(rows_of(settings, "validation"))
+        if len(rows) > 1:
+            best, *_, worst = rows
+            ends = contrast(rows[best], rows[worst])
+            lowest, highest = f"{worst}: {ends['second']}", f"{best}: {ends['first']}"
             beyond = {"more": "yes", "noise": "no"}.get(ends["result"], "one seed")
             spread = f"{ends['difference']:.4f}"
             lines.append([factor, str(len(settings)), lowest, highest, spread, beyond])
@@ -154,13 +145,13 @@ def running_average(groups: Groups, out: Path) -> dict:
     """Show what a metric that is never reset makes of the validation curve of tuned."""
     [[label, found]] = panel(groups, "validation").items()
     true, before = found["tuned"][0], found.get("modified", [[]])[0]
-    lines = {"never reset": true, "never reset, carried over from modified": before + true}
-    for name, values in lines.items():
+    lines = {"each epoch by itself": [true]}
+    longer = {"never reset": true, "never reset, carried over from modified": before + true}
+    for name, values in longer.items():
         mean = np.cumsum(values) / np.arange(1, len(values) + 1)
-        lines[name] = mean[-len(true) :].tolist()
-    shown = {name: [values] for name, values in ({"each epoch by itself": true} | lines).items()}
-    figures.curves(out / "running-average.png", {label: shown})
-    return {"true_last": true[-1], "running_last": lines["never reset"][-1]}
+        lines[name] = [mean[-len(true) :].tolist()]
+    figures.curves(out / "running-average.png", {label: lines})
+    return {"true_last": true[-1], "running_last": lines["never reset"][0][-1]}
 
 
 def find_dead_classes(groups: Groups) -> dict:
@@ -180,11 +171,9 @@ def tabulate_experiments(groups: Groups, augment: Groups, tune: Groups, out: Pat
     if augment:
         facts["augment_table"] = table(rows_of(augment, "test"), ["lab IoU"])
     if tune:
-        rows = rows_of(tune, "validation")
-        facts["tune_table"] = table({name: rows[name] for name in rank(rows)}, [])
+        facts["tune_table"] = table(rank(rows_of(tune, "validation")), [])
     known = (*MODELS, "augment", "tune", "overfit")
-    others = {name: runs for name, runs in groups.items() if name.split("/")[0] not in known}
-    if others:
+    if others := {n: runs for n, runs in groups.items() if n.split("/")[0] not in known}:
         facts["other_table"] = table(rows_of(others, "test"), ["lab IoU"])
     if overfit := {n.split("/")[1]: r for n, r in groups.items() if n.startswith("overfit/")}:
         curves = panel(overfit, "training") | panel(overfit, "validation")

@@ -18,13 +18,12 @@ import numpy as np
 from markdown import markdown
 
 from config import load_config
-from evaluate import differences, read_results
+from evaluate import differences, read_history, read_results
 from metrics import mean_std
 from tools import facts
 
 ADVICE = "remove the folder of this run and make it again"
 MACHINE = "{device}, {threads} threads, {precision}, PyTorch {torch}"
-EPOCH = {"loss": float, "mean_iou": (float, type(None)), "dead_classes": list}
 COST = {"images_seen": int, "train_seconds": float}
 RESULTS = {"summary.json": COST, "testing.json": COST | {"groups": int, "interval": list}}
 UNTESTED = ("tune", "overfit")  # they choose settings, and never read the test split
@@ -50,11 +49,7 @@ def find_runs(root: Path) -> tuple[facts.Groups, list[str]]:
         with reading(path := folder / "environment.json", ADVICE):
             environment = json.loads(path.read_text(encoding="utf-8"))
             MACHINE.format(**environment)
-        with reading(path := folder / "metrics.jsonl", ADVICE):
-            history = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            for entry in history or [{}]:
-                require(entry["training"], EPOCH)
-                require(entry["validation"], EPOCH)
+        history = read_history(folder / "metrics.jsonl", ADVICE)
         for file in files:
             with reading(folder / file, ADVICE):
                 [rows[file]] = read_results(folder / file)
@@ -96,13 +91,10 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
     missing += dict.fromkeys(left_out)
     runs = [one for group in groups.values() for one in group]
     profiles = {f"{one.config['profile']} profile on {one.config['data']}" for one in runs}
-    found = {
-        **{"runs": len(runs), "experiments": len(groups)},
-        "seeds": ", ".join(map(str, sorted({one.seed for one in runs}))),
-        "profiles": "; ".join(sorted(profiles)),
-        "machines": "; ".join(sorted({MACHINE.format(**one.environment) for one in runs})),
-        "missing": "\n".join(f"- {line}" for line in missing) or "Nothing.",
-    }
+    found = {"runs": len(runs), "experiments": len(groups), "profiles": "; ".join(sorted(profiles))}
+    found["seeds"] = ", ".join(map(str, sorted({one.seed for one in runs})))
+    found["machines"] = "; ".join(sorted({MACHINE.format(**one.environment) for one in runs}))
+    found["missing"] = "\n".join(f"- {line}" for line in missing) or "Nothing."
     if models:
         judged = "tuned" if "tuned" in models else next(iter(models))
         found |= facts.describe_models(models, out) | {"tested": models[judged][0].test}
