@@ -10,6 +10,7 @@ import torchvision.transforms.v2.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
+from data import to_float
 from metrics import IGNORE
 
 
@@ -46,11 +47,6 @@ def take_batch(images: Tensor, masks: Tensor, index: Tensor, config: dict) -> tu
     rows, columns = (top[:, None] + side)[:, :, None], (left[:, None] + side)[:, None, :]
     index = index[:, None, None]
     return images[index, :, rows, columns].permute(0, 3, 1, 2), masks[index, rows, columns]
-
-
-def to_float(images: Tensor) -> Tensor:
-    """Convert uint8 (N, channels, H, W) in 0…255 to float32 in [0, 1], channels-last in memory."""
-    return images.float().div_(255).contiguous(memory_format=torch.channels_last)
 
 
 def augment(images: Tensor, masks: Tensor, config: dict) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from common import ROOT, SPLITS, UserError, reading, run
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as F
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
@@ -122,9 +122,15 @@ def read_pair(image_path: Path, mask_path: Path, config: dict) -> tuple[Tensor, 
         sizes = [f"{width}×{height}" for height, width in (mask.shape, image.shape[1:])]
         raise UserError(f"{mask_path}: is {sizes[0]} but its image is {sizes[1]}; make them alike")
     if config["resize"]:
-        image = F.resize(image, config["resize"])  # bilinear; classes cannot be averaged
-        mask = F.resize(mask[None], config["resize"], F.InterpolationMode.NEAREST_EXACT)[0]
+        size = config["resize"]  # classes cannot be averaged
+        image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+        mask = F.interpolate(mask[None, None], size, mode="nearest-exact")[0, 0]
     return image, mask
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Convert uint8 (N, channels, H, W) in 0…255 to float32 in [0, 1], channels-last in memory."""
+    return images.float().div_(255).contiguous(memory_format=torch.channels_last)
 
 
 def check_data_keys(config: dict) -> None:

@@ -25,8 +25,7 @@ import yaml
 from torch import Tensor, nn
 
 import metrics
-from augment import to_float
-from data import SPLITS, evenly, load_split
+from data import SPLITS, evenly, load_split, to_float
 from losses import weighted_loss
 from metrics import IGNORE, mean_std
 from model import count_parameters, keep_memory, pick_device, pick_precision, restore_model

@@ -8,7 +8,7 @@ from common import write_atomically
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as F
+import torch.nn.functional as F
 from matplotlib import rc_context
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -52,7 +52,8 @@ def overlay(image: Tensor, mask: Tensor, classes: dict[str, list[int]]) -> Tenso
 def thumbnail(picture: Tensor) -> Tensor:
     """Shrink a (3, H, W) uint8 picture to the size that a grid shows; small ones stay."""
     scale = min(1, SIDE / max(picture.shape))
-    return F.resize(picture, [max(1, round(side * scale)) for side in picture.shape[1:]])
+    size = [max(1, round(side * scale)) for side in picture.shape[1:]]
+    return F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0]
 
 
 def legend_of(config: dict) -> dict[str, list[int]]:

@@ -18,9 +18,10 @@ from common import ROOT, UserError, run, write_atomically
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
-from torchvision.transforms import v2
 
 from data import evenly, read_image
 from evaluate import cost_of, predict_batches
@@ -45,14 +46,15 @@ def predict(model: nn.Module, config: dict, images: Tensor) -> Tensor:
     """Predict probabilities (N, C, H, W) float32, on the CPU, of (N, channels, H, W) uint8."""
     dtype = pick_precision(next(model.parameters()).device, config["precision"])
     size, margin = images.shape[2:], model.receptive_radius  # what the model sees around a tile
-    images = v2.functional.resize(images, config["resize"] or list(size))
+    if config["resize"]:
+        images = F.interpolate(images, config["resize"], mode="bilinear", antialias=True)
     logits = torch.empty(len(images), len(config["classes"]), *images.shape[2:])
     for top, left in product(*(range(0, side, TILE) for side in images.shape[2:])):
         y, x = max(0, top - margin), max(0, left - margin)
         tile = images[:, :, y : top + TILE + margin, x : left + TILE + margin]
         computed = torch.cat(list(predict_batches(model, tile, dtype)))[..., top - y :, left - x :]
         logits[..., top : top + TILE, left : left + TILE] = computed[..., :TILE, :TILE]
-    return nn.functional.interpolate(logits, size, mode="bilinear").softmax(dim=1)
+    return F.interpolate(logits, size, mode="bilinear").softmax(dim=1)
 
 
 def predict_mask(model: nn.Module, config: dict, path: str | Path) -> Tensor:
@@ -85,10 +87,10 @@ def find_images(given: list[Path], out: Path) -> dict[Path, Path]:
 def write_results(target: Path, image: Tensor, values: Tensor, classes: dict, keep: bool) -> tuple:
     """Write the results of an image; returns a text on them, and cells of the contact sheet."""
     mask, files = values.argmax(dim=0).to(torch.uint8), defaultdict(io.BytesIO)
-    laid, picture = overlay(image, mask, classes), v2.ToPILImage()(mask)
+    laid, picture = overlay(image, mask, classes), Image.fromarray(mask.numpy())
     picture.putpalette(np.array(list(classes.values()), np.uint8).tobytes())
     picture.save(files["mask.png"], "PNG")
-    v2.ToPILImage()(laid).save(files["overlay.png"], "PNG")
+    Image.fromarray(laid.permute(1, 2, 0).numpy()).save(files["overlay.png"], "PNG")
     if keep:
         np.savez_compressed(files["probabilities.npz"], probabilities=values, classes=list(classes))
     for name, file in files.items():
@@ -132,8 +134,10 @@ def predict_files(model: nn.Module, config: dict, given: list[Path], out: Path, 
 
 def export(model: nn.Module, config: dict, path: Path) -> None:
     """Write a `torch.export` program for images of any number, height and width."""
+    from torchvision.transforms.v2 import ToDtype  # takes a second, which others can do without
+
     model = model.to("cpu", memory_format=torch.contiguous_format)
-    program = nn.Sequential(v2.ToDtype(torch.float32, scale=True), model)
+    program = nn.Sequential(ToDtype(torch.float32, scale=True), model)
     example = torch.zeros(2, config["in_channels"], 50, 70, dtype=torch.uint8)
     dynamic = [dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)]
     # Without this, a size of one (at the deepest stage) would be taken for a special case.

@@ -335,7 +335,7 @@ def test_epoch_without_a_labelled_pixel_in_training_is_logged(
 
 
 def test_two_processes_train_one_model_and_one_goes_on(
-    dataset: Path, tmp_path: Path, script: Callable
+    dataset: Path, tmp_path: Path, script: Callable, call: Callable
 ) -> None:
     run = tmp_path / "run"
     launch = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py")
@@ -351,8 +351,8 @@ def test_two_processes_train_one_model_and_one_goes_on(
     assert two == pytest.approx(lines(tmp_path / "one")[0]["training"]["pixel_accuracy"], abs=0.3)
     (run / "summary.json").unlink()
     history = plain(lines(run))
-    done = script("train.py", *command, *values, *("--resume",))
-    assert done.returncode == 0 and plain(lines(run)) == history
+    code, _, error = call(script_module.main, *command, *values, "--resume")
+    assert code == 0 and plain(lines(run)) == history, error
     bad = script(*launch, *command, *values, "loss={dice: 1}")
     assert bad.returncode != 0
     assert [line for line in bad.stderr.splitlines() if line.startswith("error: ")] == [
