@@ -18,7 +18,7 @@ import numpy as np
 from markdown import markdown
 
 from config import load_config
-from evaluate import differences, read_history, read_results
+from evaluate import LAB, differences, read_history, read_results
 from metrics import mean_std
 from tools import facts
 
