@@ -88,6 +88,7 @@ def test_report_is_complete_and_names_what_is_not(
     assert f"`{tmp_path}/runs/augment/blur-0.3/seed0` is not finished" in text
     assert f"`{other}` differs from its table in profile" in text
     assert f"left out: {old}: unknown key 'a_key_of_last_year'" in text
+    assert "The lab published 0.9778 and 0.9824" in text
     assert "`make train-final` makes final" in text and "makes blur-0.3" in text
     values = [
         json.loads((tmp_path / f"runs/tuned/seed{s}/testing.json").read_text())[0]["mean_iou"]

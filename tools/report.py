@@ -94,6 +94,7 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
     found = {"runs": len(runs), "experiments": len(groups), "profiles": "; ".join(sorted(profiles))}
     found["seeds"] = ", ".join(map(str, sorted({one.seed for one in runs})))
     found["machines"] = "; ".join(sorted({MACHINE.format(**one.environment) for one in runs}))
+    found["lab"] = LAB["test_iou"]
     found["missing"] = "\n".join(f"- {line}" for line in missing) or "Nothing."
     if models:
         judged = "tuned" if "tuned" in models else next(iter(models))
