@@ -1,6 +1,6 @@
 """What every script shares: errors in one line, whole files, the identity of the training code.
 
-Imported before torch: libgomp reads GOMP_SPINCOUNT when torch loads it.
+Imported before torch: libgomp reads its variables when torch loads it.
 """
 
 import contextlib
@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Two trainings on the same cores share them evenly only if their threads stay where they are and
-# spin but briefly while they wait. Nowhere else: a pool's workers would all stay on one core.
+# spin but briefly while they wait. Nowhere else: a pool's workers, or those who drive the GPUs of
+# one machine, would all stay on the first core.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-if Path(sys.argv[0]).name in ("train.py", "evaluate.py") and "OMP_NUM_THREADS" not in os.environ:
+computes = Path(sys.argv[0]).name in ("train.py", "evaluate.py")
+if computes and "OMP_NUM_THREADS" not in os.environ and not Path("/dev/nvidia0").exists():
     os.environ.setdefault("OMP_PROC_BIND", "true")
 
 ROOT = Path(__file__).resolve().parent

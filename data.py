@@ -121,8 +121,7 @@ def read_pair(image_path: Path, mask_path: Path, config: dict) -> tuple[Tensor, 
     if image.shape[1:] != mask.shape:
         sizes = [f"{width}×{height}" for height, width in (mask.shape, image.shape[1:])]
         raise UserError(f"{mask_path}: is {sizes[0]} but its image is {sizes[1]}; make them alike")
-    if config["resize"]:
-        size = config["resize"]  # classes cannot be averaged
+    if size := config["resize"]:  # classes cannot be averaged
         image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
         mask = F.interpolate(mask[None, None], size, mode="nearest-exact")[0, 0]
     return image, mask

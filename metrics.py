@@ -101,7 +101,9 @@ def interval(matrices: Tensor, size: int = 0) -> list[float]:
     drawn = torch.randint(len(matrices), (DRAWS, len(matrices)), generator=generator)
     if size:
         drawn = [torch.randperm(len(matrices), generator=generator)[:size] for _ in range(DRAWS)]
-    means = mean_iou(torch.stack([matrices[indices].sum(dim=0) for indices in drawn]))
+    flat = matrices.flatten(1).double()
+    sums = [torch.bincount(d, minlength=len(flat)).double() @ flat for d in drawn]
+    means = mean_iou(torch.stack(sums).unflatten(1, matrices.shape[1:]))
     return means.nan_to_num(0).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
 
 

@@ -51,8 +51,7 @@ def resume_run(run_dir: Path, about: dict, parts: dict, resume: bool, overwrite:
     """
     path = run_dir / "last.pt"
     why = "which --resume goes on with" if path.exists() else "without last.pt to go on from"
-    there = {file.name for file in run_dir.glob("*") if not file.name.endswith(".partial")}
-    there -= {"lock"}
+    there = {file.name for file in run_dir.glob("*")} - {"lock", "config.yaml.partial"}
     if there and "config.yaml" not in there:
         raise UserError(f"{run_dir}: holds other files than a run; give another --run-dir")
     if all(name in ("config.yaml", "environment.json") or "tfevents" in name for name in there):
@@ -85,8 +84,7 @@ def start_run(
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases
     name = capabilities.get("cpu_name", platform.machine())
     if device.type != "cpu":
-        module = torch.get_device_module(device)  # that of Apple has no name to tell
-        name = getattr(module, "get_device_name", device.__str__)()
+        name = getattr(torch.get_device_module(device), "get_device_name", device.__str__)()
     machine = {"commit": commit, "python": platform.python_version(), "torch": torch.__version__}
     machine |= {"device": name, "precision": str(dtype).removeprefix("torch.")}
     machine |= {"threads": torch.get_num_threads(), "processes": world}

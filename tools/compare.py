@@ -1,4 +1,4 @@
-"""Compare two data sets of the same classes: what their masks hold, and how models get across.
+"""Compare two data sets of the classes of default.yaml: their masks, and how models get across.
 
 python data.py compare DIR DIR [--models CHECKPOINT CHECKPOINT]
 """
@@ -25,10 +25,12 @@ def describe(masks: Tensor, index: int) -> dict[str, str]:
     mine = masks[has] == index
     share = mine.sum() / masks.numel()
     found = {"in images": f"{has.float().mean():.3f}", "of all pixels": f"{share:.4f}"}
+    if not has.any():
+        return found
     columns, lines = mine.sum(dim=1).float(), mine.sum(dim=2).float()
     area = columns.sum(dim=1)
     x, y = (counts @ torch.arange(counts.shape[1]).float() / area for counts in (columns, lines))
-    for name, values in {"pixels": area, "x": x, "y": y}.items() if has.any() else ():
+    for name, values in {"pixels": area, "x": x, "y": y}.items():
         low, middle, high = values.quantile(QUANTILES).tolist()
         found[f"{name}: median (5–95 %)"] = f"{middle:.0f} ({low:.0f}–{high:.0f})"
     # Shapes that overlap come within two pixels: mixed pixels between them are background.
@@ -51,7 +53,7 @@ def main() -> None:
     lines.append(["scenes", *(str(len(set(split.groups))) for split in splits)])
     for index, name in [*enumerate(configs[0]["classes"])][1:]:  # the background is the rest
         first, second = (describe(split.masks, index) for split in splits)
-        lines += [[f"{name}: {key}", first[key], second.get(key, "–")] for key in first]
+        lines += [[f"{name}: {k}", first.get(k, "–"), second.get(k, "–")] for k in first | second]
     for path in args.models:
         device = pick_device("auto")
         rows = [evaluate_checkpoint(path, data, "testing", device)[0] for data in args.data]

@@ -85,7 +85,7 @@ def describe_models(models: Groups, out: Path) -> dict:
 
 def show_images(models: Groups, arrays: dict[str, dict], out: Path) -> dict:
     """Show images with each model's prediction: evenly spaced ones, and the worst of one model."""
-    judged = list(models)[-1]
+    judged = list(arrays)[-1]
     mine, classes = arrays[judged], models[judged][0].config["classes"]
     if len(classes) <= len(CLASS_COLOURS):  # ours, which the colour-blind can tell apart
         classes = dict(zip(classes, CLASS_COLOURS, strict=False))

@@ -105,6 +105,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """Yield a folder to fill, renamed to `out` at the end; UserError if `out` has files already."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: is there already; remove it or give another --out")
+    out = out.resolve()
     incomplete = out.with_name(out.name + ".partial")
     shutil.rmtree(incomplete, ignore_errors=True)  # left by a process that was killed
     incomplete.mkdir(parents=True)

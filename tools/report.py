@@ -51,7 +51,7 @@ def find_runs(root: Path) -> tuple[facts.Groups, list[str]]:
             MACHINE.format(**environment)
         history = read_history(folder / "metrics.jsonl", ADVICE)
         for file in files:
-            with reading(folder / file, ADVICE):
+            with reading(folder / file, "remove this file and run make again"):
                 [rows[file]] = read_results(folder / file)
                 require(rows[file], RESULTS[file])
         found = (name, config["seed"], folder, config, environment, history, *rows.values())
@@ -88,6 +88,14 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
         # the tuned model, which they vary, stands for `base`
         tables.append({base: groups["tuned"]} | mine if mine and "tuned" in groups else mine)
     models, augment, tune = (comparable(table, left_out) for table in tables[:3])
+    arrays = {}
+    for name, [one, *_] in models.items():
+        path = one.folder / "testing.npz"  # too large to be kept with the others
+        if path.exists():
+            with reading(path, "remove testing.json beside it"):
+                arrays[name] = dict(np.load(path))
+        else:
+            missing.append(f"`{path}`, the images: remove testing.json beside it, run make again.")
     missing += dict.fromkeys(left_out)
     runs = [one for group in groups.values() for one in group]
     profiles = {f"{one.config['profile']} profile on {one.config['data']}" for one in runs}
@@ -99,13 +107,8 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
     if models:
         judged = "tuned" if "tuned" in models else next(iter(models))
         found |= facts.describe_models(models, out) | {"tested": models[judged][0].test}
-        files = {name: one.folder / "testing.npz" for name, [one, *_] in models.items()}
-        if all(path.exists() for path in files.values()):  # too large to be kept with the others
-            arrays = {}
-            for name, path in files.items():
-                with reading(path, "remove testing.json beside it"):
-                    arrays[name] = dict(np.load(path))
-            found |= facts.show_images(models, arrays, out)
+    if arrays:
+        found |= facts.show_images(models, arrays, out)
     if "tuned" in groups:
         found |= facts.running_average(groups, out)
     found |= facts.answer_questions(models, augment, tune) | facts.find_dead_classes(groups)
