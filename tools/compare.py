@@ -16,8 +16,6 @@ from evaluate import align, evaluate_checkpoint
 from metrics import IGNORE
 from model import keep_memory, pick_device
 
-QUANTILES = torch.tensor([0.05, 0.5, 0.95])
-
 
 def describe(masks: Tensor, index: int) -> dict[str, str]:
     """Describe a class of (N, H, W) masks; sizes and places are of the images that have it."""
@@ -31,7 +29,7 @@ def describe(masks: Tensor, index: int) -> dict[str, str]:
     area = columns.sum(dim=1)
     x, y = (counts @ torch.arange(counts.shape[1]).float() / area for counts in (columns, lines))
     for name, values in {"pixels": area, "x": x, "y": y}.items():
-        low, middle, high = values.quantile(QUANTILES).tolist()
+        low, middle, high = values.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
         found[f"{name}: median (5–95 %)"] = f"{middle:.0f} ({low:.0f}–{high:.0f})"
     # Shapes that overlap come within two pixels: mixed pixels between them are background.
     near = F.max_pool2d(mine.float(), 5, 1, 2) > 0
