@@ -242,6 +242,7 @@ def test_compare_measures_what_masks_hold(dataset: Path, script) -> None:
         **{"x: median (5–95 %)": "8 (3–12)", "y: median (5–95 %)": "4 (4–5)"},  # of 3 and 12
         "touches another": "0.500",
     }
+    assert describe(masks, 3) == {"in images": "0.000", "of all pixels": "0.0000"}
     done = script("data.py", "compare", dataset, dataset, "--models", *["weights/best.pt"] * 2)
     lines = [line.rsplit(maxsplit=2) for line in done.stdout.splitlines()]
     assert lines[-1] == lines[-2] and lines[-1][1] == lines[-1][2], done.stderr
