@@ -113,7 +113,7 @@ def evaluate_checkpoint(
     row |= {"images": len(masks), "groups": len(scenes), "parameters": count_parameters(model)}
     row |= metrics.scores(matrix, classes) | {"interval": metrics.interval(scenes)}
     row["interval_of_lab_batch"] = metrics.interval(matrices, LAB_BATCH)
-    row["boundary_iou"] = metrics.number(metrics.boundary_iou(bands).nanmean())
+    row["boundary_iou"] = metrics.number(metrics.iou(bands)[:-1].nanmean())
     row |= {"code": checkpoint.get("code"), "confusion_matrix": matrix.tolist()}
     arrays = {"names": names, "groups": groups, "shown": shown, "matrices": matrices.int()}
     arrays["predictions"] = predictions.where(masks != IGNORE, IGNORE)

@@ -75,7 +75,8 @@ def boundary_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Ten
 
     The band of a class is its pixels at most `BOUNDARY` away (in rows and columns) from one that is
     not of the class. As in the authors' code, the image border is a contour.
-    From (N, H, W) as in `confusion_matrices` to (N, C + 1, C + 1) int64; class C is "in no band".
+    From (N, H, W) as in `confusion_matrices` to (N, C + 1, C + 1) int64; class C is "in no band":
+    boundary IoU is `iou(matrices)[..., :-1]`.
     """
     bands = []
     for labels in (prediction.where(mask != IGNORE, IGNORE), mask):
@@ -86,23 +87,20 @@ def boundary_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Ten
     return confusion_matrices(*bands, num_classes + 1)
 
 
-def boundary_iou(matrices: Tensor) -> Tensor:
-    """Read boundary IoU, (..., C) float64, from `boundary_matrices`; NaN if there is no band."""
-    return iou(matrices)[..., :-1]
-
-
-def interval(matrices: Tensor, size: int = 0) -> list[float]:
+def interval(matrices: Tensor, size: int | None = None) -> list[float] | None:
     """Estimate between which limits 95 % of the mean IoUs of other images would lie.
 
     From (M, C, C) confusion matrices of images, or of scenes where images of one are alike. M of
-    them are drawn anew with replacement (a bootstrap, Efron 1979), or `size` of them without.
+    them are drawn anew with replacement (a bootstrap, Efron 1979), or `size` of them without. None
+    if there are too few to tell.
     """
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(matrices), (DRAWS, len(matrices)), generator=generator)
-    if size:
-        drawn = [torch.randperm(len(matrices), generator=generator)[:size] for _ in range(DRAWS)]
-    flat = matrices.flatten(1).double()
-    sums = [torch.bincount(d, minlength=len(flat)).double() @ flat for d in drawn]
+    number, generator = len(matrices), torch.Generator().manual_seed(0)
+    if number <= (size or 1):
+        return None
+    flat, sums = matrices.flatten(1).double(), []
+    for _ in range(DRAWS):
+        drawn = torch.multinomial(torch.ones(number), size or number, not size, generator=generator)
+        sums.append(drawn.bincount(minlength=number).double() @ flat)
     means = mean_iou(torch.stack(sums).unflatten(1, matrices.shape[1:]))
     return means.nan_to_num(0).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
 

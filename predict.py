@@ -152,7 +152,7 @@ def export(model: nn.Module, config: dict, path: Path) -> None:
 def slim(checkpoint: Path, path: Path) -> None:
     """Write what a checkpoint needs to predict and be evaluated, its weights in float16."""
     _, content = restore_model(checkpoint, torch.device("cpu"))
-    kept = {k: content[k] for k in ("config", "data_digest", "code", "epoch") if k in content}
+    kept = {k: content[k] for k in ("config", "data_digest", "epoch") if k in content}
     state = {k: v.half() if v.is_floating_point() else v for k, v in content["model"].items()}
     save_checkpoint(path, kept | {"model": state, "cost": cost_of(checkpoint, content)})
     print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB; next: python evaluate.py {path}")

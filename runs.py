@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import ROOT, UserError, reading, write_atomically
+from common import ROOT, TEXTS, UserError, reading, write_atomically
 
 import torch
 from matplotlib.figure import Figure
@@ -24,10 +24,6 @@ from figures import colourise, grid, legend_of, save
 from model import read_checkpoint, save_checkpoint
 
 PICTURES = 4  # validation images in TensorBoard and predictions.png
-DEAD_CLASS_FIX = (
-    "what usually revives a dead class: a last decoder stage wider than `classes`, "
-    "loss: {cross_entropy: 1, dice_per_class: 1}, upsampling_init: bilinear, a lower learning_rate"
-)
 
 
 @contextlib.contextmanager
@@ -142,7 +138,7 @@ def write_epoch(
     said += f"(training / validation)  {entry['images_per_s']:.0f} images/s{'  best' * best}"
     print(said + (f"  dead: {', '.join(dead)}" if dead else ""), flush=True)
     if dead and epoch in (1, config["epochs"]):
-        print(DEAD_CLASS_FIX)
+        print(TEXTS["dead_class_fix"])
 
 
 def write_summary(

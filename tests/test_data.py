@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from common import SPLITS, UserError
+from common import ROOT, SPLITS, UserError
 
 import numpy as np
 import pytest
@@ -12,9 +12,10 @@ from conftest import config_for, corruptions
 from PIL import Image
 
 import data as d
+from evaluate import evaluate_checkpoint
 from figures import colourise, overlay, thumbnail
 from metrics import IGNORE
-from tools.compare import describe
+from tools import compare
 from train import load_data
 
 TWO = {"water": [0, 0, 0], "lily": [255, 255, 255]}
@@ -231,18 +232,24 @@ def test_pictures() -> None:
     assert max(thumbnail(torch.zeros(3, 999, 500, dtype=torch.uint8)).shape) <= 160
 
 
-def test_compare_measures_what_masks_hold(dataset: Path, script) -> None:
+def test_compare_measures_masks_and_models(dataset: Path, root: Path, call) -> None:
     masks = torch.zeros(3, 20, 20, dtype=torch.uint8)
     masks[0, 2:6, 10:15] = 1  # 20 pixels around (12, 3.5), beside another shape
     masks[0, 2:6, 16:18] = 2
     masks[1, 4:8, 1:6] = 1  # alone
-    assert describe(masks, 1) == {
+    assert compare.describe(masks, 1) == {
         **{"in images": "0.667", "of all pixels": "0.0333"},  # 40 of 1200
         "pixels: median (5–95 %)": "20 (20–20)",
         **{"x: median (5–95 %)": "8 (3–12)", "y: median (5–95 %)": "4 (4–5)"},  # of 3 and 12
         "touches another": "0.500",
     }
-    assert describe(masks, 3) == {"in images": "0.000", "of all pixels": "0.0000"}
-    done = script("data.py", "compare", dataset, dataset, "--models", *["weights/best.pt"] * 2)
-    lines = [line.rsplit(maxsplit=2) for line in done.stdout.splitlines()]
-    assert lines[-1] == lines[-2] and lines[-1][1] == lines[-1][2], done.stderr
+    assert compare.describe(masks, 3) == {"in images": "0.000", "of all pixels": "0.0000"}
+    splits = ("testing", "validation")  # of one set is what the other has the other way round
+    for old, new in (("testing", "x"), ("validation", "testing"), ("x", "validation")):
+        (root / old).rename(root / new)
+    weights = ROOT / "weights/best.pt"
+    code, out, error = call(compare.main, dataset, root, "--models", weights, weights)
+    rows = (evaluate_checkpoint(weights, str(dataset), s, torch.device("cpu"))[0] for s in splits)
+    scores = [f"{row['mean_iou']:.4f}" for row in rows]
+    assert code == 0 and scores[0] != scores[1], error
+    assert [line.split()[-2:] for line in out.splitlines()[-2:]] == [scores, scores]

@@ -159,9 +159,6 @@ def test_huge_logits_stay_finite(name: str) -> None:
     assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
 
 
-# ---- types
-
-
 @each_loss
 def test_float32_whatever_autocast_does(name: str) -> None:
     logits, mask = batch(shape=(2, 4, 64, 64))

@@ -2,7 +2,7 @@
 
     python -m tools.doctor RUN_DIR [--device auto]
 
-It speaks by docs/doctor.yaml; healthy runs of this project stay clear of all its thresholds.
+It speaks by docs/texts.yaml; healthy runs of this project stay clear of all its thresholds.
 """
 
 import argparse
@@ -11,10 +11,9 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import ROOT, SPLITS, UserError, run
+from common import SPLITS, TEXTS, UserError, run
 
 import torch
-import yaml
 
 from config import load_config
 from data import Split, limit
@@ -22,13 +21,12 @@ from evaluate import evaluate, read_history
 from figures import curves
 from metrics import mean_iou
 from model import pick_device, restore_model
-from runs import DEAD_CLASS_FIX, locked
+from runs import locked
 from train import load_data
 
 SAMPLE = 200  # images of a split that are looked at, evenly spaced: seconds on a processor
 LOW_IOU = 0.5  # predicting one class of two or more everywhere stays below
 TRAINED = SPLITS[:2]  # training and validation, which training sees
-TEXTS = yaml.safe_load((ROOT / "docs" / "doctor.yaml").read_text(encoding="utf-8"))
 Findings = Iterator[tuple[str, dict]]  # the key of a text, and what to fill in
 
 
@@ -122,7 +120,7 @@ def main() -> None:
     rate = config["learning_rate"]  # these and the keys of the config can be filled in any text
     known = config | {"done": len(log), "third": rate / 3, "tenth": rate / 10, "triple": rate * 3}
     for key, values in found:
-        text = TEXTS[key].format(**known, **values, fix=DEAD_CLASS_FIX)
+        text = TEXTS[key].format(**known, **values, fix=TEXTS["dead_class_fix"])
         print("\n" + text.replace("RUN_DIR", str(run_dir)), end="")
     if log:
         panels = {k: {s: [[e[s][k] for e in log]] for s in TRAINED} for k in ("loss", "mean_iou")}

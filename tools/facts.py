@@ -4,6 +4,8 @@ import re
 from collections import namedtuple
 from pathlib import Path
 
+from common import TEXTS
+
 import numpy as np
 import torch
 
@@ -16,10 +18,6 @@ MODELS = ("initial", "modified", "tuned", "best")
 HIGH_ACCURACY, LOW_IOU = 0.8, 0.5  # what is called high and poor
 PERFECT = 0.9995  # rounds to 1.000
 CLASS_COLOURS = ([242, 242, 242], [213, 94, 0], [0, 158, 115], [0, 114, 178], [240, 228, 66])
-VERDICTS = {
-    **{"more": "**Yes**", "less": "**No, it did worse**", "noise": "**Not beyond noise**"},
-    "one seed": '**Cannot be told from one seed** (`SEEDS="0 1 2"` adds seeds)',
-}
 
 # A finished run: the content of its files. `validation` and `test` are rows of tables; `test` is
 # None where the test split is never read.
@@ -38,7 +36,7 @@ def contrast(a: list[dict], b: list[dict]) -> dict:
     first, second = (mean_std([row["mean_iou"] for row in rows]) for rows in (a, b))
     found = {"result": compare(first, second), "difference": first["mean"] - second["mean"]}
     found |= {"first": COLUMNS["mean IoU"](a), "second": COLUMNS["mean IoU"](b)}
-    return found | {"verdict": VERDICTS[found["result"]]}
+    return found | {"verdict": TEXTS["verdicts"][found["result"]]}
 
 
 def panel(groups: Groups, split: str, key: str = "mean_iou") -> dict[str, dict]:
@@ -154,14 +152,19 @@ def running_average(groups: Groups, out: Path) -> dict:
     return {"true_last": true[-1], "running_last": lines["never reset"][0][-1]}
 
 
-def find_dead_classes(groups: Groups) -> dict:
-    """Tabulate when the models, and the other runs that had one, had a dead class."""
-    rows, ever = [["run", "dead classes, an entry an epoch"]], 0
+def find_dead_classes(groups: Groups, out: Path) -> dict:
+    """Show when the models, and the other runs that had one, had a dead class; none: nothing."""
+    rows, counts, ever = [["run", "dead classes, an entry an epoch"]], {}, 0
     for run in (run for runs in groups.values() for run in runs):
-        dead = [", ".join(entry["validation"]["dead_classes"]) or "–" for entry in run.history]
-        ever += set(dead) != {"–"}
-        if set(dead) != {"–"} or run.experiment in MODELS:
-            rows.append([f"{run.experiment}, seed {run.seed}", " / ".join(dead)])
+        dead = [entry["validation"]["dead_classes"] for entry in run.history]
+        ever += any(dead)
+        if any(dead) or run.experiment in MODELS:
+            texts = [", ".join(names) or "–" for names in dead]
+            rows.append([f"{run.experiment}, seed {run.seed}", " / ".join(texts)])
+            counts.setdefault(run.experiment, []).append(list(map(len, dead)))
+    if not counts:
+        return {}
+    figures.curves(out / "dead-classes.png", {"number of dead classes": counts})
     return {"dead_runs": ever, "dead_table": markdown(rows)}
 
 

@@ -25,7 +25,8 @@ from tools import facts
 ADVICE = "remove the folder of this run and make it again"
 MACHINE = "{device}, {threads} threads, {precision}, PyTorch {torch}"
 COST = {"images_seen": int, "train_seconds": float}
-RESULTS = {"summary.json": COST, "testing.json": COST | {"groups": int, "interval": list}}
+LIMITS = dict.fromkeys(("interval", "interval_of_lab_batch"), (list, type(None)))
+RESULTS = {"summary.json": COST, "testing.json": COST | {"groups": int} | LIMITS}
 UNTESTED = ("tune", "overfit")  # they choose settings, and never read the test split
 STATISTICS = ("pixel_accuracy", "mean_iou", "mean_iou_foreground", "mean_dice")
 
@@ -111,7 +112,7 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
         found |= facts.show_images(models, arrays, out)
     if "tuned" in groups:
         found |= facts.running_average(groups, out)
-    found |= facts.answer_questions(models, augment, tune) | facts.find_dead_classes(groups)
+    found |= facts.answer_questions(models, augment, tune) | facts.find_dead_classes(groups, out)
     return found | facts.tabulate_experiments(groups, augment, tune, out)
 
 
@@ -123,7 +124,7 @@ def fill_template(found: dict, folder: Path) -> tuple[str, str]:
         title, _, target = heading.removesuffix(" -->").partition(" <!-- ")
         try:
             text += f"{title}\n{content.format_map(found)}"
-        except KeyError:  # there is no run that tells
+        except (KeyError, TypeError):  # no run tells, or it has too few images: an interval of None
             text += f"{title}\n\nNot run yet: `{target}`.\n\n"
     body = markdown(text, extensions=["tables"]).replace(" ± ", "&nbsp;±&nbsp;")
     for image, caption, source in re.findall(r'<p>(<img alt="(.*?)" src="(.*?)" />)</p>', body):
