@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import yaml
-
 # Two trainings on the same cores share them evenly only if their threads stay where they are and
 # spin but briefly while they wait. Nowhere else: a pool's workers, or those who drive the GPUs of
 # one machine, would all stay on the first core.
@@ -24,7 +22,6 @@ if computes and "OMP_NUM_THREADS" not in os.environ and not Path("/dev/nvidia0")
 
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("training", "validation", "testing")
-TEXTS = yaml.safe_load((ROOT / "docs/texts.yaml").read_text(encoding="utf-8"))
 TRAINING_CODE = ("train.py", "model.py", "losses.py", "augment.py", "data.py")
 
 

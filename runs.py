@@ -11,9 +11,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import ROOT, TEXTS, UserError, reading, write_atomically
+from common import ROOT, UserError, reading, write_atomically
 
 import torch
+import yaml
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -23,6 +24,7 @@ from data import Split, evenly
 from figures import colourise, grid, legend_of, save
 from model import read_checkpoint, save_checkpoint
 
+TEXTS = yaml.safe_load((ROOT / "docs/texts.yaml").read_text(encoding="utf-8"))
 PICTURES = 4  # validation images in TensorBoard and predictions.png
 
 

@@ -114,9 +114,6 @@ def test_perfect_and_worst_prediction_and_equal_logits(name: str) -> None:
     assert LOSSES[name](torch.zeros(1, 4, 8, 4), mask).item() == pytest.approx(expected)
 
 
-# ---- gradients
-
-
 @each_loss
 def test_gradient_is_the_slope(name: str) -> None:
     logits, mask = batch(shape=(2, 4, 3, 2), ignored=0.3, scale=1.0)

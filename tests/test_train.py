@@ -260,6 +260,7 @@ def test_interrupt_is_one_word_and_frees_the_folder(dataset: Path, tmp_path: Pat
     command = [sys.executable, "train.py", "--config", "configs/tuned.yaml", "--run-dir"]
     command += [str(tmp_path / "run"), "--set", *tiny(dataset, epochs=500)]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipe["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # where nohup runs us
     with subprocess.Popen(command, cwd=ROOT, **pipe) as process:
         while not (tmp_path / "run/last.pt").exists() and process.poll() is None:
             time.sleep(0.05)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import SPLITS, TEXTS, UserError, run
+from common import SPLITS, UserError, run
 
 import torch
 
@@ -21,7 +21,7 @@ from evaluate import evaluate, read_history
 from figures import curves
 from metrics import mean_iou
 from model import pick_device, restore_model
-from runs import locked
+from runs import TEXTS, locked
 from train import load_data
 
 SAMPLE = 200  # images of a split that are looked at, evenly spaced: seconds on a processor

@@ -4,8 +4,6 @@ import re
 from collections import namedtuple
 from pathlib import Path
 
-from common import TEXTS
-
 import numpy as np
 import torch
 
@@ -13,6 +11,7 @@ import figures
 from evaluate import COLUMNS, background_only, format_stat, rank, tabulate
 from figures import colourise
 from metrics import BOUNDARY, IGNORE, compare, mean_iou, mean_std
+from runs import TEXTS
 
 MODELS = ("initial", "modified", "tuned", "best")
 HIGH_ACCURACY, LOW_IOU = 0.8, 0.5  # what is called high and poor
