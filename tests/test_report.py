@@ -107,7 +107,7 @@ def test_report_is_complete_and_names_what_is_not(
     assert len(results["all_runs"]) == 13
     page, pictures = (tmp_path / "out/report.html").read_text(), (tmp_path / "out/figures")
     links = re.findall(r"""(?:src|href)=["']([^"']*)""", page)
-    assert len(links) == len(list(pictures.glob("*.png"))) == 8
+    assert len(links) == len(list(pictures.glob("*.png"))) == 7
     assert all(link.startswith("data:image/png;base64,") for link in links)
     assert "url(" not in page and "@import" not in page and "<table>" in page
     for picture in pictures.glob("*.png"):

@@ -151,19 +151,14 @@ def running_average(groups: Groups, out: Path) -> dict:
     return {"true_last": true[-1], "running_last": lines["never reset"][0][-1]}
 
 
-def find_dead_classes(groups: Groups, out: Path) -> dict:
-    """Show when the models, and the other runs that had one, had a dead class; none: nothing."""
-    rows, counts, ever = [["run", "dead classes, an entry an epoch"]], {}, 0
+def find_dead_classes(groups: Groups) -> dict:
+    """Tabulate when the models, and the other runs that had one, had a dead class."""
+    rows, ever = [["run", "dead classes, an entry an epoch"]], 0
     for run in (run for runs in groups.values() for run in runs):
-        dead = [entry["validation"]["dead_classes"] for entry in run.history]
-        ever += any(dead)
-        if any(dead) or run.experiment in MODELS:
-            texts = [", ".join(names) or "–" for names in dead]
-            rows.append([f"{run.experiment}, seed {run.seed}", " / ".join(texts)])
-            counts.setdefault(run.experiment, []).append(list(map(len, dead)))
-    if not counts:
-        return {}
-    figures.curves(out / "dead-classes.png", {"number of dead classes": counts})
+        dead = [", ".join(entry["validation"]["dead_classes"]) or "–" for entry in run.history]
+        ever += set(dead) != {"–"}
+        if set(dead) != {"–"} or run.experiment in MODELS:
+            rows.append([f"{run.experiment}, seed {run.seed}", " / ".join(dead)])
     return {"dead_runs": ever, "dead_table": markdown(rows)}
 
 

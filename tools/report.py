@@ -112,7 +112,7 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
         found |= facts.show_images(models, arrays, out)
     if "tuned" in groups:
         found |= facts.running_average(groups, out)
-    found |= facts.answer_questions(models, augment, tune) | facts.find_dead_classes(groups, out)
+    found |= facts.answer_questions(models, augment, tune) | facts.find_dead_classes(groups)
     return found | facts.tabulate_experiments(groups, augment, tune, out)
 
 
