@@ -18,6 +18,7 @@ MODELS := initial modified tuned best
 # Any experiment in configs/ can be trained by its name: a new file there is a new target.
 NAMED   := $(filter-out allowed default quick,$(patsubst configs/%.yaml,%,$(wildcard configs/*.yaml)))
 OVERFIT := one-batch-initial one-batch-modified one-batch-tuned few-frames-tuned
+SCENES  := real-300 generated-300 generated-1500 generated-10800 both-11100
 TUNE    := $(sort $(patsubst configs/tune/%.yaml,%,$(wildcard configs/tune/*.yaml)))
 AUGMENT := none flip-0.3 flip-0.5 flip-0.8 blur-0.3 blur-0.5 blur-0.8 \
            flip-blur-0.5 flip-blur-0.3 flip-blur-0.8 jitter
@@ -35,12 +36,12 @@ $(if $(filter quick full,$(PROFILE)),,$(error PROFILE=$(PROFILE): must be quick 
 files = $(foreach name,$(2),$(foreach seed,$(SEEDS),$(RUNS)/$(name)/seed$(seed)/$(1).json))
 # The quick profile's overlay for an experiment: its own, or the common one. Overfitting and the
 # speedrun have their own budget in either profile.
-quick = $(or $(wildcard configs/quick/$(1).yaml),$(if $(filter overfit/% speedrun,$(1)),,configs/quick.yaml))
+quick = $(or $(wildcard configs/quick/$(1).yaml),$(if $(filter overfit/% scenes/% speedrun,$(1)),,configs/quick.yaml))
 overlay = $(if $(filter quick,$(PROFILE)),$(call quick,$(1)))
 
 .DEFAULT_GOAL := help
 .SECONDARY:
-.PHONY: help setup data check predict report overfit tune augment final tensorboard doctor bench \
+.PHONY: help setup data check predict report overfit tune augment final scenes tensorboard doctor bench \
         speedrun torture test lint clean FORCE $(NAMED:%=train-%)
 
 help:  ## list the targets
@@ -65,6 +66,15 @@ data: $(DATA_DIR)  ## prepare the data of DATA
 data/generated: | .venv/installed
 	$(PY) data.py generate --sequences 5400 1100 1100 --frames 2 --out $@
 
+# One seed for all; "What scenes are worth" in the README says what they are for.
+data/scenes:      drawn = --sequences 21600 1000 1100 --frames 1
+data/scenes-300:  drawn = --sequences 300 60 1
+data/scenes-1500: drawn = --sequences 1500 150 1 --frames 7
+data/scenes-both: drawn = --sequences 10800 600 1 --frames 1 --with data/afo
+data/scenes-both: | data/afo
+data/scenes data/scenes-300 data/scenes-1500 data/scenes-both: | .venv/installed
+	$(PY) data.py generate --seed 1 $(drawn) --out $@
+
 data/afo: | .venv/installed
 	$(PY) data.py download --out $@ $(if $(AFO_ARCHIVE),--archive $(AFO_ARCHIVE))
 
@@ -76,13 +86,19 @@ check: | $(DATA_DIR) .venv/installed  ## list all problems of the data, and show
 # RUN.yaml beside the folder RUN is the config asked for, RUN/config.yaml that of the run there.
 $(RUNS)/%/summary.json: FORCE | $(DATA_DIR) .venv/installed
 	@$(PY) config.py --out $(@D).yaml --config configs/$(*D).yaml $(call overlay,$(*D)) $(OWN) \
-	  --set name=$(notdir $(*D)) seed=$(patsubst seed%,%,$(*F)) $(if $(OWN),,data=$(DATA_DIR)) $(SET)
+	  --set name=$(notdir $(*D)) seed=$(patsubst seed%,%,$(*F)) $(if $(OWN)$(filter scenes/%,$*),,data=$(DATA_DIR)) $(SET)
 	@test -f $@ && cmp -s $(@D).yaml $(@D)/config.yaml || \
 	  $(PY) train.py --config $(@D).yaml --run-dir $(@D) --resume --overwrite --device $(DEVICE)
 FORCE:
 
 $(RUNS)/%/testing.json: $(RUNS)/%/summary.json
 	@$(PY) evaluate.py $(@D)/best.pt --device $(DEVICE) --predictions $(@D)/testing.npz --json $@ > /dev/null
+
+$(RUNS)/%/on-afo.json: $(RUNS)/%/summary.json | data/afo
+	@$(PY) evaluate.py $(@D)/best.pt --device $(DEVICE) --data data/afo --json $@ > /dev/null
+
+$(RUNS)/%/on-scenes.json: $(RUNS)/%/summary.json | data/scenes
+	@$(PY) evaluate.py $(@D)/best.pt --device $(DEVICE) --data data/scenes --json $@ > /dev/null
 
 $(foreach name,$(NAMED),$(eval train-$(name): $(call files,testing,$(name))))
 overfit: $(call files,summary,$(OVERFIT:%=overfit/%))  ## force the models to overfit, with scores on validation
@@ -92,6 +108,11 @@ final: $(call files,testing,final)  ## tuned with flips and twice the epochs
 
 $(NAMED:%=train-%) overfit tune augment final:
 	@$(PY) evaluate.py $^
+
+scenes: | data/afo data/scenes data/scenes-300 data/scenes-1500 data/scenes-both  ## what scenes are worth: best on real and generated ones, tested on both
+	@$(MAKE) --no-print-directory DATA=afo RUNS=runs PROFILE=full $(foreach name,$(SCENES:%=runs/scenes/%),\
+	  $(foreach seed,$(SEEDS),$(addprefix $(name)/seed$(seed)/,on-afo.json on-scenes.json)))
+	@$(PY) -m tools.scenes runs/scenes
 
 # Named in one command with -j, the report waits for the experiments.
 report: $(call files,testing,$(MODELS)) | $(filter overfit tune augment final,$(MAKECMDGOALS))  ## train and test the four models, write report/, print the comparison table

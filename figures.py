@@ -122,11 +122,12 @@ def dots(path: Path, models: dict[str, list[dict[str, float | None]]]) -> None:
     """Draw test scores, the mean ± standard deviation of: model → runs (seeds) → name → score."""
     groups = list(next(iter(models.values()))[0])
     figure, (ax,) = new_figure(max(7.5, 1.7 * len(groups)), 3.6)
+    looks = dict(zip(models, cycle(STYLES.values()), strict=False)) | STYLES
     for i, (name, runs) in enumerate(models.items()):
         values = np.array([list(run.values()) for run in runs], float)  # None, no score: no dot
         std = values.std(axis=0, ddof=1) if len(runs) > 1 else None
         x = np.arange(len(groups)) + (i - (len(models) - 1) / 2) * 0.8 / len(models)
-        colour, _, marker = STYLES[name]
+        colour, _, marker = looks[name]
         ax.errorbar(x, values.mean(0), std, fmt=marker, color=colour, ms=6, capsize=4, label=name)
     ax.set(xticks=range(len(groups)), xticklabels=groups, ylabel="test score")
     ax.grid(axis="y", alpha=0.3)

@@ -3,12 +3,14 @@
 from itertools import pairwise
 from pathlib import Path
 
-from common import SPLITS, UserError
+from common import ROOT, SPLITS, UserError
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from config import load_config
+from data import find_pairs
 from tools import generate as g
 
 PALETTE = [(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)]
@@ -184,3 +186,17 @@ def test_random_frames_of_each_sequence_are_the_same_files(tmp_path, data):
     assert images == 3 * 15 and len(few) == 2 * images
     assert few.items() < whole.items()
     assert len({name[-10:-4] for name in few}) > 10  # not the first ones of each
+
+
+def test_another_data_set_is_linked_in(tmp_path, call, data):
+    out, sizes = tmp_path / "both", ("--sequences", 1, 1, 1, "--size", 32, "--frames", 2)
+    assert call(g.main, "--out", out, *sizes, "--with", data)[0] == 0
+    linked = {name: file for name, file in content(out).items() if "data_" in name}
+    renamed = {name.replace("data_", ""): file for name, file in linked.items()}
+    assert renamed == content(data) and len(content(out)) == len(linked) + 2 * 3 * 2
+    config = load_config([ROOT / "configs/scenes/both-11100.yaml"], [f"data={out}"])
+    pairs, problems = find_pairs(config, "training")
+    groups = {pair.group for pair in pairs}
+    assert problems == [] and len(groups) == 13 and {"data_000001", "000001"} < groups
+    code, _, error = call(g.main, "--out", tmp_path / "c", *sizes, "--with", tmp_path / "none")
+    assert code == 2 and "none: holds no training/image" in error and not (tmp_path / "c").exists()

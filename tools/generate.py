@@ -1,12 +1,14 @@
 """Generate sequences like those of the Artificial Flying Objects data set.
 
     python data.py generate --out data/generated [--sequences 300 60 60] [--frames K] [--seed 0]
+        [--with data/afo]
 
 Shapes are markers of a plotting program; numbers were measured on the real training split, 128×128.
 """
 
 import argparse
 import contextlib
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -130,10 +132,23 @@ def write_sequence(job: tuple, folder: Path, size: int, seed: int, frames: int) 
     return len(drawn)
 
 
-def generate(out: Path, sequences: dict, size: int, seed: int, frames: int = 0) -> int:
+def link(other: Path, folder: Path) -> None:
+    """Link the files of another data set of this layout into a folder, its name before theirs."""
+    paths = [path for split in SPLITS for path in (other / split).glob("*image/*.png")]
+    if not paths:
+        raise UserError(f"--with {other}: holds no training/image/*.png; give data/afo or the like")
+    for path in paths:
+        name = re.sub("^(gt_)?", rf"\1{other.name}_", path.name)
+        (folder / path.parent.relative_to(other) / name).symlink_to(path.resolve())
+
+
+def generate(
+    out: Path, sequences: dict, size: int, seed: int, frames: int = 0, other: Path | None = None
+) -> int:
     """Generate `size`×`size` RGB PNG pairs in the layout of the real data; returns their number.
 
-    `sequences` by split, `frames` (random) of each, 0: all. UserError if `out` is not empty.
+    `sequences` by split, `frames` (random) of each, 0: all. The pairs of the data set `other` are
+    linked in among them. UserError if `out` is not empty.
     """
     if min(sequences.values()) < 1 or size < 16 or seed < 0 or frames < 0:
         raise UserError("--sequences, --size, --seed, --frames: must be at least 1, 16, 0 and 0")
@@ -142,6 +157,8 @@ def generate(out: Path, sequences: dict, size: int, seed: int, frames: int = 0) 
     with new_folder(out) as folder, Pool(**deaf) as pool:
         for path in [folder / s / kind for s in sequences for kind in ("image", "gt_image")]:
             path.mkdir(parents=True)
+        if other:
+            link(other, folder)
         write = partial(write_sequence, folder=folder, size=size, seed=seed, frames=frames)
         done = pool.imap(write, jobs, chunksize=8)
         return sum(tqdm(done, "generate", len(jobs), disable=None))
@@ -151,10 +168,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sequences", nargs=3, type=int, default=(300, 60, 60), metavar=SPLITS)
     parser.add_argument("--frames", type=int, default=0, help="random frames of each; 0: all")
+    among = "link the pairs of this data set in among them, its name before theirs"
+    parser.add_argument("--with", dest="other", type=Path, metavar="DIR", help=among)
     parser.add_argument("--size", type=int, default=128, help="side of an image in pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = parser.parse_args()
     sequences = dict(zip(SPLITS, args.sequences, strict=True))
-    images = generate(args.out, sequences, args.size, args.seed, args.frames)
+    images = generate(args.out, sequences, args.size, args.seed, args.frames, args.other)
     print(f"{images} images in {args.out}; next: python data.py check {args.out}")
