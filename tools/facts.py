@@ -154,22 +154,42 @@ def running_average(groups: Groups, out: Path) -> dict:
 def find_dead_classes(groups: Groups) -> dict:
     """Tabulate when the models, and the other runs that had one, had a dead class."""
     rows, ever = [["run", "dead classes, an entry an epoch"]], 0
-    for run in (run for runs in groups.values() for run in runs):
+    found = [run for n, runs in groups.items() if not n.startswith("heads/") for run in runs]
+    for run in found:
         dead = [", ".join(entry["validation"]["dead_classes"]) or "–" for entry in run.history]
         ever += set(dead) != {"–"}
         if set(dead) != {"–"} or run.experiment in MODELS:
             rows.append([f"{run.experiment}, seed {run.seed}", " / ".join(dead)])
-    return {"dead_runs": ever, "dead_table": markdown(rows)}
+    return {"dead_runs": ever, "dead_of": len(found), "dead_table": markdown(rows)}
 
 
-def tabulate_experiments(groups: Groups, augment: Groups, tune: Groups, out: Path) -> dict:
+def count_dying(heads: Groups, out: Path) -> dict:
+    """Count the runs of `make heads` with a dead class after each epoch, of few steps each."""
+    [[one, *_], *_] = heads.values()
+    steps = one.config["images_per_epoch"] // one.config["batch_size"]
+    ends = (steps * entry["epoch"] for entry in one.history)
+    lines, shares = [["model", "runs", *(f"{end:,} steps" for end in ends)]], {}
+    for name, runs in heads.items():
+        dead = [[bool(e["validation"]["dead_classes"]) for e in run.history] for run in runs]
+        counts = np.sum(dead, axis=0)
+        lines.append([name, str(len(runs)), *map(str, counts)])
+        shares[name] = [(counts / len(runs)).tolist()]
+    figures.curves(out / "heads.png", {"share of runs with a dead class": shares})
+    return {"heads_table": markdown(lines)}
+
+
+def tabulate_experiments(
+    groups: Groups, augment: Groups, tune: Groups, heads: Groups, out: Path
+) -> dict:
     """Tabulate the experiments besides the models compared."""
     facts = {}
     if augment:
         facts["augment_table"] = table(rows_of(augment, "test"), ["lab IoU"])
     if tune:
         facts["tune_table"] = table(rank(rows_of(tune, "validation")), [])
-    known = (*MODELS, "augment", "tune", "overfit")
+    known = (*MODELS, "augment", "tune", "overfit", "heads")
+    if heads:
+        facts |= count_dying(heads, out)
     if others := {n: runs for n, runs in groups.items() if n.split("/")[0] not in known}:
         facts["other_table"] = table(rows_of(others, "test"), ["lab IoU"])
     if overfit := {n.split("/")[1]: r for n, r in groups.items() if n.startswith("overfit/")}:

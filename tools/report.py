@@ -27,7 +27,7 @@ MACHINE = "{device}, {threads} threads, {precision}, PyTorch {torch}"
 COST = {"images_seen": int, "train_seconds": float}
 LIMITS = dict.fromkeys(("interval", "interval_of_lab_batch"), (list, type(None)))
 RESULTS = {"summary.json": COST, "testing.json": COST | {"groups": int} | LIMITS}
-UNTESTED = ("tune", "overfit")  # they choose settings, and never read the test split
+UNTESTED = ("tune", "overfit", "heads")  # these look at validation, and never at the test split
 STATISTICS = ("pixel_accuracy", "mean_iou", "mean_iou_foreground", "mean_dice")
 
 
@@ -81,22 +81,20 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
     """Compute all that the template can say, and draw the figures into a folder."""
     tables = [{name: groups[name] for name in facts.MODELS if name in groups}]
     missing = [f"`make train-{n}` makes {n}." for n in (*facts.MODELS, "final") if n not in groups]
-    for folder, base in (("augment", "none"), ("tune", "base"), ("overfit", "")):
+    for folder, base in (("augment", "none"), ("tune", "base"), ("heads", ""), ("overfit", "")):
         mine = {n.split("/")[1]: runs for n, runs in groups.items() if n.startswith(f"{folder}/")}
         names = {path.stem for path in (ROOT / "configs" / folder).glob("*.yaml")} - mine.keys()
         if names:
             missing.append(f"`make {folder}` makes {', '.join(sorted(names))}.")
         # the tuned model, which they vary, stands for `base`
         tables.append({base: groups["tuned"]} | mine if mine and "tuned" in groups else mine)
-    models, augment, tune = (comparable(table, left_out) for table in tables[:3])
+    models, augment, tune, heads = (comparable(table, left_out) for table in tables[:4])
     arrays = {}
     for name, [one, *_] in models.items():
-        path = one.folder / "testing.npz"  # too large to be kept with the others
+        path = one.folder / "testing.npz"  # too large to be kept with the others in results/
         if path.exists():
             with reading(path, "remove testing.json beside it"):
                 arrays[name] = dict(np.load(path))
-        else:
-            missing.append(f"`{path}`, the images: remove testing.json beside it, run make again.")
     missing += dict.fromkeys(left_out)
     runs = [one for group in groups.values() for one in group]
     profiles = {f"{one.config['profile']} profile on {one.config['data']}" for one in runs}
@@ -113,27 +111,32 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
     if "tuned" in groups:
         found |= facts.running_average(groups, out)
     found |= facts.answer_questions(models, augment, tune) | facts.find_dead_classes(groups)
-    return found | facts.tabulate_experiments(groups, augment, tune, out)
+    return found | facts.tabulate_experiments(groups, augment, tune, heads, out)
 
 
-def fill_template(found: dict, folder: Path) -> tuple[str, str]:
-    """Fill the template: as Markdown, and as one HTML file that loads nothing, not even figures."""
-    text, (template, page) = "", (ROOT / "docs" / f"report{n}" for n in ("_template.md", ".html"))
-    for section in re.split(r"^(?=#)", template.read_text(encoding="utf-8"), flags=re.M)[1:]:
+def fill_template(name: str, found: dict) -> str:
+    """Fill a template in docs/; a section that lacks a fact says which target makes it."""
+    text, template = "", (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for section in re.split(r"^(?=#)", template, flags=re.M)[1:]:
         heading, _, content = section.partition("\n")
         title, _, target = heading.removesuffix(" -->").partition(" <!-- ")
         try:
             text += f"{title}\n{content.format_map(found)}"
         except (KeyError, TypeError):  # no run tells, or it has too few images: an interval of None
             text += f"{title}\n\nNot run yet: `{target}`.\n\n"
+    return text.rstrip() + "\n"
+
+
+def to_html(text: str, folder: Path) -> str:
+    """Convert Markdown to one HTML file that loads nothing: figures below a folder are put in."""
     body = markdown(text, extensions=["tables"]).replace(" ± ", "&nbsp;±&nbsp;")
     for image, caption, source in re.findall(r'<p>(<img alt="(.*?)" src="(.*?)" />)</p>', body):
         data = base64.b64encode((folder / source).read_bytes()).decode()
         embedded = image.replace(source, f"data:image/png;base64,{data}")
         figure = f"<figure>{embedded}<figcaption>{caption}</figcaption></figure>"
         body = body.replace(f"<p>{image}</p>", figure)
-    html = page.read_text(encoding="utf-8").replace("$title", text.splitlines()[0][2:])
-    return text.rstrip() + "\n", html.replace("$body", body)
+    page = (ROOT / "docs/report.html").read_text(encoding="utf-8")
+    return page.replace("$title", text.splitlines()[0][2:]).replace("$body", body)
 
 
 def main() -> None:
@@ -146,14 +149,15 @@ def main() -> None:
         more = "".join(f" ({left})" for left in left_out[:1])
         raise UserError(f"{args.runs}: holds no finished run; `make report` makes some{more}")
     found = collect_facts(groups, left_out, args.out / "figures")
-    text, html = fill_template(found, args.out)
+    text = fill_template("report_template.md", found)
     statistics, all_runs = {}, []
     for name, runs in groups.items():
         rows = [one.test or one.validation for one in runs]
         statistics[name] = {key: mean_std([row[key] for row in rows]) for key in STATISTICS}
         all_runs += [one._asdict() | {"folder": str(one.folder)} for one in runs]
     results = json.dumps(found | {"statistics": statistics, "all_runs": all_runs}, indent=2)
-    for name, content in {"report.md": text, "report.html": html, "results.json": results}.items():
+    files = {"report.md": text, "report.html": to_html(text, args.out), "results.json": results}
+    for name, content in files.items():
         write_atomically(args.out / name, content.encode())
     print(f"{args.out / 'report.html'}: {len(groups)} experiments")
 

@@ -31,26 +31,31 @@ def read_runs(root: Path) -> dict[str, list[list[dict]]]:
     return found
 
 
-def scenes_table(root: Path, figure: Path) -> list[list[str]]:
-    """Tabulate mean IoU on both tests by training set, the heading first; draw it as a figure."""
-    found = read_runs(root)
+def tabulate_runs(found: dict[str, list[list[dict]]]) -> list[list[str]]:
+    """Tabulate mean IoU on both tests by training set, the heading first."""
     lines = [["trained on", "n", "images seen", *TESTS.values()]]
     for name, runs in found.items():
         means = [COLUMNS["mean IoU"](list(rows)) for rows in zip(*runs, strict=True)]
         seen = COLUMNS["images seen"]([rows[0] for rows in runs])
         lines.append([name, str(len(runs)), seen, *means])
+    return lines
+
+
+def draw_runs(found: dict[str, list[list[dict]]], path: Path) -> None:
+    """Draw the table as a figure, with the seeds that all training sets have."""
     panels, seeds = {}, range(min(map(len, found.values())))
     for i, head in enumerate(TESTS.values()):
         panels[head] = [{n: runs[s][i]["mean_iou"] for n, runs in found.items()} for s in seeds]
-    dots(figure, panels)
-    return lines
+    dots(path, panels)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("root", type=Path, metavar="DIR", help="holds runs of make scenes")
     root = parser.parse_args().root
-    print(align(scenes_table(root, root / "scenes.png")))
+    found = read_runs(root)
+    draw_runs(found, root / "scenes.png")
+    print(align(tabulate_runs(found)))
 
 
 if __name__ == "__main__":

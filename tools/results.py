@@ -1,0 +1,52 @@
+"""Write RESULTS.md, its figures and the tables of README.md from the files in results/ alone.
+
+    python -m tools.results [--out DIR]
+
+`make publish` puts runs there: generated/quick and afo/PROFILE as `make report` makes them, scenes
+as `make scenes` does. The sentences of RESULTS.md are in docs/results_template.md.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+from common import ROOT, run, write_atomically
+
+from evaluate import align, comparison_table, read_results
+from tools.facts import MODELS, markdown
+from tools.report import collect_facts, fill_template, find_runs
+from tools.scenes import draw_runs, read_runs, tabulate_runs
+
+RESULTS = ROOT / "results"
+
+
+def fill_table(text: str, name: str, table: str) -> str:
+    """Replace the table of README.md that stands between `<!-- table: NAME -->` and its end."""
+    pattern = rf"(<!-- table: {name} -->\n```\n).*?(?=\n```\n<!-- end -->)"
+    return re.sub(pattern, lambda start: start[1] + table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT, metavar="DIR", help="of what is written")
+    out = parser.parse_args().out
+    found = {}
+    for profile in ("quick", "full"):
+        groups, left_out = find_runs(RESULTS / "afo" / profile)
+        if groups:
+            found[profile] = collect_facts(groups, left_out, out / "results/figures" / profile)
+    scenes, recipe = (read_runs(RESULTS / name) for name in ("scenes", "recipe"))
+    draw_runs(scenes, out / "results/figures/scenes.png")
+    found |= {"scenes": markdown(tabulate_runs(scenes)), "recipe": markdown(tabulate_runs(recipe))}
+    paths = [RESULTS / f"generated/quick/{name}/seed0/testing.json" for name in MODELS]
+    models = comparison_table([row for path in paths for row in read_results(path)])
+    readme = fill_table((ROOT / "README.md").read_text(encoding="utf-8"), "make report", models)
+    readme = fill_table(readme, "make scenes", align(tabulate_runs(scenes)))
+    text = fill_template("results_template.md", found)
+    for name, content in {"README.md": readme, "RESULTS.md": text}.items():
+        write_atomically(out / name, content.encode())
+        print(out / name)
+
+
+if __name__ == "__main__":
+    run(main)
