@@ -104,7 +104,7 @@ $(RUNS)/%/on-scenes.json: $(RUNS)/%/summary.json | data/scenes
 
 $(foreach name,$(NAMED),$(eval train-$(name): $(call files,testing,$(name))))
 overfit: $(call files,summary,$(OVERFIT:%=overfit/%))  ## force the models to overfit, with scores on validation
-tune: $(call files,summary,tuned $(TUNE:%=tune/%))  ## learning rate, dropout, width, kernel of tuned, on validation
+tune: $(call files,summary,tuned $(TUNE:%=tune/%))  ## learning rate, dropout, width, kernel, skip, head, loss of tuned, on validation
 augment: $(call files,testing,$(AUGMENT:%=augment/%))  ## flips, blur, jitter: the lab's nine runs and ours
 heads: $(call files,summary,$(HEADS:%=heads/%))  ## how classes die in the lab's models, and what keeps them alive
 final: $(call files,testing,final)  ## tuned with flips and twice the epochs

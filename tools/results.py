@@ -13,7 +13,7 @@ from pathlib import Path
 from common import ROOT, run, write_atomically
 
 from evaluate import align, comparison_table, read_results
-from tools.facts import MODELS, markdown
+from tools.facts import MODELS, contrast, markdown
 from tools.report import collect_facts, fill_template, find_runs
 from tools.scenes import draw_runs, read_runs, tabulate_runs
 
@@ -38,6 +38,9 @@ def main() -> None:
     scenes, recipe = (read_runs(RESULTS / name) for name in ("scenes", "recipe"))
     draw_runs(scenes, out / "results/figures/scenes.png")
     found |= {"scenes": markdown(tabulate_runs(scenes)), "recipe": markdown(tabulate_runs(recipe))}
+    many, few = scenes["generated-10800"], scenes["generated-300"]
+    for i, test in enumerate(("real", "generated")):
+        found[f"scenes_{test}"] = contrast(*([rows[i] for rows in runs] for runs in (many, few)))
     paths = [RESULTS / f"generated/quick/{name}/seed0/testing.json" for name in MODELS]
     models = comparison_table([row for path in paths for row in read_results(path)])
     readme = fill_table((ROOT / "README.md").read_text(encoding="utf-8"), "make report", models)
