@@ -21,6 +21,7 @@ OVERFIT := one-batch-initial one-batch-modified one-batch-tuned few-frames-tuned
 SCENES  := real-300 generated-300 generated-1500 generated-10800 both-11100
 HEADS   := $(sort $(patsubst configs/heads/%.yaml,%,$(wildcard configs/heads/*.yaml)))
 TUNE    := $(sort $(patsubst configs/tune/%.yaml,%,$(wildcard configs/tune/*.yaml)))
+GENERATED := data/scenes data/scenes-300 data/scenes-1500 data/scenes-both
 SPEEDRUN := $(foreach seed,0 1 2,runs/speedrun/seed$(seed)/on-afo.json)
 AUGMENT := none flip-0.3 flip-0.5 flip-0.8 blur-0.3 blur-0.5 blur-0.8 \
            flip-blur-0.5 flip-blur-0.3 flip-blur-0.8 jitter
@@ -74,7 +75,7 @@ data/scenes-300:  drawn = --sequences 300 60 1
 data/scenes-1500: drawn = --sequences 1500 150 1 --frames 7
 data/scenes-both: drawn = --sequences 10800 600 1 --frames 1 --with data/afo
 data/scenes-both: | data/afo
-data/scenes data/scenes-300 data/scenes-1500 data/scenes-both: | .venv/installed
+$(GENERATED): | .venv/installed
 	$(PY) data.py generate --seed 1 $(drawn) --out $@
 
 data/afo: | .venv/installed
@@ -112,7 +113,7 @@ final: $(call files,testing,final)  ## tuned with flips and twice the epochs
 $(NAMED:%=train-%) overfit tune augment heads final:
 	@$(PY) evaluate.py $^
 
-scenes: | data/afo data/scenes data/scenes-300 data/scenes-1500 data/scenes-both  ## what scenes are worth: best on real and generated ones, tested on both
+scenes: | data/afo $(GENERATED)  ## what scenes are worth: best on real and generated ones, tested on both
 	@$(MAKE) --no-print-directory DATA=afo RUNS=runs PROFILE=full $(foreach name,$(SCENES:%=runs/scenes/%),\
 	  $(foreach seed,$(SEEDS),$(addprefix $(name)/seed$(seed)/,on-afo.json on-scenes.json)))
 	@$(PY) -m tools.scenes runs/scenes
@@ -122,11 +123,12 @@ report: $(call files,testing,$(MODELS)) | $(filter overfit tune augment heads fi
 	@$(PY) -m tools.report --runs $(RUNS) --out report
 	@$(PY) evaluate.py $^
 
-publish:  ## copy the small files of the runs below RUNS to results/, which git keeps
-	@mkdir -p results && cd runs && find $(RUNS:runs/%=%) -name '*.json' -o -name config.yaml -o -name metrics.jsonl \
-	  | tar -cf - -T - | tar -xf - -C ../results
+publish: | $(filter-out publish results,$(MAKECMDGOALS))  ## copy the small files of the finished runs below RUNS to results/, which git keeps
+	@test -d $(RUNS) && test $(RUNS) != $(RUNS:runs/%=%) || { echo "error: RUNS=$(RUNS): must be a folder below runs/" >&2; exit 2; }
+	@find $(RUNS:%/=%) -name summary.json | while read -r file; do run=$${file%/*}; kept=results/$${run#runs/}; \
+	  rm -rf $$kept && mkdir -p $$kept && cp $$run/config.yaml $$run/metrics.jsonl $$run/*.json $$kept || exit 2; done
 
-results: | .venv/installed  ## write RESULTS.md and the tables of README.md from results/ alone
+results: | .venv/installed $(filter-out results,$(MAKECMDGOALS))  ## write RESULTS.md and the tables of README.md from results/ alone
 	@$(PY) -m tools.results
 
 predict: | .venv/installed  ## predict IMAGES="a.png folder/" into OUT, with CHECKPOINT (default: the weights shipped)
@@ -158,4 +160,4 @@ lint: | .venv/installed  ## check style
 	.venv/bin/ruff format --check .
 
 clean:  ## remove what make made: runs, reports, predictions, generated data (not .venv, not data/afo)
-	rm -rf runs report predictions data/generated data/scenes*
+	rm -rf runs report predictions data/generated $(GENERATED)

@@ -8,6 +8,7 @@ Shapes are markers of a plotting program; numbers were measured on the real trai
 
 import argparse
 import contextlib
+import os
 import re
 import shutil
 import signal
@@ -138,8 +139,9 @@ def link(other: Path, folder: Path) -> None:
     if not paths:
         raise UserError(f"--with {other}: holds no training/image/*.png; give data/afo or the like")
     for path in paths:
+        place = folder / path.parent.relative_to(other)
         name = re.sub("^(gt_)?", rf"\1{other.name}_", path.name)
-        (folder / path.parent.relative_to(other) / name).symlink_to(path.resolve())
+        (place / name).symlink_to(os.path.relpath(path.resolve(), place))  # the whole may be moved
 
 
 def generate(

@@ -87,7 +87,8 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
         if names:
             missing.append(f"`make {folder}` makes {', '.join(sorted(names))}.")
         # the tuned model, which they vary, stands for `base`
-        tables.append({base: groups["tuned"]} | mine if mine and "tuned" in groups else mine)
+        varied = base and mine and "tuned" in groups
+        tables.append({base: groups["tuned"]} | mine if varied else mine)
     models, augment, tune, heads = (comparable(table, left_out) for table in tables[:4])
     arrays = {}
     for name, [one, *_] in models.items():

@@ -18,6 +18,7 @@ from tools.report import collect_facts, fill_template, find_runs
 from tools.scenes import draw_runs, read_runs, tabulate_runs
 
 RESULTS = ROOT / "results"
+FEW, MANY, SHIPPED = "generated-300", "generated-10800", "generated-21600"  # in results/scenes
 
 
 def fill_table(text: str, name: str, table: str) -> str:
@@ -35,16 +36,22 @@ def main() -> None:
         groups, left_out = find_runs(RESULTS / "afo" / profile)
         if groups:
             found[profile] = collect_facts(groups, left_out, out / "results/figures" / profile)
-    scenes, recipe = (read_runs(RESULTS / name) for name in ("scenes", "recipe"))
-    draw_runs(scenes, out / "results/figures/scenes.png")
-    found |= {"scenes": markdown(tabulate_runs(scenes)), "recipe": markdown(tabulate_runs(recipe))}
-    many, few = scenes["generated-10800"], scenes["generated-300"]
-    for i, test in enumerate(("real", "generated")):
-        found[f"scenes_{test}"] = contrast(*([rows[i] for rows in runs] for runs in (many, few)))
+    readme, scenes = (ROOT / "README.md").read_text(encoding="utf-8"), read_runs(RESULTS / "scenes")
+    weights = {name: scenes.pop(name) for name in (SHIPPED,) if name in scenes}
+    if weights:
+        found["weights"] = markdown(tabulate_runs(weights))
+        readme = fill_table(readme, "weights", align(tabulate_runs(weights)))
+    if scenes:
+        found["scenes"] = markdown(tabulate_runs(scenes))
+        readme = fill_table(readme, "make scenes", align(tabulate_runs(scenes)))
+        draw_runs(scenes, out / "results/figures/scenes.png")
+    if scenes.keys() >= {MANY, FEW}:
+        for i, test in enumerate(("real", "generated")):
+            rows = ([tests[i] for tests in scenes[name]] for name in (MANY, FEW))
+            found[f"scenes_{test}"] = contrast(*rows)
     paths = [RESULTS / f"generated/quick/{name}/seed0/testing.json" for name in MODELS]
-    models = comparison_table([row for path in paths for row in read_results(path)])
-    readme = fill_table((ROOT / "README.md").read_text(encoding="utf-8"), "make report", models)
-    readme = fill_table(readme, "make scenes", align(tabulate_runs(scenes)))
+    if rows := [row for path in paths if path.exists() for row in read_results(path)]:
+        readme = fill_table(readme, "make report", comparison_table(rows))
     text = fill_template("results_template.md", found)
     for name, content in {"README.md": readme, "RESULTS.md": text}.items():
         write_atomically(out / name, content.encode())
