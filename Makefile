@@ -18,7 +18,7 @@ MODELS := initial modified tuned best
 # Any experiment in configs/ can be trained by its name: a new file there is a new target.
 NAMED   := $(filter-out allowed default quick,$(patsubst configs/%.yaml,%,$(wildcard configs/*.yaml)))
 OVERFIT := one-batch-initial one-batch-modified one-batch-tuned few-frames-tuned
-SCENES  := real-300 generated-300 generated-1500 generated-10800 both-11100
+SCENES  ?= real-300 generated-300 generated-1500 generated-10800 both-11100
 HEADS   := $(sort $(patsubst configs/heads/%.yaml,%,$(wildcard configs/heads/*.yaml)))
 TUNE    := $(sort $(patsubst configs/tune/%.yaml,%,$(wildcard configs/tune/*.yaml)))
 GENERATED := data/scenes data/scenes-300 data/scenes-1500 data/scenes-both
