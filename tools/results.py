@@ -49,9 +49,11 @@ def main() -> None:
         for i, test in enumerate(("real", "generated")):
             rows = ([tests[i] for tests in scenes[name]] for name in (MANY, FEW))
             found[f"scenes_{test}"] = contrast(*rows)
-    paths = [RESULTS / f"generated/quick/{name}/seed0/testing.json" for name in MODELS]
-    if rows := [row for path in paths if path.exists() for row in read_results(path)]:
-        readme = fill_table(readme, "make report", comparison_table(rows))
+    tests = {"make speedrun": sorted(RESULTS.glob("speedrun/seed*/on-afo.json"))}
+    tests["make report"] = [RESULTS / f"generated/quick/{n}/seed0/testing.json" for n in MODELS]
+    for name, paths in tests.items():
+        if rows := [row for path in paths if path.exists() for row in read_results(path)]:
+            readme = fill_table(readme, name, comparison_table(rows))
     text = fill_template("results_template.md", found)
     for name, content in {"README.md": readme, "RESULTS.md": text}.items():
         write_atomically(out / name, content.encode())
