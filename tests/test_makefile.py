@@ -112,3 +112,21 @@ def test_own_data_win_over_profile_and_experiment(project: Path) -> None:
 def test_doctor_without_a_run_says_so(project: Path) -> None:
     done = make(project, "doctor")
     assert done.returncode == 2 and "make doctor RUN=" in done.stderr
+
+
+def test_publish_keeps_small_files_of_finished_runs(project: Path) -> None:
+    for name, files in {"done": ("summary.json", "best.pt"), "begun": ("last.pt",)}.items():
+        run = project / f"runs/afo/quick/{name}/seed0"
+        run.mkdir(parents=True)
+        for file in ("config.yaml", "metrics.jsonl", *files):
+            (run / file).write_text("new")
+    old = project / "results/afo/quick/done/seed0/testing.json"  # of a run that is no more
+    old.parent.mkdir(parents=True)
+    old.write_text("old")
+    done = make(project, "publish", "DATA=afo")
+    kept = [path for path in (project / "results").rglob("*") if path.is_file()]
+    assert done.returncode == 0 and {path.parent for path in kept} == {old.parent}
+    assert {path.name for path in kept} == {"config.yaml", "metrics.jsonl", "summary.json"}
+    for wrong in ("runs/nosuch", "results/afo"):
+        done = make(project, "publish", f"RUNS={wrong}")
+        assert done.returncode == 2 and f"error: RUNS={wrong}" in done.stderr
