@@ -81,6 +81,9 @@ $(GENERATED): | .venv/installed
 data/afo: | .venv/installed
 	$(PY) data.py download --out $@ $(if $(AFO_ARCHIVE),--archive $(AFO_ARCHIVE))
 
+data/afo-blurred: | data/afo
+	$(PY) -m tools.blur_masks data/afo $@
+
 check: | $(DATA_DIR) .venv/installed  ## list all problems of the data, and show samples with their masks
 	$(PY) data.py check $(if $(OWN),--config $(OWN),$(DATA_DIR)) --picture report/check-$(DATA_NAME).png
 
@@ -89,10 +92,11 @@ check: | $(DATA_DIR) .venv/installed  ## list all problems of the data, and show
 # RUN.yaml beside the folder RUN is the config asked for, RUN/config.yaml that of the run there.
 $(RUNS)/%/summary.json: FORCE | $(DATA_DIR) .venv/installed
 	@$(PY) config.py --out $(@D).yaml --config configs/$(*D).yaml $(call overlay,$(*D)) $(OWN) \
-	  --set name=$(notdir $(*D)) seed=$(patsubst seed%,%,$(*F)) $(if $(OWN)$(filter scenes/%,$*),,data=$(DATA_DIR)) $(SET)
+	  --set name=$(notdir $(*D)) seed=$(patsubst seed%,%,$(*F)) $(if $(OWN)$(filter scenes/% blurred-masks/%,$*),,data=$(DATA_DIR)) $(SET)
 	@test -f $@ && cmp -s $(@D).yaml $(@D)/config.yaml || \
 	  $(PY) train.py --config $(@D).yaml --run-dir $(@D) --resume --overwrite --device $(DEVICE)
 FORCE:
+$(call files,summary,blurred-masks): | data/afo-blurred
 
 $(RUNS)/%/testing.json: $(RUNS)/%/summary.json
 	@$(PY) evaluate.py $(@D)/best.pt --device $(DEVICE) --predictions $(@D)/testing.npz --json $@ > /dev/null
@@ -160,4 +164,4 @@ lint: | .venv/installed  ## check style
 	.venv/bin/ruff format --check .
 
 clean:  ## remove what make made: runs, reports, predictions, generated data (not .venv, not data/afo)
-	rm -rf runs report predictions data/generated $(GENERATED)
+	rm -rf runs report predictions data/generated data/afo-blurred $(GENERATED)
