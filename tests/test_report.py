@@ -14,7 +14,7 @@ from conftest import corruptions, write_checkpoint
 from config import dump
 from evaluate import main as evaluate
 from model import read_checkpoint
-from tools import report
+from tools import facts, report
 
 CLASSES = ["background", "square", "triangle", "circle"]
 
@@ -148,6 +148,35 @@ def test_damaged_file_is_named_or_the_report_is_whole(
         )
         refused += code == 2 and str(path) in error
     assert refused > 5
+
+
+def test_blurred_masks_are_compared_with_tuned(
+    write_run: Callable, make: Callable, tmp_path: Path
+) -> None:
+    for name, seed in (("tuned", 0), ("blurred-masks", 1), ("tune/skip-full", 2)):
+        write_run(name, seed, 0.8 + 0.01 * seed)
+    assert make()[0] == 0
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    [[tuned], [blurred]] = (
+        found["statistics"][n]["mean_iou"]["values"] for n in ("tuned", "blurred-masks")
+    )
+    assert found["blurred"]["difference"] == blurred - tuned != 0
+    assert found["tuned"]["skip-full"]["difference"] == pytest.approx(0.02)
+
+
+def test_what_a_single_scene_decides_is_noise() -> None:
+    def rows(first: float, *others: float) -> list[dict]:
+        ious = [[first + seed / 1000, *others] for seed in range(3)]
+        return [{"mean_iou": statistics.fmean(each), "group_ious": each} for each in ious]
+
+    low = rows(0.5, 0.8, 0.8, 0.8)
+    assert facts.contrast(rows(0.6, 0.9, 0.91, 0.89), low)["result"] == "more"
+    one = facts.contrast(rows(0.9, 0.8, 0.81, 0.79), low)  # by the seeds alone it were "more"
+    assert one["result"] == "noise" and one["difference"] == pytest.approx(0.1)
+    assert facts.contrast(low, rows(0.6, 0.9, 0.91, 0.89))["result"] == "less"
+    for row in (alone := rows(0.6, 0.9)) + (without := rows(0.9, 0.9)):
+        del row["group_ious"]  # of validation: the seeds decide
+    assert facts.contrast(without, alone)["result"] == "more"
 
 
 def test_no_runs_is_one_line(make: Callable, tmp_path: Path) -> None:

@@ -31,9 +31,19 @@ def rows_of(groups: Groups, split: str) -> Rows:
 
 
 def contrast(a: list[dict], b: list[dict]) -> dict:
-    """Tell whether the mean IoU of one experiment exceeds that of another."""
+    """Tell whether the mean IoU of one experiment exceeds that of another.
+
+    Beyond noise is what exceeds the chance of the seeds (Welch's t test) and, of tests, that of the
+    scenes: a paired t test of each scene's difference, the mean over the seeds.
+    """
     first, second = (mean_std([row["mean_iou"] for row in rows]) for rows in (a, b))
     found = {"result": compare(first, second), "difference": first["mean"] - second["mean"]}
+    if all("group_ious" in row for row in a + b):  # those of validation have none
+        means = [np.mean([row["group_ious"] for row in rows], axis=0) for rows in (a, b)]
+        scenes = mean_std((means[0] - means[1]).tolist())
+        by_scenes = compare(scenes, mean_std([0.0] * scenes["n"]))
+        if found["result"] in ("more", "less") and by_scenes != found["result"]:
+            found["result"] = "noise"
     found |= {"first": COLUMNS["mean IoU"](a), "second": COLUMNS["mean IoU"](b)}
     return found | {"verdict": TEXTS["verdicts"][found["result"]]}
 
@@ -51,13 +61,19 @@ def markdown(lines: list[list[str]]) -> str:
     return text.replace("* |", "\\* |")
 
 
+def limits(rows: list[dict]) -> str:
+    """Format the limits of 95 % of the draws of other test scenes, their means over the seeds."""
+    found = [row.get("interval") for row in rows]
+    return "–" if None in found else "–".join(map(format_stat, zip(*found, strict=True)))
+
+
 def table(rows: Rows, heads: list[str]) -> str:
     """Tabulate experiments with some of `evaluate.COLUMNS`, the best marked if beyond noise."""
     top, *others = rank(rows)
     if others and contrast(rows[top], rows[others[0]])["result"] == "more":
         rows = {f"**{name}** (best)" if name == top else name: r for name, r in rows.items()}
     heads = ["mean IoU", "n", *heads, "images seen", "training"]
-    return markdown(tabulate(rows, {head: COLUMNS[head] for head in heads}))
+    return markdown(tabulate(rows, {h: COLUMNS[h] for h in heads} | {"95 % over scenes": limits}))
 
 
 def describe_models(models: Groups, out: Path) -> dict:
@@ -109,6 +125,8 @@ def answer_questions(models: Groups, augment: Groups, tune: Groups) -> dict:
     if {"initial", "modified"} <= models.keys():
         rows = rows_of(models, "test")
         found["modified"] = contrast(rows["modified"], rows["initial"])
+    rows = rows_of(tune, "validation")
+    found["tuned"] = {n: contrast(rows[n], rows["base"]) for n in rows if "base" in rows}
     tried = [name for name in rank(rows_of(augment, "validation")) if name != "none"]
     if tried and "none" in augment:  # chosen by validation, and only then looked up on the test
         rows = rows_of(augment, "test")
@@ -187,7 +205,7 @@ def tabulate_experiments(
         facts["augment_table"] = table(rows_of(augment, "test"), ["lab IoU"])
     if tune:
         facts["tune_table"] = table(rank(rows_of(tune, "validation")), [])
-    known = (*MODELS, "augment", "tune", "overfit", "heads")
+    known = (*MODELS, "augment", "tune", "overfit", "heads", "blurred-masks")
     if heads:
         facts |= count_dying(heads, out)
     if others := {n: runs for n, runs in groups.items() if n.split("/")[0] not in known}:

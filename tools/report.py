@@ -26,7 +26,10 @@ ADVICE = "remove the folder of this run and make it again"
 MACHINE = "{device}, {threads} threads, {precision}, PyTorch {torch}"
 COST = {"images_seen": int, "train_seconds": float}
 LIMITS = dict.fromkeys(("interval", "interval_of_lab_batch"), (list, type(None)))
-RESULTS = {"summary.json": COST, "testing.json": COST | {"groups": int} | LIMITS}
+RESULTS = {
+    "summary.json": COST,
+    "testing.json": COST | {"groups": int, "group_ious": list} | LIMITS,
+}
 UNTESTED = ("tune", "overfit", "heads")  # these look at validation, and never at the test split
 STATISTICS = ("pixel_accuracy", "mean_iou", "mean_iou_foreground", "mean_dice")
 
@@ -111,6 +114,10 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
         found |= facts.show_images(models, arrays, out)
     if "tuned" in groups:
         found |= facts.running_average(groups, out)
+        tests = facts.rows_of(groups, "test")
+        blurred, clean = tests.get("blurred-masks"), tests["tuned"]
+        if blurred and not differences(blurred[0], clean[0]):  # else tested on other images
+            found["blurred"] = facts.contrast(blurred, clean)
     found |= facts.answer_questions(models, augment, tune) | facts.find_dead_classes(groups)
     return found | facts.tabulate_experiments(groups, augment, tune, heads, out)
 
