@@ -193,7 +193,7 @@ def count_dying(heads: Groups, out: Path) -> dict:
         lines.append([name, str(len(runs)), *map(str, counts)])
         shares[name] = [(counts / len(runs)).tolist()]
     figures.curves(out / "heads.png", {"share of runs with a dead class": shares})
-    return {"heads_table": markdown(lines)}
+    return {"heads_table": markdown(lines), "heads": {line[0]: line[1:] for line in lines}}
 
 
 def tabulate_experiments(
@@ -212,16 +212,19 @@ def tabulate_experiments(
         facts["other_table"] = table(rows_of(others, "test"), ["lab IoU"])
     if overfit := {n.split("/")[1]: r for n, r in groups.items() if n.startswith("overfit/")}:
         curves = panel(overfit, "training") | panel(overfit, "validation")
-        lines = [["model", "images", "1.000 in epoch", *curves, "gap", "n"]]
+        lines, all_reached = [["model", "images", "1.000 in epoch", *curves, "gap", "n"]], []
         for name, runs in overfit.items():
             images, reached = str(runs[0].config["limit_images"] or "all"), []
             for ious in curves["training mean IoU"][name]:
                 perfect = (str(i) for i, iou in enumerate(ious, start=1) if (iou or 0) >= PERFECT)
                 reached.append(next(perfect, "never"))
+            all_reached += reached * name.startswith("one-batch")
             ends = [[values[-1] for values in found[name]] for found in curves.values()]
             gap = np.subtract(*np.array(ends, float)).tolist()
             texts = [format_stat(values, std=True) for values in (*ends, gap)]
             lines.append([name, images, ", ".join(reached), *texts, str(len(runs))])
         figures.curves(out / "overfit.png", curves)
         facts["overfit_table"] = markdown(lines)
+        facts["perfect"] = sum(epoch != "never" for epoch in all_reached)
+        facts["perfect_of"] = len(all_reached)
     return facts
