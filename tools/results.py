@@ -37,18 +37,16 @@ def main() -> None:
         if groups:
             found[profile] = collect_facts(groups, left_out, out / "results/figures" / profile)
     readme, scenes = (ROOT / "README.md").read_text(encoding="utf-8"), read_runs(RESULTS / "scenes")
-    weights = {name: scenes.pop(name) for name in (SHIPPED,) if name in scenes}
-    if weights:
-        found["weights"] = markdown(tabulate_runs(weights))
-        readme = fill_table(readme, "weights", align(tabulate_runs(weights)))
-    if scenes:
-        found["scenes"] = markdown(tabulate_runs(scenes))
-        readme = fill_table(readme, "make scenes", align(tabulate_runs(scenes)))
+    weights = {h: {n: runs.pop(n) for n in (SHIPPED,) if n in runs} for h, runs in scenes.items()}
+    for name, rows in {"weights": weights, "make scenes": scenes}.items():
+        if all(rows.values()):
+            found[name] = markdown(tabulate_runs(rows))
+            readme = fill_table(readme, name, align(tabulate_runs(rows)))
+    if all(scenes.values()):
         draw_runs(scenes, out / "results/figures/scenes.png")
-    if scenes.keys() >= {MANY, FEW}:
-        for i, test in enumerate(("real", "generated")):
-            rows = ([tests[i] for tests in scenes[name]] for name in (MANY, FEW))
-            found[f"scenes_{test}"] = contrast(*rows)
+    for test, runs in scenes.items():
+        if runs.keys() >= {MANY, FEW}:
+            found[test] = contrast(runs[MANY], runs[FEW])
     tests = {"make speedrun": sorted(RESULTS.glob("speedrun/seed*/on-afo.json"))}
     tests["make report"] = [RESULTS / f"generated/quick/{n}/seed0/testing.json" for n in MODELS]
     for name, paths in tests.items():

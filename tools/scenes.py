@@ -16,36 +16,34 @@ from figures import dots
 TESTS = {"on-afo.json": "real test", "on-scenes.json": "generated test"}  # file → heading
 
 
-def read_runs(root: Path) -> dict[str, list[list[dict]]]:
-    """Read the rows of both tests of every tested run, by training set, fewest scenes first."""
-    found: dict[str, list[list[dict]]] = {}
+def read_runs(root: Path) -> dict[str, dict[str, list[dict]]]:
+    """Read the rows of tested runs: heading of the test → training set, fewest scenes first."""
+    found: dict[str, dict[str, list[dict]]] = {head: {} for head in TESTS.values()}
     folders = [f for f in root.glob("*-*/seed*") if all((f / file).exists() for file in TESTS)]
     for folder in sorted(folders, key=lambda f: (f.parent.name.rpartition("-")[2].zfill(9), f)):
-        rows = [read_results(folder / file)[0] for file in TESTS]
-        found.setdefault(folder.parent.name, []).append(rows)
-        for row, first in zip(rows, next(iter(found.values()))[0], strict=True):
-            if differ := differences(row, first):
+        for file, head in TESTS.items():
+            [row] = read_results(folder / file)
+            found[head].setdefault(folder.parent.name, []).append(row)
+            if differ := differences(row, next(iter(found[head].values()))[0]):
                 raise UserError(f"{folder}: tested on another {', '.join(differ)}; remove it")
     return found
 
 
-def tabulate_runs(found: dict[str, list[list[dict]]]) -> list[list[str]]:
+def tabulate_runs(found: dict[str, dict[str, list[dict]]]) -> list[list[str]]:
     """Tabulate mean IoU on both tests by training set, the heading first."""
-    real, generated = ({n: [rows[i] for rows in r] for n, r in found.items()} for i in (0, 1))
     heads = {key: COLUMNS[key] for key in ("n", "images seen")}
-    first, second = (heads | {head: COLUMNS["mean IoU"]} for head in TESTS.values())
-    both = zip(tabulate(real, first), tabulate(generated, second), strict=True)
-    heading, *lines = ([*left, right[-1]] for left, right in both)
+    real, generated = (tabulate(r, heads | {h: COLUMNS["mean IoU"]}) for h, r in found.items())
+    heading, *lines = ([*left, right[-1]] for left, right in zip(real, generated, strict=True))
     return [["trained on", *heading[1:]], *lines]
 
 
-def draw_runs(found: dict[str, list[list[dict]]], path: Path) -> None:
+def draw_runs(found: dict[str, dict[str, list[dict]]], path: Path) -> None:
     """Draw the table as a figure; a training set that lacks a seed of the others has no dot."""
-    scores = {(n, rows[0]["seed"]): rows for n, runs in found.items() for rows in runs}
-    seeds, panels = sorted({seed for _, seed in scores}), {}
-    for i, head in enumerate(TESTS.values()):
-        of = {key: rows[i]["mean_iou"] for key, rows in scores.items()}
-        panels[head] = [{name: of.get((name, seed)) for name in found} for seed in seeds]
+    panels = {}
+    for head, runs in found.items():
+        of = {(n, row["seed"]): row["mean_iou"] for n, rows in runs.items() for row in rows}
+        seeds = sorted({seed for _, seed in of})
+        panels[head] = [{name: of.get((name, seed)) for name in runs} for seed in seeds]
     dots(path, panels)
 
 
@@ -54,7 +52,7 @@ def main() -> None:
     parser.add_argument("root", type=Path, metavar="DIR", help="holds runs of make scenes")
     root = parser.parse_args().root
     found = read_runs(root)
-    if not found:
+    if not all(found.values()):
         raise UserError(f"{root}: holds no tested run; `make scenes` makes them")
     draw_runs(found, root / "scenes.png")
     print(align(tabulate_runs(found)))
