@@ -112,7 +112,7 @@ def evaluate_checkpoint(
     row |= {"checkpoint": str(path), "data": data, "split": split, "digest": digest}
     row |= {"images": len(masks), "groups": len(scenes), "parameters": count_parameters(model)}
     row |= metrics.scores(matrix, classes) | {"interval": metrics.interval(scenes)}
-    row["group_ious"] = [round(iou, 6) for iou in metrics.mean_iou(scenes).nan_to_num(0).tolist()]
+    row["contributions"] = [round(value, 6) for value in metrics.contributions(scenes)]
     row["interval_of_lab_batch"] = metrics.interval(matrices, LAB_BATCH)
     row["boundary_iou"] = metrics.number(metrics.iou(bands)[:-1].nanmean())
     row |= {"code": checkpoint.get("code"), "confusion_matrix": matrix.tolist()}

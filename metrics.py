@@ -105,6 +105,19 @@ def interval(matrices: Tensor, size: int | None = None) -> list[float] | None:
     return means.nan_to_num(0).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
 
 
+def contributions(matrices: Tensor) -> list[float]:
+    """Compute what each scene contributes to the mean IoU of all, by the jackknife.
+
+    From (M, C, C) confusion matrices of scenes to M pseudo-values (Tukey 1958): M times the mean
+    IoU of all, less M − 1 times that without the scene. Their mean is nearly the mean IoU, and
+    statistics treat them as independent scores. A scene's own mean IoU would not do: a class that
+    it lacks and one predicted pixel make it 0.
+    """
+    total, number = matrices.sum(dim=0), len(matrices)
+    without = mean_iou(total - matrices).nan_to_num(0)  # of the only scene: no pixel is left
+    return (number * mean_iou(total) - (number - 1) * without).tolist()
+
+
 def mean_std(values: list[float | None]) -> dict | None:
     """Compute mean and sample standard deviation (None if n = 1); None if a value is missing."""
     if any(value is None for value in values):

@@ -15,6 +15,7 @@ from metrics import (
     boundary_matrices,
     compare,
     confusion_matrices,
+    contributions,
     interval,
     iou,
     mean_iou,
@@ -190,6 +191,21 @@ def test_compare_of_one_seed_and_of_equal_values() -> None:
     assert compare(constant, constant) == "noise" and compare(higher, constant) == "more"
     a, b = mean_std([0.0, 1.0, 2.0]), mean_std([2.0, 3.0, 4.0])  # difference 2, error 0.816
     assert compare(a, b) == "noise"  # two standard errors are not enough for three seeds
+
+
+def test_contributions_are_the_jackknife_of_the_pooled_score() -> None:
+    matrices = torch.randint(1, 100, (6, 3, 3), generator=torch.Generator().manual_seed(0)).numpy()
+
+    def pooled(chosen: list[int]) -> float:
+        m = sum(matrices[i].astype(float) for i in chosen)
+        return np.mean([m[c, c] / (m[c].sum() + m[:, c].sum() - m[c, c]) for c in range(3)])
+
+    everyone = list(range(6))
+    expected = [
+        6 * pooled(everyone) - 5 * pooled([j for j in everyone if j != i]) for i in everyone
+    ]
+    assert contributions(torch.from_numpy(matrices)) == pytest.approx(expected, abs=1e-12)
+    assert contributions(torch.from_numpy(matrices[:1])) == pytest.approx([pooled([0])])
 
 
 def test_interval_is_that_of_repeated_draws() -> None:

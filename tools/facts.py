@@ -34,12 +34,12 @@ def contrast(a: list[dict], b: list[dict]) -> dict:
     """Tell whether the mean IoU of one experiment exceeds that of another.
 
     Beyond noise is what exceeds the chance of the seeds (Welch's t test) and, of tests, that of the
-    scenes: a paired t test of each scene's difference, the mean over the seeds.
+    scenes: a paired t test of the difference that each scene makes, the mean over the seeds.
     """
     first, second = (mean_std([row["mean_iou"] for row in rows]) for rows in (a, b))
     found = {"result": compare(first, second), "difference": first["mean"] - second["mean"]}
-    if all("group_ious" in row for row in a + b):  # those of validation have none
-        means = [np.mean([row["group_ious"] for row in rows], axis=0) for rows in (a, b)]
+    if all("contributions" in row for row in a + b):  # those of validation have none
+        means = [np.mean([row["contributions"] for row in rows], axis=0) for rows in (a, b)]
         scenes = mean_std((means[0] - means[1]).tolist())
         by_scenes = compare(scenes, mean_std([0.0] * scenes["n"]))
         if found["result"] in ("more", "less") and by_scenes != found["result"]:
@@ -151,7 +151,8 @@ def answer_questions(models: Groups, augment: Groups, tune: Groups) -> dict:
     lines.sort(key=lambda line: -float(line[4]))
     if len(lines) > 1:
         header = ["factor", "settings", "lowest", "highest", "range", "beyond noise"]
-        found["factor"] = dict(zip(header, lines[0], strict=True))
+        known = next((line for line in lines if line[5] == "yes"), lines[0])
+        found["factor"] = dict(zip(header, known, strict=True))
         found["factor_table"] = markdown([header, *lines])
     return found
 
@@ -204,7 +205,7 @@ def tabulate_experiments(
     if augment:
         facts["augment_table"] = table(rows_of(augment, "test"), ["lab IoU"])
     if tune:
-        facts["tune_table"] = table(rank(rows_of(tune, "validation")), [])
+        facts["tune_table"] = table(rank(rows_of(tune, "validation")), ["dead classes"])
     known = (*MODELS, "augment", "tune", "overfit", "heads", "blurred-masks")
     if heads:
         facts |= count_dying(heads, out)

@@ -23,12 +23,12 @@ from metrics import mean_std
 from tools import facts
 
 ADVICE = "remove the folder of this run and make it again"
-MACHINE = "{device}, {threads} threads, {precision}, PyTorch {torch}"
+MACHINE = "{device}, threads: {threads}, {precision}, PyTorch {torch}"
 COST = {"images_seen": int, "train_seconds": float}
 LIMITS = dict.fromkeys(("interval", "interval_of_lab_batch"), (list, type(None)))
 RESULTS = {
     "summary.json": COST,
-    "testing.json": COST | {"groups": int, "group_ious": list} | LIMITS,
+    "testing.json": COST | {"groups": int, "contributions": list} | LIMITS,
 }
 UNTESTED = ("tune", "overfit", "heads")  # these look at validation, and never at the test split
 STATISTICS = ("pixel_accuracy", "mean_iou", "mean_iou_foreground", "mean_dice")
@@ -117,7 +117,7 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
         tests = facts.rows_of(groups, "test")
         blurred, clean = tests.get("blurred-masks"), tests["tuned"]
         if blurred and not differences(blurred[0], clean[0]):  # else tested on other images
-            found["blurred"] = facts.contrast(blurred, clean)
+            found["blurred"] = facts.contrast(clean, blurred)
     found |= facts.answer_questions(models, augment, tune) | facts.find_dead_classes(groups)
     return found | facts.tabulate_experiments(groups, augment, tune, heads, out)
 
