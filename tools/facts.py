@@ -127,6 +127,8 @@ def answer_questions(models: Groups, augment: Groups, tune: Groups) -> dict:
         found["modified"] = contrast(rows["modified"], rows["initial"])
     rows = rows_of(tune, "validation")
     found["tuned"] = {n: contrast(rows[n], rows["base"]) for n in rows if "base" in rows}
+    if {"skip-wide", "head-wide"} <= rows.keys():  # without the wide head classes may die
+        found["skip"] = contrast(rows["skip-wide"], rows["head-wide"])
     tried = [name for name in rank(rows_of(augment, "validation")) if name != "none"]
     if tried and "none" in augment:  # chosen by validation, and only then looked up on the test
         rows = rows_of(augment, "test")
