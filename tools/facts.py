@@ -83,7 +83,7 @@ def describe_models(models: Groups, out: Path) -> dict:
         keys = {"mean IoU": "mean_iou", "boundary IoU": "boundary_iou"}
         dots[name] = [{h: r[k] for h, k in keys.items()} | r["per_class_iou"] for r in runs]
         matrices[name] = sum(np.array(row["confusion_matrix"]) for row in runs)
-    [top, *_], nothing = rank(rows), background_only(rows[next(iter(rows))][0])
+    [top, *others], nothing = rank(rows), background_only(rows[next(iter(rows))][0])
     curves = panel(models, "training") | panel(models, "validation")
     figures.curves(out / "curves.png", curves | panel(models, "validation", "loss"))
     figures.dots(out / "scores.png", dots)
@@ -93,6 +93,8 @@ def describe_models(models: Groups, out: Path) -> dict:
     found = {"models_table": table({nothing["name"]: [nothing]} | rows, heads)}
     found["accuracy_verdict"] = "**No.**" if known else "**Not shown by this data.**"
     found |= {f"top_{head}": COLUMNS[head](rows[top]) for head in ("mean IoU", "accuracy")}
+    if others:
+        found["lead"] = contrast(rows[top], rows[others[0]]) | {"runner_up": others[0]}
     return found | {"band": BOUNDARY, "nothing": nothing, "top": top}
 
 
