@@ -97,7 +97,7 @@ def curves(path: Path, panels: dict[str, dict[str, list[list[float | None]]]]) -
         ax.set(xlabel="epoch", ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         ax.grid(alpha=0.3)
-    figure.legend(handles=list(handles.values()), loc="outside upper center", ncols=6)
+    figure.legend(handles=list(handles.values()), loc="outside upper center", ncols=4)
     save(figure, path)
 
 

@@ -156,7 +156,9 @@ def answer_questions(models: Groups, augment: Groups, tune: Groups) -> dict:
     if len(lines) > 1:
         header = ["factor", "settings", "lowest", "highest", "range", "beyond noise"]
         known = next((line for line in lines if line[5] == "yes"), lines[0])
-        found["factor"] = dict(zip(header, known, strict=True))
+        found["factor"], found["widest"] = (
+            dict(zip(header, x, strict=True)) for x in (known, lines[0])
+        )
         found["factor_table"] = markdown([header, *lines])
     return found
 

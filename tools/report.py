@@ -112,12 +112,14 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
         found |= facts.describe_models(models, out) | {"tested": models[judged][0].test}
     if arrays:
         found |= facts.show_images(models, arrays, out)
+    tests = facts.rows_of(groups, "test")
     if "tuned" in groups:
         found |= facts.running_average(groups, out)
-        tests = facts.rows_of(groups, "test")
         blurred, clean = tests.get("blurred-masks"), tests["tuned"]
         if blurred and not differences(blurred[0], clean[0]):  # else tested on other images
             found["blurred"] = facts.contrast(clean, blurred)
+    if {"final", "augment/flip-0.5"} <= groups.keys():
+        found["final"] = facts.contrast(*(tests[n] for n in ("final", "augment/flip-0.5")))
     found |= facts.answer_questions(models, augment, tune) | facts.find_dead_classes(groups)
     return found | facts.tabulate_experiments(groups, augment, tune, heads, out)
 
