@@ -21,6 +21,8 @@ STYLES = {  # colour (Okabe and Ito 2008: the colour-blind can tell them apart),
     **{"initial": ("#E69F00", "-", "o"), "modified": ("#56B4E9", "--", "s")},
     **{"tuned": ("#CC79A7", "-.", "^"), "best": ("#000000", ":", "D")},
 }
+OTHERS = [("#009E73", "-", "v"), ("#0072B2", "--", "P"), ("#D55E00", "-.", "X")]
+OTHERS += [("#999999", ":", "*"), *STYLES.values()]  # in turn, for names without their own
 
 
 def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, np.ndarray]:
@@ -85,7 +87,7 @@ def curves(path: Path, panels: dict[str, dict[str, list[list[float | None]]]]) -
     figure, axes = new_figure(max(7.5, 3.7 * len(panels)), 3.6, len(panels))
     handles = {}
     for ax, (label, lines) in zip(axes, panels.items(), strict=True):
-        for (name, runs), other in zip(lines.items(), cycle(STYLES.values()), strict=False):
+        for (name, runs), other in zip(lines.items(), cycle(OTHERS), strict=False):
             colour, line, marker = STYLES.get(name, other)
             values = np.array(list(zip_longest(*runs)), float)  # None becomes a hole in the line
             epochs, look = range(1, len(values) + 1), {"marker": marker, "ms": 5, "label": name}
@@ -122,7 +124,7 @@ def dots(path: Path, models: dict[str, list[dict[str, float | None]]]) -> None:
     """Draw test scores, the mean ± standard deviation of: model → runs (seeds) → name → score."""
     groups = list(next(iter(models.values()))[0])
     figure, (ax,) = new_figure(max(7.5, 1.7 * len(groups)), 3.6)
-    looks = dict(zip(models, cycle(STYLES.values()), strict=False)) | STYLES
+    looks = dict(zip(models, cycle(OTHERS), strict=False)) | STYLES
     for i, (name, runs) in enumerate(models.items()):
         values = np.array([list(run.values()) for run in runs], float)  # None, no score: no dot
         std = values.std(axis=0, ddof=1) if len(runs) > 1 else None
