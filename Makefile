@@ -89,10 +89,12 @@ check: | $(DATA_DIR) .venv/installed  ## list all problems of the data, and show
 
 # ---- runs: config → training → test
 
-# RUN.yaml beside the folder RUN is the config asked for, RUN/config.yaml that of the run there.
+# RUN.yaml beside the folder RUN is the config asked for, RUN/config.yaml that of the run there. An
+# experiment that says where its data lie keeps them.
 $(RUNS)/%/summary.json: FORCE | $(DATA_DIR) .venv/installed
 	@$(PY) config.py --out $(@D).yaml --config configs/$(*D).yaml $(call overlay,$(*D)) $(OWN) \
-	  --set name=$(notdir $(*D)) seed=$(patsubst seed%,%,$(*F)) $(if $(OWN)$(filter scenes/% blurred-masks/%,$*),,data=$(DATA_DIR)) $(SET)
+	  --set name=$(notdir $(*D)) seed=$(patsubst seed%,%,$(*F)) \
+	  $(if $(OWN)$(shell grep -s '^data:' configs/$(*D).yaml),,data=$(DATA_DIR)) $(SET)
 	@test -f $@ && cmp -s $(@D).yaml $(@D)/config.yaml || \
 	  $(PY) train.py --config $(@D).yaml --run-dir $(@D) --resume --overwrite --device $(DEVICE)
 FORCE:

@@ -82,7 +82,9 @@ def grid(rows: list[list[tuple[str, Tensor]]], legend: dict[str, list[int]]) -> 
     return figure
 
 
-def curves(path: Path, panels: dict[str, dict[str, list[list[float | None]]]]) -> None:
+def curves(
+    path: Path, panels: dict[str, dict[str, list[list[float | None]]]], epoch: str = "epoch"
+) -> None:
     """Draw mean and range by epoch: y axis → line → runs (seeds) → a value an epoch."""
     figure, axes = new_figure(max(7.5, 3.7 * len(panels)), 3.6, len(panels))
     handles = {}
@@ -96,7 +98,7 @@ def curves(path: Path, panels: dict[str, dict[str, list[list[float | None]]]]) -
         low, high = ax.dataLim.intervaly
         if "loss" in label and high > 20 * low > 0:
             ax.set_yscale("log")
-        ax.set(xlabel="epoch", ylabel=label)
+        ax.set(xlabel=epoch, ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         ax.grid(alpha=0.3)
     figure.legend(handles=list(handles.values()), loc="outside upper center", ncols=4)

@@ -173,7 +173,8 @@ def running_average(groups: Groups, out: Path) -> dict:
         mean = np.cumsum(values) / np.arange(1, len(values) + 1)
         lines[name] = [mean[-len(true) :].tolist()]
     figures.curves(out / "running-average.png", {label: lines})
-    return {"true_last": true[-1], "running_last": lines["never reset"][0][-1]}
+    last = {"true_last": true[-1], "running_last": lines["never reset"][0][-1]}
+    return last | {"epochs": len(true)}
 
 
 def find_dead_classes(groups: Groups) -> dict:
@@ -199,7 +200,8 @@ def count_dying(heads: Groups, out: Path) -> dict:
         counts = np.sum(dead, axis=0)
         lines.append([name, str(len(runs)), *map(str, counts)])
         shares[name] = [(counts / len(runs)).tolist()]
-    figures.curves(out / "heads.png", {"share of runs with a dead class": shares})
+    panels = {"share of runs with a dead class": shares}
+    figures.curves(out / "heads.png", panels, f"epoch of {steps} steps")
     return {"heads_table": markdown(lines), "heads": {line[0]: line[1:] for line in lines}}
 
 
