@@ -17,14 +17,14 @@ PY     := .venv/bin/python
 MODELS := initial modified tuned best
 # Any experiment in configs/ can be trained by its name: a new file there is a new target.
 NAMED   := $(filter-out allowed default quick,$(patsubst configs/%.yaml,%,$(wildcard configs/*.yaml)))
-OVERFIT := one-batch-initial one-batch-modified one-batch-tuned few-frames-tuned
+names   = $(sort $(patsubst configs/$(1)/%.yaml,%,$(wildcard configs/$(1)/*.yaml)))
+OVERFIT := $(call names,overfit)
+TUNE    := $(call names,tune)
+AUGMENT := $(call names,augment)
+HEADS   := $(call names,heads)
 SCENES  ?= real-300 generated-300 generated-1500 generated-10800 both-11100
-HEADS   := $(sort $(patsubst configs/heads/%.yaml,%,$(wildcard configs/heads/*.yaml)))
-TUNE    := $(sort $(patsubst configs/tune/%.yaml,%,$(wildcard configs/tune/*.yaml)))
 GENERATED := data/scenes data/scenes-300 data/scenes-1500 data/scenes-both
 SPEEDRUN := $(foreach seed,0 1 2,runs/speedrun/seed$(seed)/on-afo.json)
-AUGMENT := none flip-0.3 flip-0.5 flip-0.8 blur-0.3 blur-0.5 blur-0.8 \
-           flip-blur-0.5 flip-blur-0.3 flip-blur-0.8 jitter
 
 # DATA=my.yaml: a config that says where your data lie. It wins over those of the experiments.
 OWN       := $(filter %.yaml,$(DATA))
@@ -112,7 +112,7 @@ $(RUNS)/%/on-scenes.json: $(RUNS)/%/summary.json | data/scenes
 $(foreach name,$(NAMED),$(eval train-$(name): $(call files,testing,$(name))))
 overfit: $(call files,summary,$(OVERFIT:%=overfit/%))  ## force the models to overfit, with scores on validation
 tune: $(call files,summary,tuned $(TUNE:%=tune/%))  ## learning rate, dropout, width, kernel, skip, head, loss of tuned, on validation
-augment: $(call files,testing,$(AUGMENT:%=augment/%))  ## flips, blur, jitter: the lab's nine runs and ours
+augment: $(call files,testing,tuned $(AUGMENT:%=augment/%))  ## flips, blur, jitter: the lab's nine runs and ours
 heads: $(call files,summary,$(HEADS:%=heads/%))  ## how classes die in the lab's models, and what keeps them alive
 final: $(call files,testing,final)  ## tuned with flips and twice the epochs
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from conftest import TINY, tiny
+from conftest import tiny
 
 from config import load_config
 from tools import bench
@@ -15,12 +15,11 @@ from tools import bench
 
 def test_tiny_run_in_float32(script, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    keys = ("encoder", "decoder", "batch_size")
-    settings = [f"{key}={TINY[key]}" for key in keys] + ["crop=16", "precision=float32"]
+    settings = tiny(dataset, crop=16, precision="float32")
     # oneDNN prints each operation with its types, so that one in bfloat16 would be seen.
     like_avx2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_VERBOSE": "1"}
     models = ("--models", "tuned", "--rounds", 2, "--seconds", 0.01)
-    where = ("--data", dataset, "--device", "cpu", "--json", out)
+    where = ("--device", "cpu", "--json", out)
     done = script("-m", "tools.bench", *models, *where, "--set", *settings, **like_avx2)
     assert done.returncode == 0, done.stderr
     assert "convolution" in done.stdout and "bf16" not in done.stdout

@@ -1,9 +1,6 @@
 """Tests of config.py and common.run: layers, the errors people make, and damaged files."""
 
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from common import ROOT, UserError
@@ -42,15 +39,9 @@ def test_layers(tmp_path: Path) -> None:
 
 
 def test_default_as_base_undoes_nothing_through_a_link(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "configs", tmp_path / "real/configs")
-    for name in ("config.py", "common.py"):
-        shutil.copy(ROOT / name, tmp_path / "real")
-    (tmp_path / "real/configs/mine.yaml").write_text("base: default.yaml\nseed: 5\n")
-    (tmp_path / "link").symlink_to("real")
-    command = [sys.executable, tmp_path / "link/config.py", "--config"]
-    command += [tmp_path / f"link/configs/{name}.yaml" for name in ("best", "mine")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "link")
-    config = yaml.safe_load(done.stdout)
+    (tmp_path / "link").symlink_to(ROOT)
+    (tmp_path / "mine.yaml").write_text("base: link/configs/default.yaml\nseed: 5\n")
+    config = load_config([ROOT / "configs/best.yaml", tmp_path / "mine.yaml"])
     assert (config["skip"], config["crop"], config["seed"]) == ("full", 64, 5)
 
 

@@ -213,11 +213,7 @@ def test_two_sizes_and_splits_of_ignored_pixels_are_refused_at_once(pond: dict) 
         load_data(pond | {"ignore": [9, 9, 9]})
 
 
-def test_commands_of_data_py(script, call, tmp_path: Path) -> None:
-    sizes = ("--sequences", 1, 1, 1, "--size", 16, "--frames", 2)
-    done = script("data.py", "generate", "--out", tmp_path / "set", *sizes)
-    assert done.returncode == 0 and done.stdout.startswith("6 images in")
-    assert len(list(tmp_path.rglob("*.png"))) == 12
+def test_unknown_command_is_named(call) -> None:
     code, _, error = call(d.main, "fetch")
     assert code == 2 and "generate, download, check" in error
 

@@ -13,13 +13,10 @@ from common import ROOT
 
 import numpy as np
 import pytest
+from conftest import tiny
 from PIL import Image
 
 TEXT = (ROOT / "README.md").read_text()
-TINY = [
-    *("encoder=[[4, 3], [4, 5]]", "decoder=[[4, 3], [6, 3]]", "images_per_epoch=8", "batch_size=4"),
-    *("epochs=1", "crop=0", "precision=float32"),
-]
 
 
 def blocks(language: str) -> list[str]:
@@ -92,7 +89,7 @@ def test_python_command_runs(copy: Path, command: str, call, monkeypatch) -> Non
     monkeypatch.chdir(copy)  # in this process: a start of Python takes longer than most commands
     _, script, *words = shlex.split(command)
     if script == "train.py":  # what makes it small; --set comes last
-        words += [*TINY, "data=data/afo", "skip=pooled"]
+        words += tiny("data/afo", epochs=1, crop=0, skip="pooled")
     code, _, error = call(importlib.import_module(script.removesuffix(".py")).main, *words)
     assert code == 0, error
 

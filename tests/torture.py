@@ -8,7 +8,6 @@ weights, optimizer state and scores must be those of the uninterrupted run bit f
 """
 
 import argparse
-import json
 import random
 import subprocess
 import sys
@@ -19,38 +18,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import ROOT
 
-import torch
+from conftest import tiny
+from test_train import RANDOM, lines, load, plain
 
 from tools.generate import generate
-
-SETTINGS = [
-    *("encoder=[[4, 3], [8, 3]]", "decoder=[[8, 3], [6, 3]]", "loss={dice_per_class: 1}"),
-    *("images_per_epoch=33", "batch_size=8", "epochs=6", "precision=float32", "crop=16"),
-    *("dropout=0.3", "crop_on_objects=0.5", "vertical_flip=0.5", "blur=0.5", "jitter=0.5"),
-    *("schedule=one_cycle", "learning_rate=0.01"),
-]
-CLOCK = ("train_seconds", "images_per_s")
 
 
 def start(data: Path, run_dir: Path, seed: int) -> subprocess.Popen:
     """Start train.py, or go on with what it left."""
     command = [sys.executable, "train.py", "--config", "configs/tuned.yaml", "--resume"]
-    command += ["--run-dir", run_dir, "--set", *SETTINGS, f"data={data}", f"seed={seed}"]
+    command += ["--run-dir", run_dir, "--set", *tiny(data, **RANDOM | {"epochs": 6, "seed": seed})]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
-def outcome(run_dir: Path) -> str:
-    """Write down all that a run ended with, but what a clock says."""
-    parts = []
-    for name in ("last.pt", "best.pt"):
-        checkpoint = torch.load(run_dir / name, weights_only=True)
-        history = checkpoint.pop("history", [])
-        parts.append([{k: v for k, v in entry.items() if k not in CLOCK} for entry in history])
-        torch.set_printoptions(threshold=10**9, precision=17)
-        parts.append(repr(checkpoint))
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    parts.append([{k: v for k, v in entry.items() if k not in CLOCK} for entry in lines])
-    return repr(parts)
+def outcome(run_dir: Path) -> list:
+    """List all that a run ended with, but what a clock says."""
+    checkpoints = (plain(load(run_dir / name)) for name in ("last.pt", "best.pt"))
+    return [*checkpoints, plain(lines(run_dir))]
 
 
 def main() -> None:
