@@ -202,7 +202,8 @@ def count_dying(heads: Groups, out: Path) -> dict:
         shares[name] = [(counts / len(runs)).tolist()]
     panels = {"share of runs with a dead class": shares}
     figures.curves(out / "heads.png", panels, f"epoch of {steps} steps")
-    return {"heads_table": markdown(lines), "heads": {line[0]: line[1:] for line in lines}}
+    found = {"heads": {line[0]: line[1:] for line in lines}, "heads_table": markdown(lines)}
+    return found | {"alive": ", ".join(n for n, [s] in shares.items() if s[-1] == 0) or "none"}
 
 
 def tabulate_experiments(
