@@ -259,6 +259,8 @@ def main() -> None:
     parser.add_argument("--goal", type=float, metavar="IOU", help="fail unless all runs reach it")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
     args = parser.parse_args()
+    if args.predictions and len(args.files) > 1:
+        raise UserError(f"{args.predictions}: holds the predictions of one checkpoint; give one")
     keep_memory()
     rows, device = [], pick_device(args.device)
     for path in args.files:

@@ -158,6 +158,13 @@ def test_goal_refuses_an_unfinished_run(run: Callable, dataset: Path, tmp_path: 
     assert code == 2 and "not finished" in error and (tmp_path / "kept.json").exists()
 
 
+def test_predictions_are_of_one_checkpoint(
+    run: Callable, paths: list[Path], tmp_path: Path
+) -> None:
+    code, out, error = run(*paths, "--predictions", tmp_path / "p.npz")
+    assert code == 2 and "give one" in error and out == "" and not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("key", ["split", "profile", "digest"])
 def test_mixing_is_refused_after_the_results_are_written(
     run: Callable, paths: list[Path], dataset: Path, tmp_path: Path, key: str
