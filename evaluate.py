@@ -37,6 +37,7 @@ LAB = yaml.safe_load((ROOT / "docs/lab.yaml").read_text())  # what its report of
 NEEDED = dict.fromkeys(("name", "checkpoint", "split", "digest", "profile"), str)  # of a row
 NEEDED |= dict.fromkeys(("pixel_accuracy", "mean_iou", "mean_dice"), float)
 NEEDED |= {"seed": int, "parameters": int, "per_class_iou": dict, "dead_classes": list}
+NEEDED |= {"dead_places": dict}  # of tests; older ones lack them
 EPOCH = dict.fromkeys(("mean_iou", "mean_iou_foreground"), (float, type(None)))
 EPOCH |= {"loss": float, "per_class_iou": dict, "dead_classes": list}  # of either split
 
@@ -113,6 +114,7 @@ def evaluate_checkpoint(
     row |= {"images": len(masks), "groups": len(scenes), "parameters": count_parameters(model)}
     row |= metrics.scores(matrix, classes) | {"interval": metrics.interval(scenes)}
     row["contributions"] = [round(value, 6) for value in metrics.contributions(scenes)]
+    row["dead_places"] = metrics.dead_places(predictions, masks, classes)
     row["interval_of_lab_batch"] = metrics.interval(matrices, LAB_BATCH)
     row["boundary_iou"] = metrics.number(metrics.iou(bands)[:-1].nanmean())
     row |= {"code": checkpoint.get("code"), "confusion_matrix": matrix.tolist()}
@@ -135,6 +137,15 @@ def published(row: dict) -> float | None:
     return LAB["test_iou"].get(row["name"]) if of_lab else None
 
 
+def format_places(places: list[dict[str, int]]) -> str:
+    """Format dead places: "square 2/4" is a class that is dead at two of four; – if there are none.
+
+    Classes that are dead everywhere are left out.
+    """
+    found = [f"{name} {n}/4" for one in places for name, n in one.items() if n < 4]
+    return ", ".join(dict.fromkeys(found)) or "–"
+
+
 # A column of a table: heading → function of the rows of an experiment to the text of its cell.
 COLUMNS = {
     "parameters": lambda rows: f"{rows[0]['parameters']:,}",
@@ -147,6 +158,7 @@ COLUMNS = {
     "dead classes": lambda rows: (
         ", ".join(dict.fromkeys(c for row in rows for c in row["dead_classes"])) or "none"
     ),
+    "dead places": lambda rows: format_places([row.get("dead_places", {}) for row in rows]),
     "lab IoU": lambda rows: format_stat([published(rows[0])]),
     "n": lambda rows: str(len(rows)),
 }
@@ -229,7 +241,7 @@ def read_results(path: Path) -> list[dict]:
         if "validation" in rows:
             rows = [rows | rows["validation"] | {"split": "validation", "checkpoint": str(path)}]
         for row in rows or [{}]:
-            require(row, NEEDED)
+            require({"dead_places": {}} | row, NEEDED)
             if "confusion_matrix" in row:
                 require(row, {"data": str, "images": int, "boundary_iou": float})
                 matrix, classes = torch.tensor(row["confusion_matrix"]), list(row["per_class_iou"])

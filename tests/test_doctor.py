@@ -13,6 +13,7 @@ from PIL import Image
 
 from config import dump, load_config
 from data import Split
+from metrics import confusion_matrices
 from runs import locked
 from tools import doctor
 from train import train
@@ -141,6 +142,18 @@ def test_dead_classes_are_named_with_epoch_and_fix(run: Path, call: Callable) ->
     [(title, evidence, advice)] = findings(run, call)
     assert title == "The model predicts only background" and "dice_per_class: 1" in advice
     assert "since epoch 4 of 6: square, triangle, circle" in evidence
+
+
+def test_stripes_are_found(run: Path, call: Callable, monkeypatch) -> None:
+    def evaluate(model, images, masks, config, dtype) -> tuple:
+        circles_on_odd_rows = masks.clone()
+        circles_on_odd_rows[:, ::2][masks[:, ::2] == 3] = 0
+        matrices = confusion_matrices(circles_on_odd_rows, masks, len(CLASSES))
+        return matrices, 0.0, circles_on_odd_rows
+
+    monkeypatch.setattr(doctor, "evaluate", evaluate)
+    [(title, evidence, advice)] = findings(run, call)
+    assert "stripes" in title and evidence.endswith(": circle 2/4") and "bilinear" in advice
 
 
 def test_stopped_run_is_told_from_one_that_trains(run: Path, call: Callable) -> None:

@@ -16,6 +16,7 @@ from metrics import (
     compare,
     confusion_matrices,
     contributions,
+    dead_places,
     interval,
     iou,
     mean_std,
@@ -101,6 +102,15 @@ def test_class_predicted_but_not_there_scores_zero_and_is_not_dead() -> None:
     assert list(result["per_class_iou"].values()) == [0.8, None, 0, None]
     assert result["mean_iou"] == pytest.approx(0.4)
     assert result["dead_classes"] == []
+
+
+def test_dead_places_are_those_of_each_two_by_two_pixels() -> None:
+    prediction, mask = pair(0)
+    prediction[:, ::2][prediction[:, ::2] == 1] = 0  # squares on odd rows alone
+    prediction[:, 1::2, ::2][prediction[:, 1::2, ::2] == 3] = 2
+    prediction[prediction == 2] = 0
+    mask[:, 1::2, 1::2] = mask[:, 1::2, 1::2].where(mask[:, 1::2, 1::2] != 2, 255)
+    assert dead_places(prediction, mask, CLASSES) == {"square": 2, "triangle": 3, "circle": 1}
 
 
 def test_all_ignored() -> None:

@@ -17,9 +17,9 @@ import torch
 
 from config import load_config
 from data import Split, limit
-from evaluate import evaluate, read_history
+from evaluate import evaluate, format_places, read_history
 from figures import curves
-from metrics import mean_iou
+from metrics import dead_places, mean_iou
 from model import pick_device, restore_model
 from runs import TEXTS, locked
 from train import load_data
@@ -62,14 +62,17 @@ def check_data(config: dict, log: list[dict], splits: dict[str, Split]) -> Findi
 
 
 def check_checkpoint(path: Path, config: dict, splits: dict, device: torch.device) -> Findings:
-    """Find swapped channels, or else overfitting, by the best checkpoint on full images."""
+    """Find stripes, swapped channels or else overfitting, by the best checkpoint on full images."""
     if not path.exists():
         return
     model, _ = restore_model(path, device)
     train, val = (limit(split, 0, SAMPLE) for split in splits.values())
     bgr = val._replace(images=torch.cat([val.images[:, :3].flip(1), val.images[:, 3:]], dim=1))
-    counts = (evaluate(model, *s[:2], config, torch.float32)[0] for s in (train, val, bgr))
-    train, val, swapped = (mean_iou(matrices.sum(dim=0)).item() for matrices in counts)
+    found = [evaluate(model, *s[:2], config, torch.float32) for s in (train, val, bgr)]
+    places = dead_places(found[1][2], val.masks, list(config["classes"]))
+    if (striped := format_places([places])) != "–":
+        yield "striped", {"striped": striped}
+    train, val, swapped = (mean_iou(matrices.sum(dim=0)).item() for matrices, _, _ in found)
     if swapped - val >= 0.05:  # healthy runs: 0.01 at most
         yield "swapped", {"train": train, "val": val, "swapped": swapped}
     elif train - val >= 0.1:  # healthy runs of the quick and full profile: 0.02 at most

@@ -20,7 +20,8 @@ CLASS_COLOURS = ([242, 242, 242], [213, 94, 0], [0, 158, 115], [0, 114, 178], [2
 
 # A finished run: the content of its files. `validation` and `test` are rows of tables; `test` is
 # None where the test split is never read.
-Run = namedtuple("Run", "experiment seed folder config environment history validation test")
+KEYS = "experiment seed folder config environment history validation test"
+Run = namedtuple("Run", KEYS, defaults=[None])
 Groups = dict[str, list[Run]]  # experiment → its runs by seed
 Rows = dict[str, list[dict]]  # experiment → the rows of its runs
 
@@ -89,13 +90,30 @@ def describe_models(models: Groups, out: Path) -> dict:
     figures.dots(out / "scores.png", dots)
     figures.confusion(out / "confusion.png", matrices, list(nothing["per_class_iou"]))
     known = nothing["pixel_accuracy"] >= HIGH_ACCURACY and nothing["mean_iou"] <= LOW_IOU
-    heads = ["boundary IoU", "mean Dice", "accuracy", "dead classes", "lab IoU", "parameters"]
+    heads = ["boundary IoU", "mean Dice", "accuracy", "dead classes", "dead places", "lab IoU"]
+    heads.append("parameters")
     found = {"models_table": table({nothing["name"]: [nothing]} | rows, heads)}
     found["accuracy_verdict"] = "**No.**" if known else "**Not shown by this data.**"
     found |= {f"top_{head}": COLUMNS[head](rows[top]) for head in ("mean IoU", "accuracy")}
     if others:
         found["lead"] = contrast(rows[top], rows[others[0]]) | {"runner_up": others[0]}
-    return found | {"band": BOUNDARY, "nothing": nothing, "top": top}
+    return found | {"band": BOUNDARY, "nothing": nothing, "top": top} | describe_runs(rows)
+
+
+def describe_runs(rows: Rows) -> dict:
+    """List the IoUs of each run, and what a class that is dead at some places takes from a mean."""
+    [[one, *_], *_] = rows.values()
+    cells = {"mean IoU": COLUMNS["mean IoU"], "dead places": COLUMNS["dead places"]}
+    for name in one["per_class_iou"]:
+        cells[name] = lambda runs, name=name: format_stat([runs[0]["per_class_iou"][name]])
+    runs = {f"{name}, seed {row['seed']}": [row] for name, tested in rows.items() for row in tested}
+    found = {"runs_table": markdown(tabulate(runs, cells)), "ends": {}, "levels": {}}
+    for name, tested in rows.items():
+        ious = [row["mean_iou"] for row in tested]
+        found["ends"][name] = " to ".join(format_stat([end(ious)]) for end in (min, max))
+        loss = 1 / 4 / len(one["per_class_iou"])  # of one class's IoU at one of four places
+        found["levels"][name] = ", ".join(f"{max(ious) - n * loss:.4f}" for n in (1, 2, 3))
+    return found
 
 
 def show_images(models: Groups, arrays: dict[str, dict], out: Path) -> dict:
@@ -194,16 +212,19 @@ def count_dying(heads: Groups, out: Path) -> dict:
     [[one, *_], *_] = heads.values()
     steps = one.config["images_per_epoch"] // one.config["batch_size"]
     ends = (steps * entry["epoch"] for entry in one.history)
-    lines, shares = [["model", "runs", *(f"{end:,} steps" for end in ends)]], {}
+    lines = [["model", "runs", *(f"{end:,} steps" for end in ends), "dead places"]]
+    shares, alive = {}, []
     for name, runs in heads.items():
+        striped = sum(bool(run.validation["dead_places"]) for run in runs)
+        alive += [name] * (not striped)
         dead = [[bool(e["validation"]["dead_classes"]) for e in run.history] for run in runs]
         counts = np.sum(dead, axis=0)
-        lines.append([name, str(len(runs)), *map(str, counts)])
+        lines.append([name, str(len(runs)), *map(str, counts), str(striped)])
         shares[name] = [(counts / len(runs)).tolist()]
     panels = {"share of runs with a dead class": shares}
     figures.curves(out / "heads.png", panels, f"epoch of {steps} steps")
     found = {"heads": {line[0]: line[1:] for line in lines}, "heads_table": markdown(lines)}
-    return found | {"alive": ", ".join(n for n, [s] in shares.items() if s[-1] == 0) or "none"}
+    return found | {"alive": ", ".join(alive) or "none"}
 
 
 def tabulate_experiments(

@@ -29,8 +29,10 @@ LIMITS = dict.fromkeys(("interval", "interval_of_lab_batch"), (list, type(None))
 RESULTS = {
     "summary.json": COST,
     "testing.json": COST | {"groups": int, "contributions": list} | LIMITS,
+    "on-validation.json": COST | {"dead_places": dict},
 }
-UNTESTED = ("tune", "overfit", "heads")  # these look at validation, and never at the test split
+# Experiments that never look at the test split, and the file with their scores on validation.
+UNTESTED = {"tune": "summary.json", "overfit": "summary.json", "heads": "on-validation.json"}
 STATISTICS = ("pixel_accuracy", "mean_iou", "mean_iou_foreground", "mean_dice")
 
 
@@ -40,11 +42,11 @@ def find_runs(root: Path) -> tuple[facts.Groups, list[str]]:
     folders = [f for f in root.rglob("seed*") if f.is_dir() and f.name[4:].isdecimal()]
     for folder in sorted(folders, key=lambda f: (f.parent, int(f.name[4:]))):
         name = folder.parent.relative_to(root).as_posix()
-        files = list(RESULTS)[: 1 + (name.split("/")[0] not in UNTESTED)]
+        kind, rows = name.split("/")[0], []
+        files = [UNTESTED[kind]] if kind in UNTESTED else ["summary.json", "testing.json"]
         if not all((folder / file).exists() for file in files):
             left_out.append(f"`{folder}` is not finished, it needs {' and '.join(files)}.")
             continue
-        rows = dict.fromkeys(RESULTS)
         try:
             config = load_config([folder / "config.yaml"])
         except UserError as error:  # of an older version of the code
@@ -56,9 +58,10 @@ def find_runs(root: Path) -> tuple[facts.Groups, list[str]]:
         history = read_history(folder / "metrics.jsonl", ADVICE)
         for file in files:
             with reading(folder / file, "remove this file and run make again"):
-                [rows[file]] = read_results(folder / file)
-                require(rows[file], RESULTS[file])
-        found = (name, config["seed"], folder, config, environment, history, *rows.values())
+                [row] = read_results(folder / file)
+                require(row, RESULTS[file])
+                rows.append(row)
+        found = (name, config["seed"], folder, config, environment, history, *rows)
         groups.setdefault(name, []).append(facts.Run(*found))
     return groups, left_out
 
@@ -106,6 +109,8 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
     found["seeds"] = ", ".join(map(str, sorted({one.seed for one in runs})))
     found["machines"] = "; ".join(sorted({MACHINE.format(**one.environment) for one in runs}))
     found["lab"] = LAB["test_iou"]
+    lowest = (f"{iou:.4f}" for iou in sorted(LAB["test_iou"].values(), reverse=True) if iou < 0.95)
+    found["lab_lowest"] = ", ".join(lowest)
     found["missing"] = "\n".join(f"- {line}" for line in missing) or "Nothing."
     if models:
         judged = "tuned" if "tuned" in models else next(iter(models))
