@@ -184,9 +184,10 @@ def answer_questions(models: Groups, augment: Groups, tune: Groups) -> dict:
 def running_average(groups: Groups, out: Path) -> dict:
     """Show what a metric that is never reset makes of the validation curve of tuned."""
     [[label, found]] = panel(groups, "validation").items()
-    true, before = found["tuned"][0], found.get("modified", [[]])[0]
-    lines = {"each epoch by itself": [true]}
-    longer = {"never reset": true, "never reset, carried over from modified": before + true}
+    true = found["tuned"][0]
+    lines, longer = {"each epoch by itself": [true]}, {"never reset": true}
+    if "modified" in found:
+        longer["never reset, carried over from modified"] = found["modified"][0] + true
     for name, values in longer.items():
         mean = np.cumsum(values) / np.arange(1, len(values) + 1)
         lines[name] = [mean[-len(true) :].tolist()]
