@@ -101,7 +101,7 @@ def describe_models(models: Groups, out: Path) -> dict:
 
 
 def describe_runs(rows: Rows) -> dict:
-    """List the IoUs of each run, and what a class that is dead at some places takes from a mean."""
+    """List the IoUs of each run, and where one, two or three dead places of a class lead."""
     [[one, *_], *_] = rows.values()
     cells = {"mean IoU": COLUMNS["mean IoU"], "dead places": COLUMNS["dead places"]}
     for name in one["per_class_iou"]:
