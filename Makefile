@@ -90,7 +90,7 @@ check: | $(DATA_DIR) .venv/installed  ## list all problems of the data, and show
 # ---- runs: config → training → test
 
 # RUN.yaml beside the folder RUN is the config asked for, RUN/config.yaml that of the run there. An
-# experiment that says where its data lie keeps them.
+# experiment that says itself, not by its base, where its data lie keeps them.
 $(RUNS)/%/summary.json: FORCE | $(DATA_DIR) .venv/installed
 	@$(PY) config.py --out $(@D).yaml --config configs/$(*D).yaml $(call overlay,$(*D)) $(OWN) \
 	  --set name=$(notdir $(*D)) seed=$(patsubst seed%,%,$(*F)) \
@@ -103,10 +103,6 @@ $(call files,summary,blurred-masks): | data/afo-blurred
 $(RUNS)/%/testing.json: $(RUNS)/%/summary.json
 	@$(PY) evaluate.py $(@D)/best.pt --device $(DEVICE) --predictions $(@D)/testing.npz --json $@ > /dev/null
 
-# Of last.pt, the end of the run, where best.pt may be of an earlier epoch.
-$(RUNS)/%/on-validation.json: $(RUNS)/%/summary.json
-	@$(PY) evaluate.py $(@D)/last.pt --split validation --device $(DEVICE) --json $@ > /dev/null
-
 $(RUNS)/%/on-afo.json: $(RUNS)/%/summary.json | data/afo
 	@$(PY) evaluate.py $(@D)/best.pt --device $(DEVICE) --data data/afo --json $@ > /dev/null
 
@@ -117,7 +113,7 @@ $(foreach name,$(NAMED),$(eval train-$(name): $(call files,testing,$(name))))
 overfit: $(call files,summary,$(OVERFIT:%=overfit/%))  ## force the models to overfit, with scores on validation
 tune: $(call files,summary,tuned $(TUNE:%=tune/%))  ## learning rate, dropout, width, kernel, skip, head, loss of tuned, on validation
 augment: $(call files,testing,tuned $(AUGMENT:%=augment/%))  ## flips, blur, jitter: the lab's nine runs and ours
-heads: $(call files,on-validation,$(HEADS:%=heads/%))  ## how classes die in the lab's models, and what keeps them alive
+heads: $(call files,summary,$(HEADS:%=heads/%))  ## how classes die in the lab's models, and what keeps them alive
 final: $(call files,testing,final)  ## tuned with flips and twice the epochs
 
 $(NAMED:%=train-%) overfit tune augment heads final:

@@ -138,11 +138,8 @@ def published(row: dict) -> float | None:
 
 
 def format_places(places: list[dict[str, int]]) -> str:
-    """Format dead places: "square 2/4" is a class that is dead at two of four; – if there are none.
-
-    Classes that are dead everywhere are left out.
-    """
-    found = [f"{name} {n}/4" for one in places for name, n in one.items() if n < 4]
+    """Format dead places: "square 2/4" is a class that is dead at two of four; – if none is."""
+    found = [f"{name} {n}/4" for one in places for name, n in one.items()]
     return ", ".join(dict.fromkeys(found)) or "–"
 
 

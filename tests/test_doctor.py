@@ -153,7 +153,7 @@ def test_stripes_are_found(run: Path, call: Callable, monkeypatch) -> None:
 
     monkeypatch.setattr(doctor, "evaluate", evaluate)
     [(title, evidence, advice)] = findings(run, call)
-    assert "stripes" in title and evidence.endswith(": circle 2/4") and "bilinear" in advice
+    assert "stripes" in title and evidence.endswith(": circle 2/4") and "wider" in advice
 
 
 def test_stopped_run_is_told_from_one_that_trains(run: Path, call: Callable) -> None:

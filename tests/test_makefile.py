@@ -109,6 +109,16 @@ def test_own_data_win_over_profile_and_experiment(project: Path) -> None:
         assert line in config, line
 
 
+def test_experiment_that_names_its_data_keeps_them(project: Path) -> None:
+    (project / "train.py").write_text(FAKE_TRAINING)
+    for name in ("afo", "afo-blurred"):
+        (project / "data" / name).mkdir()
+    target = "runs/afo/quick/blurred-masks/seed0/summary.json"
+    assert make(project, target, "DATA=afo").returncode == 0
+    lines = (project / target).with_name("config.yaml").read_text().splitlines()
+    assert "data: data/afo-blurred" in lines
+
+
 def test_doctor_without_a_run_says_so(project: Path) -> None:
     done = make(project, "doctor")
     assert done.returncode == 2 and "make doctor RUN=" in done.stderr

@@ -20,8 +20,7 @@ CLASS_COLOURS = ([242, 242, 242], [213, 94, 0], [0, 158, 115], [0, 114, 178], [2
 
 # A finished run: the content of its files. `validation` and `test` are rows of tables; `test` is
 # None where the test split is never read.
-KEYS = "experiment seed folder config environment history validation test"
-Run = namedtuple("Run", KEYS, defaults=[None])
+Run = namedtuple("Run", "experiment seed folder config environment history validation test")
 Groups = dict[str, list[Run]]  # experiment → its runs by seed
 Rows = dict[str, list[dict]]  # experiment → the rows of its runs
 
@@ -101,7 +100,7 @@ def describe_models(models: Groups, out: Path) -> dict:
 
 
 def describe_runs(rows: Rows) -> dict:
-    """List the IoUs of each run, and where one, two or three dead places of a class lead."""
+    """List the IoUs of each run, and where one, two or three dead places of a class lead to."""
     [[one, *_], *_] = rows.values()
     cells = {"mean IoU": COLUMNS["mean IoU"], "dead places": COLUMNS["dead places"]}
     for name in one["per_class_iou"]:
@@ -110,7 +109,8 @@ def describe_runs(rows: Rows) -> dict:
     found = {"runs_table": markdown(tabulate(runs, cells)), "ends": {}, "levels": {}}
     for name, tested in rows.items():
         ious = [row["mean_iou"] for row in tested]
-        found["ends"][name] = " to ".join(format_stat([end(ious)]) for end in (min, max))
+        if len(ious) > 1:
+            found["ends"][name] = " to ".join(format_stat([end(ious)]) for end in (min, max))
         loss = 1 / 4 / len(one["per_class_iou"])  # of one class's IoU at one of four places
         found["levels"][name] = ", ".join(f"{max(ious) - n * loss:.4f}" for n in (1, 2, 3))
     return found
@@ -209,23 +209,23 @@ def find_dead_classes(groups: Groups) -> dict:
 
 
 def count_dying(heads: Groups, out: Path) -> dict:
-    """Count the runs of `make heads` with a dead class after each epoch, of few steps each."""
+    """Count the runs of `make heads` with a dead class after each epoch, a poor one at the end."""
     [[one, *_], *_] = heads.values()
     steps = one.config["images_per_epoch"] // one.config["batch_size"]
     ends = (steps * entry["epoch"] for entry in one.history)
-    lines = [["model", "runs", *(f"{end:,} steps" for end in ends), "dead places"]]
-    shares, alive = {}, []
+    lines, shares, alive = [["model", "runs", *(f"{end:,} steps" for end in ends), "poor"]], {}, []
     for name, runs in heads.items():
-        striped = sum(bool(run.validation["dead_places"]) for run in runs)
-        alive += [name] * (not striped)
         dead = [[bool(e["validation"]["dead_classes"]) for e in run.history] for run in runs]
+        last = [run.history[-1]["validation"]["per_class_iou"].values() for run in runs]
+        poor = sum(any(iou is not None and iou < LOW_IOU for iou in ious) for ious in last)
         counts = np.sum(dead, axis=0)
-        lines.append([name, str(len(runs)), *map(str, counts), str(striped)])
+        lines.append([name, str(len(runs)), *map(str, counts), str(poor)])
         shares[name] = [(counts / len(runs)).tolist()]
+        alive += [name] * (poor == 0)
     panels = {"share of runs with a dead class": shares}
     figures.curves(out / "heads.png", panels, f"epoch of {steps} steps")
-    found = {"heads": {line[0]: line[1:] for line in lines}, "heads_table": markdown(lines)}
-    return found | {"alive": ", ".join(alive) or "none"}
+    found = {name: dict(zip(lines[0][1:], cells, strict=True)) for name, *cells in lines[1:]}
+    return {"heads": found, "heads_table": markdown(lines), "alive": ", ".join(alive) or "none"}
 
 
 def tabulate_experiments(

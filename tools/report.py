@@ -29,10 +29,8 @@ LIMITS = dict.fromkeys(("interval", "interval_of_lab_batch"), (list, type(None))
 RESULTS = {
     "summary.json": COST,
     "testing.json": COST | {"groups": int, "contributions": list} | LIMITS,
-    "on-validation.json": COST | {"dead_places": dict},
 }
-# Experiments that never look at the test split, and the file with their scores on validation.
-UNTESTED = {"tune": "summary.json", "overfit": "summary.json", "heads": "on-validation.json"}
+UNTESTED = ("tune", "overfit", "heads")  # these look at validation, and never at the test split
 STATISTICS = ("pixel_accuracy", "mean_iou", "mean_iou_foreground", "mean_dice")
 
 
@@ -42,11 +40,11 @@ def find_runs(root: Path) -> tuple[facts.Groups, list[str]]:
     folders = [f for f in root.rglob("seed*") if f.is_dir() and f.name[4:].isdecimal()]
     for folder in sorted(folders, key=lambda f: (f.parent, int(f.name[4:]))):
         name = folder.parent.relative_to(root).as_posix()
-        kind, rows = name.split("/")[0], []
-        files = [UNTESTED[kind]] if kind in UNTESTED else ["summary.json", "testing.json"]
+        files = list(RESULTS)[: 1 + (name.split("/")[0] not in UNTESTED)]
         if not all((folder / file).exists() for file in files):
             left_out.append(f"`{folder}` is not finished, it needs {' and '.join(files)}.")
             continue
+        rows = dict.fromkeys(RESULTS)
         try:
             config = load_config([folder / "config.yaml"])
         except UserError as error:  # of an older version of the code
@@ -58,10 +56,9 @@ def find_runs(root: Path) -> tuple[facts.Groups, list[str]]:
         history = read_history(folder / "metrics.jsonl", ADVICE)
         for file in files:
             with reading(folder / file, "remove this file and run make again"):
-                [row] = read_results(folder / file)
-                require(row, RESULTS[file])
-                rows.append(row)
-        found = (name, config["seed"], folder, config, environment, history, *rows)
+                [rows[file]] = read_results(folder / file)
+                require(rows[file], RESULTS[file])
+        found = (name, config["seed"], folder, config, environment, history, *rows.values())
         groups.setdefault(name, []).append(facts.Run(*found))
     return groups, left_out
 

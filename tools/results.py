@@ -52,7 +52,7 @@ def main() -> None:
     for name, paths in tests.items():
         if rows := [row for path in paths if path.exists() for row in read_results(path)]:
             readme = fill_table(readme, name, comparison_table(rows))
-    text = fill_template("results_template.md", found)
+    text = fill_template("results_template.md", found).replace(f"{ROOT}/", "")
     for name, content in {"README.md": readme, "RESULTS.md": text}.items():
         write_atomically(out / name, content.encode())
         print(out / name)
