@@ -144,6 +144,16 @@ def test_dead_classes_are_named_with_epoch_and_fix(run: Path, call: Callable) ->
     assert "since epoch 4 of 6: square, triangle, circle" in evidence
 
 
+def test_poor_class_is_named(run: Path, call: Callable) -> None:
+    write_history(run, FALLING, FALLING, RISING, {})
+    *lines, last = (run / "metrics.jsonl").read_text().splitlines()
+    entry = json.loads(last)
+    entry["validation"]["per_class_iou"]["circle"] = 0.002
+    (run / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(entry)]))
+    [(title, _, advice)] = findings(run, call)
+    assert title == "The model has hardly learnt: circle" and "wider" in advice
+
+
 def test_stripes_are_found(run: Path, call: Callable, monkeypatch) -> None:
     def evaluate(model, images, masks, config, dtype) -> tuple:
         circles_on_odd_rows = masks.clone()

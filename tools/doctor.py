@@ -80,7 +80,7 @@ def check_checkpoint(path: Path, config: dict, splits: dict, device: torch.devic
 
 
 def check_epochs(config: dict, log: list[dict]) -> Findings:
-    """Find dead classes; a loss that jumps or does not move, or else scores that still improved."""
+    """Find dead, poor classes; a loss that jumps, or does not move, or scores still improving."""
     train, val = ([e[split]["loss"] for e in log] for split in TRAINED)
     iou, dead = ([e["validation"][key] for e in log] for key in ("mean_iou", "dead_classes"))
     done, best = len(log), max(iou)
@@ -88,6 +88,10 @@ def check_epochs(config: dict, log: list[dict]) -> Findings:
         since = 1 + max((i for i, d in enumerate(dead, 1) if {*dead[-1]} - {*d}), default=0)
         alive = ", ".join(name for name in config["classes"] if name not in dead[-1])
         yield "dead", {"alive": alive, "dead": ", ".join(dead[-1]), "since": since}
+    ious = log[-1]["validation"]["per_class_iou"].items()
+    poor = [c for c, value in ious if value is not None and value < 0.05 and c not in dead[-1]]
+    if poor:
+        yield "poor", {"poor": ", ".join(poor)}
     # The loss of guessing, where all classes are equally likely; that of Dice is at most 1.
     guess = {"cross_entropy": math.log(len(config["classes"]))}
     guess = sum(weight * guess.get(name, 1) for name, weight in config["loss"].items())
