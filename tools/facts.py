@@ -89,8 +89,8 @@ def describe_models(models: Groups, out: Path) -> dict:
     figures.dots(out / "scores.png", dots)
     figures.confusion(out / "confusion.png", matrices, list(nothing["per_class_iou"]))
     known = nothing["pixel_accuracy"] >= HIGH_ACCURACY and nothing["mean_iou"] <= LOW_IOU
-    heads = ["boundary IoU", "mean Dice", "accuracy", "dead classes", "dead places", "lab IoU"]
-    heads.append("parameters")
+    heads = ["boundary IoU", "mean Dice", "accuracy", "dead classes", "dead places"]
+    heads += ["lab IoU", "parameters"]
     found = {"models_table": table({nothing["name"]: [nothing]} | rows, heads)}
     found["accuracy_verdict"] = "**No.**" if known else "**Not shown by this data.**"
     found |= {f"top_{head}": COLUMNS[head](rows[top]) for head in ("mean IoU", "accuracy")}
@@ -154,6 +154,11 @@ def answer_questions(models: Groups, augment: Groups, tune: Groups) -> dict:
         rows = rows_of(augment, "test")
         found["augment"] = contrast(rows[tried[0]], rows["none"])
         found["augment"] |= {"number": len(tried), "best": tried[0]}
+    return found
+
+
+def rank_factors(models: Groups, augment: Groups, tune: Groups) -> dict:
+    """Tabulate the range of each factor from its worst to its best setting, widest first."""
     factors = {"Model (the lab's three)": {n: models[n] for n in MODELS[:3] if n in models}}
     factors["Augmentation"], lines = augment, []
     for name, runs in tune.items():
@@ -170,15 +175,14 @@ def answer_questions(models: Groups, augment: Groups, tune: Groups) -> dict:
             beyond = {"more": "yes", "noise": "no"}.get(ends["result"], "one seed")
             spread = f"{ends['difference']:.4f}"
             lines.append([factor, str(len(settings)), lowest, highest, spread, beyond])
+    if len(lines) < 2:
+        return {}
     lines.sort(key=lambda line: -float(line[4]))
-    if len(lines) > 1:
-        header = ["factor", "settings", "lowest", "highest", "range", "beyond noise"]
-        known = next((line for line in lines if line[5] == "yes"), lines[0])
-        found["factor"], found["widest"] = (
-            dict(zip(header, x, strict=True)) for x in (known, lines[0])
-        )
-        found["factor_table"] = markdown([header, *lines])
-    return found
+    header = ["factor", "settings", "lowest", "highest", "range", "beyond noise"]
+    known = next((line for line in lines if line[5] == "yes"), lines[0])
+    found = {"factor": known, "widest": lines[0]}
+    found = {key: dict(zip(header, line, strict=True)) for key, line in found.items()}
+    return found | {"factor_table": markdown([header, *lines])}
 
 
 def running_average(groups: Groups, out: Path) -> dict:
@@ -228,6 +232,25 @@ def count_dying(heads: Groups, out: Path) -> dict:
     return {"heads": found, "heads_table": markdown(lines), "alive": ", ".join(alive) or "none"}
 
 
+def tabulate_overfit(overfit: Groups, out: Path) -> dict:
+    """Tabulate in which epoch each run of `make overfit` is perfect, and its gap at the end."""
+    curves = panel(overfit, "training") | panel(overfit, "validation")
+    figures.curves(out / "overfit.png", curves)
+    lines, all_reached = [["model", "images", "1.000 in epoch", *curves, "gap", "n"]], []
+    for name, runs in overfit.items():
+        images, reached = str(runs[0].config["limit_images"] or "all"), []
+        for ious in curves["training mean IoU"][name]:
+            perfect = (str(i) for i, iou in enumerate(ious, start=1) if (iou or 0) >= PERFECT)
+            reached.append(next(perfect, "never"))
+        all_reached += reached * name.startswith("one-batch")
+        ends = [[values[-1] for values in found[name]] for found in curves.values()]
+        gap = np.subtract(*np.array(ends, float)).tolist()
+        texts = [format_stat(values, std=True) for values in (*ends, gap)]
+        lines.append([name, images, ", ".join(reached), *texts, str(len(runs))])
+    counts = {"perfect": len(all_reached) - all_reached.count("never")}
+    return counts | {"perfect_of": len(all_reached), "overfit_table": markdown(lines)}
+
+
 def tabulate_experiments(
     groups: Groups, augment: Groups, tune: Groups, heads: Groups, out: Path
 ) -> dict:
@@ -243,20 +266,5 @@ def tabulate_experiments(
     if others := {n: runs for n, runs in groups.items() if n.split("/")[0] not in known}:
         facts["other_table"] = table(rows_of(others, "test"), ["lab IoU"])
     if overfit := {n.split("/")[1]: r for n, r in groups.items() if n.startswith("overfit/")}:
-        curves = panel(overfit, "training") | panel(overfit, "validation")
-        lines, all_reached = [["model", "images", "1.000 in epoch", *curves, "gap", "n"]], []
-        for name, runs in overfit.items():
-            images, reached = str(runs[0].config["limit_images"] or "all"), []
-            for ious in curves["training mean IoU"][name]:
-                perfect = (str(i) for i, iou in enumerate(ious, start=1) if (iou or 0) >= PERFECT)
-                reached.append(next(perfect, "never"))
-            all_reached += reached * name.startswith("one-batch")
-            ends = [[values[-1] for values in found[name]] for found in curves.values()]
-            gap = np.subtract(*np.array(ends, float)).tolist()
-            texts = [format_stat(values, std=True) for values in (*ends, gap)]
-            lines.append([name, images, ", ".join(reached), *texts, str(len(runs))])
-        figures.curves(out / "overfit.png", curves)
-        facts["overfit_table"] = markdown(lines)
-        facts["perfect"] = sum(epoch != "never" for epoch in all_reached)
-        facts["perfect_of"] = len(all_reached)
+        facts |= tabulate_overfit(overfit, out)
     return facts

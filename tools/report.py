@@ -123,6 +123,7 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
     if {"final", "augment/flip-0.5"} <= groups.keys():
         found["final"] = facts.contrast(*(tests[n] for n in ("final", "augment/flip-0.5")))
     found |= facts.answer_questions(models, augment, tune) | facts.find_dead_classes(groups)
+    found |= facts.rank_factors(models, augment, tune)
     return found | facts.tabulate_experiments(groups, augment, tune, heads, out)
 
 
