@@ -145,19 +145,40 @@ def mean_std(values: list[float | None]) -> dict | None:
     return {"mean": mean, "std": std, "n": n, "values": values}
 
 
-def compare(a: dict, b: dict) -> str:
-    """Compare two results of `mean_std` by Welch's t test (1947), two-sided, at 95 %.
+def margin(a: dict, b: dict) -> float | None:
+    """Compute how far apart the means of two results of `mean_std` must be to differ beyond noise.
 
-    "more" or "less" if a lies beyond noise above or below b, else "noise"; "one seed" if n = 1.
+    Half of the 95 % interval of their difference, by Welch's t test (1947), two-sided. None if
+    n = 1.
     """
     if a["std"] is None or b["std"] is None:
-        return "one seed"
+        return None
     parts = [stat["std"] ** 2 / stat["n"] for stat in (a, b)]
-    difference, error = a["mean"] - b["mean"], math.sqrt(sum(parts))
     # Welch-Satterthwaite; rounded down to a row of the table, which asks for more
     weights = [part**2 / (stat["n"] - 1) for part, stat in zip(parts, (a, b), strict=True)]
     freedom = sum(parts) ** 2 / sum(weights) if sum(weights) else 1
     quantile = T_QUANTILES[max(row for row in T_QUANTILES if row <= max(freedom, 1))]
-    if abs(difference) <= quantile * error:
+    return quantile * math.sqrt(sum(parts))
+
+
+def compare(a: dict, b: dict) -> str:
+    """Compare two results of `mean_std`, two-sided, at 95 %.
+
+    "more" or "less" if a lies beyond noise above or below b, else "noise"; "one seed" if n = 1.
+    """
+    difference, needed = a["mean"] - b["mean"], margin(a, b)
+    if needed is None:
+        return "one seed"
+    if abs(difference) <= needed:
         return "noise"
     return "more" if difference > 0 else "less"
+
+
+def fisher(a: int, n: int, b: int, m: int) -> float:
+    """Compute the p value of a of n against b of m, by Fisher's exact test (1922), two-sided.
+
+    The share of the ways to deal a + b hits to n and m runs that are as rare as this one or rarer.
+    """
+    hits = range(max(0, a + b - m), min(n, a + b) + 1)  # that the first n may have
+    ways = {x: math.comb(n, x) * math.comb(m, a + b - x) for x in hits}
+    return sum(w for w in ways.values() if w <= ways[a]) / math.comb(n + m, a + b)

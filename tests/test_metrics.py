@@ -2,7 +2,7 @@
 
 import json
 import math
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from metrics import (
     confusion_matrices,
     contributions,
     dead_places,
+    fisher,
     interval,
     iou,
     mean_std,
@@ -192,6 +193,14 @@ def test_compare_of_one_seed_and_of_equal_values() -> None:
     assert compare(constant, constant) == "noise" and compare(higher, constant) == "more"
     a, b = mean_std([0.0, 1.0, 2.0]), mean_std([2.0, 3.0, 4.0])  # difference 2, error 0.816
     assert compare(a, b) == "noise"  # two standard errors are not enough for three seeds
+
+
+def test_fisher_counts_every_way_to_deal_the_hits() -> None:
+    for a, n, b, m in ((3, 4, 1, 4), (0, 5, 4, 5), (2, 3, 2, 6), (1, 2, 1, 2)):
+        dealt = [sum(i < n for i in hits) for hits in combinations(range(n + m), a + b)]
+        rare = sum(dealt.count(x) for x in set(dealt) if dealt.count(x) <= dealt.count(a))
+        assert fisher(a, n, b, m) == pytest.approx(rare / len(dealt))
+    assert fisher(3, 4, 1, 4) == pytest.approx(34 / 70)  # the lady tasting tea
 
 
 def test_contributions_are_the_jackknife_of_the_pooled_score() -> None:

@@ -76,6 +76,7 @@ def test_report_is_complete_and_names_what_is_not(
         write_run("augment/flip-0.5", seed, 0.9)
         write_run("tune/dropout-0.1", seed, 0.4)
         write_run("heads/wide", seed, 0.9 - 0.5 * seed, profile="quick")  # seed 1 ends poor
+        write_run("heads/tuned", seed, 0.4, profile="quick")
     write_run("overfit/one-batch-tuned", 0, 0.9999)
     (write_run("augment/blur-0.3", 0, 0.9) / "summary.json").unlink()
     other = write_run("best", 0, 0.9, profile="quick")
@@ -98,13 +99,15 @@ def test_report_is_complete_and_names_what_is_not(
     assert "`flip-0.5` is best on the validation split" in text and "0.8008" in text
     assert "**Dropout**: its settings differ by 0.4050" in text  # 0.805 - 0.4
     assert "| one-batch-tuned | all | 2 | 0.9999 |" in text
-    assert "| wide | 2 | 2 | 0 | 1 |" in text and "| heads/wide" not in text  # after each epoch
+    assert "| wide | 2 | 2 | 0 | 1 | 1.000 |" in text  # dead after each epoch, poor, p
+    assert "| tuned | 2 | 2 | 0 | 2 | – |" in text and "| heads/wide" not in text
+    assert "0 of them lie below it there" in text  # with weights of one seed all score alike
     assert "the last epoch of tuned has 0.8000, the average over all epochs 0.6000" in text
 
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["statistics"]["tuned"]["mean_iou"]["values"] == values
     assert "| tuned, seed 0 | circle / – |" in text
-    assert len(results["all_runs"]) == 15
+    assert len(results["all_runs"]) == 17
     page, pictures = (tmp_path / "out/report.html").read_text(), (tmp_path / "out/figures")
     links = re.findall(r"""(?:src|href)=["']([^"']*)""", page)
     assert len(links) == len(list(pictures.glob("*.png"))) == 8
@@ -171,6 +174,8 @@ def test_what_a_single_scene_decides_is_noise() -> None:
     assert facts.contrast(rows(0.6, 0.9, 0.91, 0.89), low)["result"] == "more"
     one = facts.contrast(rows(0.9, 0.8, 0.81, 0.79), low)  # by the seeds alone it were "more"
     assert one["result"] == "noise" and one["difference"] == pytest.approx(0.1)
+    scenes = statistics.stdev([0.4, 0, 0.01, -0.01]) / 2 * 3.182  # t of three degrees of freedom
+    assert one["interval"] == f"+0.1000 ± {scenes:.4f}"
     assert facts.contrast(low, rows(0.6, 0.9, 0.91, 0.89))["result"] == "less"
     for row in (alone := rows(0.6, 0.9)) + (without := rows(0.9, 0.9)):
         del row["contributions"]  # of validation: the seeds decide

@@ -10,7 +10,7 @@ import torch
 import figures
 from evaluate import COLUMNS, background_only, format_stat, rank, tabulate
 from figures import colourise
-from metrics import BOUNDARY, IGNORE, compare, mean_iou, mean_std
+from metrics import BOUNDARY, IGNORE, compare, fisher, margin, mean_iou, mean_std
 from runs import TEXTS
 
 MODELS = ("initial", "modified", "tuned", "best")
@@ -34,17 +34,24 @@ def contrast(a: list[dict], b: list[dict]) -> dict:
     """Tell whether the mean IoU of one experiment exceeds that of another.
 
     Beyond noise is what exceeds the chance of the seeds (Welch's t test) and, of tests, that of the
-    scenes: a paired t test of the difference that each scene makes, the mean over the seeds.
+    scenes: a paired t test of the difference that each scene makes, the mean over the seeds. The
+    interval of the difference is the wider one.
     """
     first, second = (mean_std([row["mean_iou"] for row in rows]) for rows in (a, b))
     found = {"result": compare(first, second), "difference": first["mean"] - second["mean"]}
+    margins = [margin(first, second)]
     if all("contributions" in row for row in a + b):  # those of validation have none
         means = [np.mean([row["contributions"] for row in rows], axis=0) for rows in (a, b)]
         scenes = mean_std((means[0] - means[1]).tolist())
-        by_scenes = compare(scenes, mean_std([0.0] * scenes["n"]))
+        none = mean_std([0.0] * scenes["n"])
+        by_scenes = compare(scenes, none)
+        margins.append(margin(scenes, none))
         if found["result"] in ("more", "less") and by_scenes != found["result"]:
             found["result"] = "noise"
     found |= {"first": COLUMNS["mean IoU"](a), "second": COLUMNS["mean IoU"](b)}
+    found["interval"] = f"{found['difference']:+.4f}"
+    if None not in margins:
+        found["interval"] += f" ± {max(margins):.4f}"
     return found | {"verdict": TEXTS["verdicts"][found["result"]]}
 
 
@@ -93,10 +100,11 @@ def describe_models(models: Groups, out: Path) -> dict:
     heads += ["lab IoU", "parameters"]
     found = {"models_table": table({nothing["name"]: [nothing]} | rows, heads)}
     found["accuracy_verdict"] = "**No.**" if known else "**Not shown by this data.**"
-    found |= {f"top_{head}": COLUMNS[head](rows[top]) for head in ("mean IoU", "accuracy")}
+    found |= {f"top_{head}": COLUMNS[head](rows[top]) for head in ("mean IoU", "accuracy", "n")}
     if others:
         found["lead"] = contrast(rows[top], rows[others[0]]) | {"runner_up": others[0]}
-    return found | {"band": BOUNDARY, "nothing": nothing, "top": top} | describe_runs(rows)
+    found |= {"band": BOUNDARY, "nothing": nothing, "top": top}
+    return found | {"config": models[top][0].config} | describe_runs(rows)
 
 
 def describe_runs(rows: Rows) -> dict:
@@ -152,8 +160,10 @@ def answer_questions(models: Groups, augment: Groups, tune: Groups) -> dict:
     tried = [name for name in rank(rows_of(augment, "validation")) if name != "none"]
     if tried and "none" in augment:  # chosen by validation, and only then looked up on the test
         rows = rows_of(augment, "test")
+        none, *ious = (np.mean([row["mean_iou"] for row in rows[n]]) for n in ("none", *tried))
+        below = sum(iou < none for iou in ious)
         found["augment"] = contrast(rows[tried[0]], rows["none"])
-        found["augment"] |= {"number": len(tried), "best": tried[0]}
+        found["augment"] |= {"number": len(tried), "best": tried[0], "below": int(below)}
     return found
 
 
@@ -162,8 +172,9 @@ def rank_factors(models: Groups, augment: Groups, tune: Groups) -> dict:
     factors = {"Model (the lab's three)": {n: models[n] for n in MODELS[:3] if n in models}}
     factors["Augmentation"], lines = augment, []
     for name, runs in tune.items():
-        # "learning-rate-0.001" varies the learning rate; a cell of the grid varies two factors
-        if match := re.fullmatch(r"([a-z-]+)-[^-]+", name):
+        # "learning-rate-0.001" varies the learning rate; a cell of the grid and skip-wide vary two
+        match = re.fullmatch(r"([a-z-]+)-[^-]+", name)
+        if match and name != "skip-wide":
             base = {n: tune[n] for n in ("base",) if n in tune}
             factors.setdefault(match[1].replace("-", " ").capitalize(), base)[name] = runs
     for factor, settings in factors.items():
@@ -213,23 +224,30 @@ def find_dead_classes(groups: Groups) -> dict:
 
 
 def count_dying(heads: Groups, out: Path) -> dict:
-    """Count the runs of `make heads` with a dead class after each epoch, a poor one at the end."""
+    """Count the runs of `make heads` with a dead class after each epoch, a poor one at the end.
+
+    The last column is the p value of the poor ones against those of tuned.
+    """
     [[one, *_], *_] = heads.values()
-    steps = one.config["images_per_epoch"] // one.config["batch_size"]
-    ends = (steps * entry["epoch"] for entry in one.history)
-    lines, shares, alive = [["model", "runs", *(f"{end:,} steps" for end in ends), "poor"]], {}, []
+    steps, poor = one.config["images_per_epoch"] // one.config["batch_size"], {}
+    for name, runs in heads.items():
+        last = [run.history[-1]["validation"]["per_class_iou"].values() for run in runs]
+        poor[name] = sum(any(iou is not None and iou < LOW_IOU for iou in ious) for ious in last)
+    ends = (f"{steps * entry['epoch']:,} steps" for entry in one.history)
+    lines, shares = [["model", "runs", *ends, "poor", "p"]], {}
     for name, runs in heads.items():
         dead = [[bool(e["validation"]["dead_classes"]) for e in run.history] for run in runs]
-        last = [run.history[-1]["validation"]["per_class_iou"].values() for run in runs]
-        poor = sum(any(iou is not None and iou < LOW_IOU for iou in ious) for ious in last)
-        counts = np.sum(dead, axis=0)
-        lines.append([name, str(len(runs)), *map(str, counts), str(poor)])
+        counts, p = np.sum(dead, axis=0), "–"
+        if name != "tuned" and "tuned" in heads:
+            p = f"{fisher(poor[name], len(runs), poor['tuned'], len(heads['tuned'])):.3f}"
+        lines.append([name, str(len(runs)), *map(str, counts), str(poor[name]), p])
         shares[name] = [(counts / len(runs)).tolist()]
-        alive += [name] * (poor == 0)
     panels = {"share of runs with a dead class": shares}
     figures.curves(out / "heads.png", panels, f"epoch of {steps} steps")
     found = {name: dict(zip(lines[0][1:], cells, strict=True)) for name, *cells in lines[1:]}
-    return {"heads": found, "heads_table": markdown(lines), "alive": ", ".join(alive) or "none"}
+    alive = ", ".join(name for name in heads if not poor[name]) or "none"
+    found = {"heads": found, "heads_table": markdown(lines), "alive": alive}
+    return found | {"heads_config": one.config}
 
 
 def tabulate_overfit(overfit: Groups, out: Path) -> dict:

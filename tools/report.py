@@ -87,7 +87,7 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
     for folder, base in (("augment", "none"), ("tune", "base"), ("heads", ""), ("overfit", "")):
         mine = {n.split("/")[1]: runs for n, runs in groups.items() if n.startswith(f"{folder}/")}
         names = {path.stem for path in (ROOT / "configs" / folder).glob("*.yaml")} - mine.keys()
-        if names:
+        if mine and names:  # else the section says that it is not run
             missing.append(f"`make {folder}` makes {', '.join(sorted(names))}.")
         # the tuned model, which they vary, stands for `base`
         varied = base and mine and "tuned" in groups
