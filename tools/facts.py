@@ -38,21 +38,18 @@ def contrast(a: list[dict], b: list[dict]) -> dict:
     interval of the difference is the wider one.
     """
     first, second = (mean_std([row["mean_iou"] for row in rows]) for rows in (a, b))
-    found = {"result": compare(first, second), "difference": first["mean"] - second["mean"]}
-    margins = [margin(first, second)]
+    pairs = [(first, second)]
     if all("contributions" in row for row in a + b):  # those of validation have none
         means = [np.mean([row["contributions"] for row in rows], axis=0) for rows in (a, b)]
-        scenes = mean_std((means[0] - means[1]).tolist())
-        none = mean_std([0.0] * scenes["n"])
-        by_scenes = compare(scenes, none)
-        margins.append(margin(scenes, none))
-        if found["result"] in ("more", "less") and by_scenes != found["result"]:
-            found["result"] = "noise"
+        scenes = (means[0] - means[1]).tolist()
+        pairs.append((mean_std(scenes), mean_std([0.0] * len(scenes))))
+    results, margins = [compare(*pair) for pair in pairs], [margin(*pair) for pair in pairs]
+    result = results[0] if results[0] in (results[-1], "one seed") else "noise"
+    difference = first["mean"] - second["mean"]
+    interval = f"{difference:+.4f}" + ("" if None in margins else f" ± {max(margins):.4f}")
+    found = {"result": result, "verdict": TEXTS["verdicts"][result], "difference": difference}
     found |= {"first": COLUMNS["mean IoU"](a), "second": COLUMNS["mean IoU"](b)}
-    found["interval"] = f"{found['difference']:+.4f}"
-    if None not in margins:
-        found["interval"] += f" ± {max(margins):.4f}"
-    return found | {"verdict": TEXTS["verdicts"][found["result"]]}
+    return found | {"interval": interval}
 
 
 def panel(groups: Groups, split: str, key: str = "mean_iou") -> dict[str, dict]:
@@ -270,19 +267,19 @@ def tabulate_overfit(overfit: Groups, out: Path) -> dict:
 
 
 def tabulate_experiments(
-    groups: Groups, augment: Groups, tune: Groups, heads: Groups, out: Path
+    augment: Groups, tune: Groups, heads: Groups, overfit: Groups, others: Groups, out: Path
 ) -> dict:
-    """Tabulate the experiments besides the models compared."""
+    """Tabulate the experiments besides the models compared; `others` are of unlike budgets."""
     facts = {}
     if augment:
         facts["augment_table"] = table(rows_of(augment, "test"), ["lab IoU"])
     if tune:
         facts["tune_table"] = table(rank(rows_of(tune, "validation")), ["dead classes"])
-    known = (*MODELS, "augment", "tune", "overfit", "heads", "blurred-masks")
     if heads:
         facts |= count_dying(heads, out)
-    if others := {n: runs for n, runs in groups.items() if n.split("/")[0] not in known}:
-        facts["other_table"] = table(rows_of(others, "test"), ["lab IoU"])
-    if overfit := {n.split("/")[1]: r for n, r in groups.items() if n.startswith("overfit/")}:
+    if overfit:
         facts |= tabulate_overfit(overfit, out)
+    if others:
+        facts["other_table"] = table(rows_of(others, "test"), ["dead classes", "lab IoU"])
+        figures.curves(out / "others.png", panel(others, "training") | panel(others, "validation"))
     return facts

@@ -10,6 +10,7 @@ import argparse
 import base64
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 from common import ROOT, UserError, reading, require, run, write_atomically
@@ -31,6 +32,7 @@ RESULTS = {
     "testing.json": COST | {"groups": int, "contributions": list} | LIMITS,
 }
 UNTESTED = ("tune", "overfit", "heads")  # these look at validation, and never at the test split
+TABLES = (*UNTESTED, "augment", "blurred-masks")  # of experiments that have a place of their own
 STATISTICS = ("pixel_accuracy", "mean_iou", "mean_iou_foreground", "mean_dice")
 
 
@@ -63,21 +65,30 @@ def find_runs(root: Path) -> tuple[facts.Groups, list[str]]:
     return groups, left_out
 
 
-def comparable(groups: facts.Groups, left_out: list[str]) -> facts.Groups:
-    """Keep the runs that can share a table with the first one, and list the others."""
-    kept, first = {}, None  # best, ours, may take another budget: a column says so
+def comparable(groups: facts.Groups, left_out: list[str], one_budget: bool = True) -> facts.Groups:
+    """Keep the runs that can share a table with the first one, and list the others.
+
+    `one_budget` asks for as many images seen; not of best, ours: a column says so.
+    """
+    kept, first = {}, None
     for name, runs in groups.items():
         for one in runs:
             first = first or one
             differ = differences(one.validation, first.validation)
             differ += differences(one.test, first.test) if one.test and first.test else []
             seen = {run.validation["images_seen"] for run in (one, first)}
-            differ += ["images seen"] * (len(seen) > 1 and name != "best")
+            differ += ["images seen"] * (one_budget and len(seen) > 1 and name != "best")
             if terms := ", ".join(dict.fromkeys(differ)):
                 left_out.append(f"`{one.folder}` differs from its table in {terms}.")
             else:
                 kept.setdefault(name, []).append(one)
     return kept
+
+
+def machines_of(groups: facts.Groups) -> str:
+    """Name the machines of some runs, those of most runs first."""
+    used = Counter(MACHINE.format(**one.environment) for runs in groups.values() for one in runs)
+    return "; ".join(f"{machine} ({n} runs)" for machine, n in used.most_common())
 
 
 def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
@@ -93,6 +104,10 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
         varied = base and mine and "tuned" in groups
         tables.append({base: groups["tuned"]} | mine if varied else mine)
     models, augment, tune, heads = (comparable(table, left_out) for table in tables[:4])
+    known = (*models, *TABLES)
+    others = {n: runs for n, runs in groups.items() if n.split("/")[0] not in known}
+    kept = comparable(models | others, left_out, one_budget=False)
+    others = {name: kept[name] for name in others if name in kept}
     arrays = {}
     for name, [one, *_] in models.items():
         path = one.folder / "testing.npz"  # too large to be kept with the others in results/
@@ -104,7 +119,8 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
     profiles = {f"{one.config['profile']} profile on {one.config['data']}" for one in runs}
     found = {"runs": len(runs), "experiments": len(groups), "profiles": "; ".join(sorted(profiles))}
     found["seeds"] = ", ".join(map(str, sorted({one.seed for one in runs})))
-    found["machines"] = "; ".join(sorted({MACHINE.format(**one.environment) for one in runs}))
+    made = {"all": groups, "models": models, "heads": heads, "others": others}
+    found["machines"] = {name: machines_of(table) for name, table in made.items()}
     found["lab"] = LAB["test_iou"]
     lowest = (f"{iou:.4f}" for iou in sorted(LAB["test_iou"].values(), reverse=True) if iou < 0.95)
     found["lab_lowest"] = ", ".join(lowest)
@@ -115,8 +131,8 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
     if arrays:
         found |= facts.show_images(models, arrays, out)
     tests = facts.rows_of(groups, "test")
-    if "tuned" in groups:
-        found |= facts.running_average(groups, out)
+    if "tuned" in models:
+        found |= facts.running_average(models, out)
         blurred, clean = tests.get("blurred-masks"), tests["tuned"]
         if blurred and not differences(blurred[0], clean[0]):  # else tested on other images
             found["blurred"] = facts.contrast(clean, blurred)
@@ -124,7 +140,7 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
         found["final"] = facts.contrast(*(tests[n] for n in ("final", "augment/flip-0.5")))
     found |= facts.answer_questions(models, augment, tune) | facts.find_dead_classes(groups)
     found |= facts.rank_factors(models, augment, tune)
-    return found | facts.tabulate_experiments(groups, augment, tune, heads, out)
+    return found | facts.tabulate_experiments(augment, tune, heads, tables[4], others, out)
 
 
 def fill_template(name: str, found: dict) -> str:
