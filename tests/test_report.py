@@ -102,6 +102,7 @@ def test_report_is_complete_and_names_what_is_not(
     assert "| one-batch-tuned | all | 2 | 0.9999 |" in text
     assert "| wide | 2 | 2 | 0 | 1 | 1.000 |" in text  # dead after each epoch, poor, p
     assert "| tuned | 2 | 2 | 0 | 2 | – |" in text and "| heads/wide" not in text
+    assert "ends with a dead class of: tuned, wide; none with a poor one of: none.\n" in text
     assert "1 of them lie below it there" in text
     assert "the last epoch of tuned has 0.8000, the average over all epochs 0.6000" in text
 

@@ -242,7 +242,9 @@ def count_dying(heads: Groups, out: Path) -> dict:
     panels = {"share of runs with a dead class": shares}
     figures.curves(out / "heads.png", panels, f"epoch of {steps} steps")
     found = {name: dict(zip(lines[0][1:], cells, strict=True)) for name, *cells in lines[1:]}
-    alive = ", ".join(name for name in heads if not poor[name]) or "none"
+    dead, alive = {name: share[0][-1] for name, share in shares.items()}, {}
+    for what, counts in {"dead": dead, "poor": poor}.items():
+        alive[what] = ", ".join(name for name in heads if not counts[name]) or "none"
     found = {"heads": found, "heads_table": markdown(lines), "alive": alive}
     return found | {"heads_config": one.config}
 
