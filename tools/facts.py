@@ -13,7 +13,8 @@ from figures import colourise
 from metrics import BOUNDARY, IGNORE, compare, fisher, margin, mean_iou, mean_std
 from runs import TEXTS
 
-MODELS = ("initial", "modified", "tuned", "best")
+LAB_MODELS = ("initial", "modified", "tuned")
+MODELS = (*LAB_MODELS, "best")
 HIGH_ACCURACY, LOW_IOU = 0.8, 0.5  # what is called high and poor
 PERFECT = 0.9995  # rounds to 1.000
 CLASS_COLOURS = ([242, 242, 242], [213, 94, 0], [0, 158, 115], [0, 114, 178], [240, 228, 66])
@@ -47,15 +48,18 @@ def contrast(a: list[dict], b: list[dict]) -> dict:
     result = results[0] if results[0] in (results[-1], "one seed") else "noise"
     difference = first["mean"] - second["mean"]
     interval = f"{difference:+.4f}" + ("" if None in margins else f" ± {max(margins):.4f}")
-    found = {"result": result, "verdict": TEXTS["verdicts"][result], "difference": difference}
-    found |= {"first": COLUMNS["mean IoU"](a), "second": COLUMNS["mean IoU"](b)}
-    return found | {"interval": interval}
+    found = {"first": COLUMNS["mean IoU"](a), "second": COLUMNS["mean IoU"](b)}
+    found |= {"result": result, "verdict": TEXTS["verdicts"][result]}
+    return found | {"difference": difference, "interval": interval}
 
 
-def panel(groups: Groups, split: str, key: str = "mean_iou") -> dict[str, dict]:
+def panels(groups: Groups, *splits: str, key: str = "mean_iou") -> dict[str, dict]:
     """List a value of every epoch for `figures.curves`: label → experiment → runs → epochs."""
-    lines = {n: [[e[split][key] for e in r.history] for r in runs] for n, runs in groups.items()}
-    return {f"{split} {key.replace('_iou', ' IoU')}": lines}
+    found = {}
+    for split in splits:
+        lines = {n: [[e[split][key] for e in r.history] for r in g] for n, g in groups.items()}
+        found[f"{split} {key.replace('_iou', ' IoU')}"] = lines
+    return found
 
 
 def markdown(lines: list[list[str]]) -> str:
@@ -71,10 +75,10 @@ def limits(rows: list[dict]) -> str:
     return "–" if None in found else "–".join(map(format_stat, zip(*found, strict=True)))
 
 
-def table(rows: Rows, heads: list[str]) -> str:
+def table(rows: Rows, heads: list[str], one_budget: bool = True) -> str:
     """Tabulate experiments with some of `evaluate.COLUMNS`, the best marked if beyond noise."""
     top, *others = rank(rows)
-    if others and contrast(rows[top], rows[others[0]])["result"] == "more":
+    if one_budget and others and contrast(rows[top], rows[others[0]])["result"] == "more":
         rows = {f"**{name}** (best)" if name == top else name: r for name, r in rows.items()}
     heads = ["mean IoU", "n", *heads, "images seen", "training"]
     return markdown(tabulate(rows, {h: COLUMNS[h] for h in heads} | {"95 % over scenes": limits}))
@@ -88,8 +92,8 @@ def describe_models(models: Groups, out: Path) -> dict:
         dots[name] = [{h: r[k] for h, k in keys.items()} | r["per_class_iou"] for r in runs]
         matrices[name] = sum(np.array(row["confusion_matrix"]) for row in runs)
     [top, *others], nothing = rank(rows), background_only(rows[next(iter(rows))][0])
-    curves = panel(models, "training") | panel(models, "validation")
-    figures.curves(out / "curves.png", curves | panel(models, "validation", "loss"))
+    curves = panels(models, "training", "validation") | panels(models, "validation", key="loss")
+    figures.curves(out / "curves.png", curves)
     figures.dots(out / "scores.png", dots)
     figures.confusion(out / "confusion.png", matrices, list(nothing["per_class_iou"]))
     known = nothing["pixel_accuracy"] >= HIGH_ACCURACY and nothing["mean_iou"] <= LOW_IOU
@@ -166,7 +170,7 @@ def answer_questions(models: Groups, augment: Groups, tune: Groups) -> dict:
 
 def rank_factors(models: Groups, augment: Groups, tune: Groups) -> dict:
     """Tabulate the range of each factor from its worst to its best setting, widest first."""
-    factors = {"Model (the lab's three)": {n: models[n] for n in MODELS[:3] if n in models}}
+    factors = {"Model (the lab's three)": {n: models[n] for n in LAB_MODELS if n in models}}
     factors["Augmentation"], lines = augment, []
     for name, runs in tune.items():
         # "learning-rate-0.001" varies the learning rate; a cell of the grid and skip-wide vary two
@@ -195,7 +199,7 @@ def rank_factors(models: Groups, augment: Groups, tune: Groups) -> dict:
 
 def running_average(groups: Groups, out: Path) -> dict:
     """Show what a metric that is never reset makes of the validation curve of tuned."""
-    [[label, found]] = panel(groups, "validation").items()
+    [[label, found]] = panels(groups, "validation").items()
     true = found["tuned"][0]
     lines, longer = {"each epoch by itself": [true]}, {"never reset": true}
     if "modified" in found:
@@ -230,28 +234,26 @@ def count_dying(heads: Groups, out: Path) -> dict:
     for name, runs in heads.items():
         last = [run.history[-1]["validation"]["per_class_iou"].values() for run in runs]
         poor[name] = sum(any(iou is not None and iou < LOW_IOU for iou in ious) for ious in last)
-    ends = (f"{steps * entry['epoch']:,} steps" for entry in one.history)
-    lines, shares = [["model", "runs", *ends, "poor", "p"]], {}
+    done = (f"{steps * entry['epoch']:,} steps" for entry in one.history)
+    lines, shares, ends = [["model", "runs", *done, "poor", "p"]], {}, {"dead": {}, "poor": poor}
     for name, runs in heads.items():
         dead = [[bool(e["validation"]["dead_classes"]) for e in run.history] for run in runs]
         counts, p = np.sum(dead, axis=0), "–"
         if name != "tuned" and "tuned" in heads:
             p = f"{fisher(poor[name], len(runs), poor['tuned'], len(heads['tuned'])):.3f}"
         lines.append([name, str(len(runs)), *map(str, counts), str(poor[name]), p])
-        shares[name] = [(counts / len(runs)).tolist()]
-    panels = {"share of runs with a dead class": shares}
-    figures.curves(out / "heads.png", panels, f"epoch of {steps} steps")
+        shares[name], ends["dead"][name] = [(counts / len(runs)).tolist()], counts[-1]
+    share = {"share of runs with a dead class": shares}
+    figures.curves(out / "heads.png", share, f"epoch of {steps} steps")
     found = {name: dict(zip(lines[0][1:], cells, strict=True)) for name, *cells in lines[1:]}
-    dead, alive = {name: share[0][-1] for name, share in shares.items()}, {}
-    for what, counts in {"dead": dead, "poor": poor}.items():
-        alive[what] = ", ".join(name for name in heads if not counts[name]) or "none"
+    alive = {k: ", ".join(n for n in heads if not v[n]) or "none" for k, v in ends.items()}
     found = {"heads": found, "heads_table": markdown(lines), "alive": alive}
     return found | {"heads_config": one.config}
 
 
 def tabulate_overfit(overfit: Groups, out: Path) -> dict:
     """Tabulate in which epoch each run of `make overfit` is perfect, and its gap at the end."""
-    curves = panel(overfit, "training") | panel(overfit, "validation")
+    curves = panels(overfit, "training", "validation")
     figures.curves(out / "overfit.png", curves)
     lines, all_reached = [["model", "images", "1.000 in epoch", *curves, "gap", "n"]], []
     for name, runs in overfit.items():
@@ -282,6 +284,7 @@ def tabulate_experiments(
     if overfit:
         facts |= tabulate_overfit(overfit, out)
     if others:
-        facts["other_table"] = table(rows_of(others, "test"), ["dead classes", "lab IoU"])
-        figures.curves(out / "others.png", panel(others, "training") | panel(others, "validation"))
+        heads = ["dead classes", "dead places", "lab IoU"]
+        facts["other_table"] = table(rows_of(others, "test"), heads, one_budget=False)
+        figures.curves(out / "others.png", panels(others, "training", "validation"))
     return facts

@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from statistics import mode
 
 from common import ROOT, UserError, reading, require, run, write_atomically
 
@@ -65,36 +66,42 @@ def find_runs(root: Path) -> tuple[facts.Groups, list[str]]:
     return groups, left_out
 
 
-def comparable(groups: facts.Groups, left_out: list[str], one_budget: bool = True) -> facts.Groups:
-    """Keep the runs that can share a table with the first one, and list the others.
+def comparable(
+    groups: facts.Groups, left_out: list[str], apart: facts.Groups | None = None
+) -> facts.Groups:
+    """Keep the runs that can share a table, and list the others.
 
-    `one_budget` asks for as many images seen; not of best, ours: a column says so.
+    Runs of another budget, the images seen, than most go to `apart` if it is given. Best, ours, may
+    have one of its own, which a column shows.
     """
     kept, first = {}, None
+    counted = [name for name in groups if name in facts.LAB_MODELS] or groups
+    budgets = [one.validation["images_seen"] for name in counted for one in groups[name]]
     for name, runs in groups.items():
         for one in runs:
-            first = first or one
+            first, seen = first or one, one.validation["images_seen"]
             differ = differences(one.validation, first.validation)
             differ += differences(one.test, first.test) if one.test and first.test else []
-            seen = {run.validation["images_seen"] for run in (one, first)}
-            differ += ["images seen"] * (one_budget and len(seen) > 1 and name != "best")
+            table = kept if name == "best" or seen == mode(budgets) else apart
+            if table is None or seen != table.get(name, [one])[0].validation["images_seen"]:
+                differ.append("images seen")
             if terms := ", ".join(dict.fromkeys(differ)):
                 left_out.append(f"`{one.folder}` differs from its table in {terms}.")
             else:
-                kept.setdefault(name, []).append(one)
+                table.setdefault(name, []).append(one)
     return kept
 
 
 def machines_of(groups: facts.Groups) -> str:
     """Name the machines of some runs, those of most runs first."""
     used = Counter(MACHINE.format(**one.environment) for runs in groups.values() for one in runs)
-    return "; ".join(f"{machine} ({n} runs)" for machine, n in used.most_common())
+    return "; ".join(f"{machine} ({n} run{'s' * (n > 1)})" for machine, n in used.most_common())
 
 
 def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
     """Compute all that the template can say, and draw the figures into a folder."""
-    tables = [{name: groups[name] for name in facts.MODELS if name in groups}]
-    missing = [f"`make train-{n}` makes {n}." for n in (*facts.MODELS, "final") if n not in groups]
+    models, tables = {name: groups[name] for name in facts.MODELS if name in groups}, []
+    missing = []
     for folder, base in (("augment", "none"), ("tune", "base"), ("heads", ""), ("overfit", "")):
         mine = {n.split("/")[1]: runs for n, runs in groups.items() if n.startswith(f"{folder}/")}
         names = {path.stem for path in (ROOT / "configs" / folder).glob("*.yaml")} - mine.keys()
@@ -103,11 +110,15 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
         # the tuned model, which they vary, stands for `base`
         varied = base and mine and "tuned" in groups
         tables.append({base: groups["tuned"]} | mine if varied else mine)
-    models, augment, tune, heads = (comparable(table, left_out) for table in tables[:4])
-    known = (*models, *TABLES)
-    others = {n: runs for n, runs in groups.items() if n.split("/")[0] not in known}
-    kept = comparable(models | others, left_out, one_budget=False)
-    others = {name: kept[name] for name in others if name in kept}
+    *tables, overfit = tables
+    augment, tune, heads = (comparable(table, left_out) for table in tables)
+    known, others = (*facts.MODELS, *TABLES), {}
+    more = {n: runs for n, runs in groups.items() if n.split("/")[0] not in known}
+    kept = comparable(models | more, left_out, others)
+    models = {name: kept[name] for name in models if name in kept}
+    others |= {name: kept[name] for name in more if name in kept}
+    there = {*models, *more}
+    missing += [f"`make train-{n}` makes {n}." for n in (*facts.MODELS, "final") if n not in there]
     arrays = {}
     for name, [one, *_] in models.items():
         path = one.folder / "testing.npz"  # too large to be kept with the others in results/
@@ -130,17 +141,17 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
         found |= facts.describe_models(models, out) | {"tested": models[judged][0].test}
     if arrays:
         found |= facts.show_images(models, arrays, out)
-    tests = facts.rows_of(groups, "test")
     if "tuned" in models:
         found |= facts.running_average(models, out)
-        blurred, clean = tests.get("blurred-masks"), tests["tuned"]
-        if blurred and not differences(blurred[0], clean[0]):  # else tested on other images
-            found["blurred"] = facts.contrast(clean, blurred)
-    if {"final", "augment/flip-0.5"} <= groups.keys():
-        found["final"] = facts.contrast(*(tests[n] for n in ("final", "augment/flip-0.5")))
+    pairs = {"blurred": (models.get("tuned", []), groups.get("blurred-masks", []))}
+    pairs["final"] = (others.get("final", []), augment.get("flip-0.5", []))
+    for name, pair in pairs.items():
+        a, b = ([one.test for one in runs] for runs in pair)
+        if b := [row for row in b if a and not differences(row, a[0])]:  # on the same images
+            found[name] = facts.contrast(a, b)
     found |= facts.answer_questions(models, augment, tune) | facts.find_dead_classes(groups)
     found |= facts.rank_factors(models, augment, tune)
-    return found | facts.tabulate_experiments(augment, tune, heads, tables[4], others, out)
+    return found | facts.tabulate_experiments(augment, tune, heads, overfit, others, out)
 
 
 def fill_template(name: str, found: dict) -> str:
