@@ -120,15 +120,16 @@ def test_report_is_complete_and_names_what_is_not(
 
 
 def test_a_model_of_another_budget_stands_apart(write_run: Callable, make: Callable) -> None:
-    write_run("initial", 0, 0.8)
-    short = write_run("modified", 0, 0.8, seen=30)
-    other = write_run("modified", 1, 0.8, seen=40)
+    short, other = (write_run("initial", seed, 0.8, seen=30 + seed) for seed in (0, 1))
+    for seed in (0, 1):
+        write_run("modified", seed, 0.8)
     code, text, _ = make()
     assert code == 0 and f"`{other}` differs from its table in images seen" in text
-    assert f"`{short}`" not in text and "`make train-modified` makes modified" in text
+    assert f"`{short}`" not in text and "`make train-initial` makes initial" in text
     assert "Not run yet: `make train-initial train-modified`." in text
     first, others = text.split("Budgets differ between these rows")
-    assert "| modified |" not in first and re.search(r"\| modified \|.*\| 30 \|", others)
+    assert re.search(r"\| modified \|.*\| 100 \|", first) and "| initial |" not in first
+    assert re.search(r"\| initial \|.*\| 30 \|", others)
 
 
 def test_report_of_sweeps_alone_is_sorted_by_validation(
