@@ -1,6 +1,7 @@
 """Pictures of masks, and the figures of runs, report and doctor."""
 
 import io
+from collections.abc import Iterable
 from itertools import cycle, zip_longest
 from pathlib import Path
 
@@ -82,6 +83,13 @@ def grid(rows: list[list[tuple[str, Tensor]]], legend: dict[str, list[int]]) -> 
     return figure
 
 
+def looks_of(names: Iterable[str]) -> dict[str, tuple[str, str, str]]:
+    """Choose colour, line style and marker of each name: its own, or those that no other has."""
+    own = {name: STYLES[name] for name in names if name in STYLES}
+    free = cycle([look for look in OTHERS if look not in own.values()])
+    return {name: own.get(name) or next(free) for name in names}
+
+
 def curves(
     path: Path, panels: dict[str, dict[str, list[list[float | None]]]], epoch: str = "epoch"
 ) -> None:
@@ -89,8 +97,9 @@ def curves(
     figure, axes = new_figure(max(7.5, 3.7 * len(panels)), 3.6, len(panels))
     handles = {}
     for ax, (label, lines) in zip(axes, panels.items(), strict=True):
-        for (name, runs), other in zip(lines.items(), cycle(OTHERS), strict=False):
-            colour, line, marker = STYLES.get(name, other)
+        looks = looks_of(lines)
+        for name, runs in lines.items():
+            colour, line, marker = looks[name]
             values = np.array(list(zip_longest(*runs)), float)  # None becomes a hole in the line
             epochs, look = range(1, len(values) + 1), {"marker": marker, "ms": 5, "label": name}
             [handles[name]] = ax.plot(epochs, values.mean(axis=1), line, color=colour, **look)
@@ -126,7 +135,7 @@ def dots(path: Path, models: dict[str, list[dict[str, float | None]]]) -> None:
     """Draw test scores, the mean ± standard deviation of: model → runs (seeds) → name → score."""
     groups = list(next(iter(models.values()))[0])
     figure, (ax,) = new_figure(max(7.5, 1.7 * len(groups)), 3.6)
-    looks = dict(zip(models, cycle(OTHERS), strict=False)) | STYLES
+    looks = looks_of(models)
     for i, (name, runs) in enumerate(models.items()):
         values = np.array([list(run.values()) for run in runs], float)  # None, no score: no dot
         std = values.std(axis=0, ddof=1) if len(runs) > 1 else None

@@ -13,6 +13,7 @@ from conftest import corruptions, write_checkpoint
 
 from config import dump
 from evaluate import main as evaluate
+from figures import looks_of
 from model import read_checkpoint
 from tools import facts, report
 
@@ -195,6 +196,11 @@ def test_what_a_single_scene_decides_is_noise() -> None:
     for row in (alone := rows(0.6, 0.9)) + (without := rows(0.9, 0.9)):
         del row["contributions"]  # of validation: the seeds decide
     assert facts.contrast(without, alone)["result"] == "more"
+
+
+def test_lines_of_a_figure_look_unlike() -> None:
+    looks = looks_of(["initial", "modified", "tuned", "a", "b", "c", "d", "e"])
+    assert len(set(looks.values())) == 8 and looks["tuned"] == looks_of(["a", "tuned"])["tuned"]
 
 
 def test_no_runs_is_one_line(make: Callable, tmp_path: Path) -> None:
