@@ -1,7 +1,7 @@
 """Pictures of masks, and the figures of runs, report and doctor."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Collection
 from itertools import cycle, zip_longest
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def grid(rows: list[list[tuple[str, Tensor]]], legend: dict[str, list[int]]) -> 
     return figure
 
 
-def looks_of(names: Iterable[str]) -> dict[str, tuple[str, str, str]]:
+def looks_of(names: Collection[str]) -> dict[str, tuple[str, str, str]]:
     """Choose colour, line style and marker of each name: its own, or those that no other has."""
     own = {name: STYLES[name] for name in names if name in STYLES}
     free = cycle([look for look in OTHERS if look not in own.values()])

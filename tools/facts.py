@@ -235,18 +235,20 @@ def count_dying(heads: Groups, out: Path) -> dict:
         last = [run.history[-1]["validation"]["per_class_iou"].values() for run in runs]
         poor[name] = sum(any(iou is not None and iou < LOW_IOU for iou in ious) for ious in last)
     done = (f"{steps * entry['epoch']:,} steps" for entry in one.history)
-    lines, shares, ends = [["model", "runs", *done, "poor", "p"]], {}, {"dead": {}, "poor": poor}
+    lines, shares = [["model", "runs", *done, "poor", "p"]], {}
     for name, runs in heads.items():
         dead = [[bool(e["validation"]["dead_classes"]) for e in run.history] for run in runs]
         counts, p = np.sum(dead, axis=0), "–"
         if name != "tuned" and "tuned" in heads:
             p = f"{fisher(poor[name], len(runs), poor['tuned'], len(heads['tuned'])):.3f}"
         lines.append([name, str(len(runs)), *map(str, counts), str(poor[name]), p])
-        shares[name], ends["dead"][name] = [(counts / len(runs)).tolist()], counts[-1]
+        shares[name] = [(counts / len(runs)).tolist()]
     share = {"share of runs with a dead class": shares}
     figures.curves(out / "heads.png", share, f"epoch of {steps} steps")
     found = {name: dict(zip(lines[0][1:], cells, strict=True)) for name, *cells in lines[1:]}
-    alive = {k: ", ".join(n for n in heads if not v[n]) or "none" for k, v in ends.items()}
+    last, alive = {"dead": lines[0][-3], "poor": "poor"}, {}
+    for what, column in last.items():
+        alive[what] = ", ".join(n for n in heads if found[n][column] == "0") or "none"
     found = {"heads": found, "heads_table": markdown(lines), "alive": alive}
     return found | {"heads_config": one.config}
 
@@ -284,7 +286,7 @@ def tabulate_experiments(
     if overfit:
         facts |= tabulate_overfit(overfit, out)
     if others:
-        heads = ["dead classes", "dead places", "lab IoU"]
-        facts["other_table"] = table(rows_of(others, "test"), heads, one_budget=False)
+        columns = ["dead classes", "dead places", "lab IoU"]
+        facts["other_table"] = table(rows_of(others, "test"), columns, one_budget=False)
         figures.curves(out / "others.png", panels(others, "training", "validation"))
     return facts

@@ -71,18 +71,20 @@ def comparable(
 ) -> facts.Groups:
     """Keep the runs that can share a table, and list the others.
 
-    Runs of another budget, the images seen, than most go to `apart` if it is given. Best, ours, may
-    have one of its own, which a column shows.
+    Runs of another budget, the images seen, than most go to `apart` if it is given, with those of
+    other experiments than models. Best, ours, may have a budget of its own, which a column shows.
     """
-    kept, first = {}, None
     counted = [name for name in groups if name in facts.LAB_MODELS] or groups
-    budgets = [one.validation["images_seen"] for name in counted for one in groups[name]]
+    all_runs, kept = [one for name in counted for one in groups[name]], {}
+    budget = mode([one.validation["images_seen"] for one in all_runs] or [0])
+    first = next((one for one in all_runs if one.validation["images_seen"] == budget), None)
     for name, runs in groups.items():
         for one in runs:
-            first, seen = first or one, one.validation["images_seen"]
+            seen = one.validation["images_seen"]
             differ = differences(one.validation, first.validation)
             differ += differences(one.test, first.test) if one.test and first.test else []
-            table = kept if name == "best" or seen == mode(budgets) else apart
+            usual = seen == budget and (apart is None or name in facts.MODELS)
+            table = kept if usual or name == "best" else apart
             if table is None or seen != table.get(name, [one])[0].validation["images_seen"]:
                 differ.append("images seen")
             if terms := ", ".join(dict.fromkeys(differ)):
@@ -100,8 +102,8 @@ def machines_of(groups: facts.Groups) -> str:
 
 def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
     """Compute all that the template can say, and draw the figures into a folder."""
-    models, tables = {name: groups[name] for name in facts.MODELS if name in groups}, []
-    missing = []
+    models, others = {name: groups[name] for name in facts.MODELS if name in groups}, {}
+    tables, missing = [], []
     for folder, base in (("augment", "none"), ("tune", "base"), ("heads", ""), ("overfit", "")):
         mine = {n.split("/")[1]: runs for n, runs in groups.items() if n.startswith(f"{folder}/")}
         names = {path.stem for path in (ROOT / "configs" / folder).glob("*.yaml")} - mine.keys()
@@ -112,11 +114,9 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
         tables.append({base: groups["tuned"]} | mine if varied else mine)
     *tables, overfit = tables
     augment, tune, heads = (comparable(table, left_out) for table in tables)
-    known, others = (*facts.MODELS, *TABLES), {}
+    known = (*facts.MODELS, *TABLES)
     more = {n: runs for n, runs in groups.items() if n.split("/")[0] not in known}
-    kept = comparable(models | more, left_out, others)
-    models = {name: kept[name] for name in models if name in kept}
-    others |= {name: kept[name] for name in more if name in kept}
+    models = comparable(models | more, left_out, others)
     there = {*models, *more}
     missing += [f"`make train-{n}` makes {n}." for n in (*facts.MODELS, "final") if n not in there]
     arrays = {}
@@ -131,6 +131,7 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
     found = {"runs": len(runs), "experiments": len(groups), "profiles": "; ".join(sorted(profiles))}
     found["seeds"] = ", ".join(map(str, sorted({one.seed for one in runs})))
     made = {"all": groups, "models": models, "heads": heads, "others": others}
+    made["but heads"] = {n: runs for n, runs in groups.items() if not n.startswith("heads/")}
     found["machines"] = {name: machines_of(table) for name, table in made.items()}
     found["lab"] = LAB["test_iou"]
     lowest = (f"{iou:.4f}" for iou in sorted(LAB["test_iou"].values(), reverse=True) if iou < 0.95)
@@ -147,7 +148,8 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
     pairs["final"] = (others.get("final", []), augment.get("flip-0.5", []))
     for name, pair in pairs.items():
         a, b = ([one.test for one in runs] for runs in pair)
-        if b := [row for row in b if a and not differences(row, a[0])]:  # on the same images
+        b = [row for row in b if a and not differences(row, a[0])]  # on the same images
+        if b and (name == "final" or a[0]["images_seen"] == b[0]["images_seen"]):
             found[name] = facts.contrast(a, b)
     found |= facts.answer_questions(models, augment, tune) | facts.find_dead_classes(groups)
     found |= facts.rank_factors(models, augment, tune)
