@@ -145,33 +145,23 @@ def mean_std(values: list[float | None]) -> dict | None:
     return {"mean": mean, "std": std, "n": n, "values": values}
 
 
-def margin(a: dict, b: dict) -> float | None:
-    """Compute how far apart the means of two results of `mean_std` must be to differ beyond noise.
+def compare(a: dict, b: dict) -> tuple[str, float | None]:
+    """Compare the means of two results of `mean_std` by Welch's t test (1947), two-sided, at 95 %.
 
-    Half of the 95 % interval of their difference, by Welch's t test (1947), two-sided. None if
-    n = 1.
+    Returns "more" or "less" if a lies beyond noise above or below b, else "noise"; and half of the
+    95 % interval of their difference. "one seed" and None if n = 1.
     """
     if a["std"] is None or b["std"] is None:
-        return None
+        return "one seed", None
     parts = [stat["std"] ** 2 / stat["n"] for stat in (a, b)]
     # Welch-Satterthwaite; rounded down to a row of the table, which asks for more
     weights = [part**2 / (stat["n"] - 1) for part, stat in zip(parts, (a, b), strict=True)]
     freedom = sum(parts) ** 2 / sum(weights) if sum(weights) else 1
     quantile = T_QUANTILES[max(row for row in T_QUANTILES if row <= max(freedom, 1))]
-    return quantile * math.sqrt(sum(parts))
-
-
-def compare(a: dict, b: dict) -> str:
-    """Compare two results of `mean_std`, two-sided, at 95 %.
-
-    "more" or "less" if a lies beyond noise above or below b, else "noise"; "one seed" if n = 1.
-    """
-    difference, needed = a["mean"] - b["mean"], margin(a, b)
-    if needed is None:
-        return "one seed"
-    if abs(difference) <= needed:
-        return "noise"
-    return "more" if difference > 0 else "less"
+    margin, difference = quantile * math.sqrt(sum(parts)), a["mean"] - b["mean"]
+    if abs(difference) <= margin:
+        return "noise", margin
+    return "more" if difference > 0 else "less", margin
 
 
 def fisher(a: int, n: int, b: int, m: int) -> float:

@@ -178,8 +178,9 @@ def test_compare_is_welchs_t_test() -> None:
         va, vb = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
         t = abs(np.mean(a) - np.mean(b)) / math.sqrt(va + vb)
         p = p_value(t, (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1)))
-        found = compare(mean_std(a), mean_std(b))
+        found, margin = compare(mean_std(a), mean_std(b))
         outcomes.add(found)
+        assert (found == "noise") == (abs(np.mean(a) - np.mean(b)) <= margin)
         if p > 0.05:
             assert found == "noise"
         elif p < 0.02:  # degrees of freedom are rounded down, which asks for a little more
@@ -189,10 +190,10 @@ def test_compare_is_welchs_t_test() -> None:
 
 def test_compare_of_one_seed_and_of_equal_values() -> None:
     one, constant, higher = mean_std([0.5]), mean_std([0.4] * 3), mean_std([0.6] * 3)
-    assert compare(one, constant) == compare(constant, one) == "one seed"
-    assert compare(constant, constant) == "noise" and compare(higher, constant) == "more"
+    assert compare(one, constant) == compare(constant, one) == ("one seed", None)
+    assert compare(constant, constant)[0] == "noise" and compare(higher, constant)[0] == "more"
     a, b = mean_std([0.0, 1.0, 2.0]), mean_std([2.0, 3.0, 4.0])  # difference 2, error 0.816
-    assert compare(a, b) == "noise"  # two standard errors are not enough for three seeds
+    assert compare(a, b) == ("noise", pytest.approx(2.776 * 0.8165, abs=1e-3))  # t of df = 4
 
 
 def test_fisher_counts_every_way_to_deal_the_hits() -> None:

@@ -10,7 +10,7 @@ import torch
 import figures
 from evaluate import COLUMNS, background_only, format_stat, rank, tabulate
 from figures import colourise
-from metrics import BOUNDARY, IGNORE, compare, fisher, margin, mean_iou, mean_std
+from metrics import BOUNDARY, IGNORE, compare, fisher, mean_iou, mean_std
 from runs import TEXTS
 
 LAB_MODELS = ("initial", "modified", "tuned")
@@ -44,7 +44,7 @@ def contrast(a: list[dict], b: list[dict]) -> dict:
         means = [np.mean([row["contributions"] for row in rows], axis=0) for rows in (a, b)]
         scenes = (means[0] - means[1]).tolist()
         pairs.append((mean_std(scenes), mean_std([0.0] * len(scenes))))
-    results, margins = [compare(*pair) for pair in pairs], [margin(*pair) for pair in pairs]
+    results, margins = zip(*(compare(*pair) for pair in pairs), strict=True)
     result = results[0] if results[0] in (results[-1], "one seed") else "noise"
     difference = first["mean"] - second["mean"]
     interval = f"{difference:+.4f}" + ("" if None in margins else f" ± {max(margins):.4f}")
@@ -75,11 +75,16 @@ def limits(rows: list[dict]) -> str:
     return "–" if None in found else "–".join(map(format_stat, zip(*found, strict=True)))
 
 
-def table(rows: Rows, heads: list[str], one_budget: bool = True) -> str:
-    """Tabulate experiments with some of `evaluate.COLUMNS`, the best marked if beyond noise."""
+def mark_best(rows: Rows) -> Rows:
+    """Mark the name of the best experiment, if it is best beyond noise."""
     top, *others = rank(rows)
-    if one_budget and others and contrast(rows[top], rows[others[0]])["result"] == "more":
-        rows = {f"**{name}** (best)" if name == top else name: r for name, r in rows.items()}
+    if not others or contrast(rows[top], rows[others[0]])["result"] != "more":
+        return rows
+    return {f"**{name}** (best)" if name == top else name: r for name, r in rows.items()}
+
+
+def table(rows: Rows, heads: list[str]) -> str:
+    """Tabulate experiments with some of `evaluate.COLUMNS`."""
     heads = ["mean IoU", "n", *heads, "images seen", "training"]
     return markdown(tabulate(rows, {h: COLUMNS[h] for h in heads} | {"95 % over scenes": limits}))
 
@@ -99,7 +104,7 @@ def describe_models(models: Groups, out: Path) -> dict:
     known = nothing["pixel_accuracy"] >= HIGH_ACCURACY and nothing["mean_iou"] <= LOW_IOU
     heads = ["boundary IoU", "mean Dice", "accuracy", "dead classes", "dead places"]
     heads += ["lab IoU", "parameters"]
-    found = {"models_table": table({nothing["name"]: [nothing]} | rows, heads)}
+    found = {"models_table": table({nothing["name"]: [nothing]} | mark_best(rows), heads)}
     found["accuracy_verdict"] = "**No.**" if known else "**Not shown by this data.**"
     found |= {f"top_{head}": COLUMNS[head](rows[top]) for head in ("mean IoU", "accuracy", "n")}
     if others:
@@ -278,15 +283,15 @@ def tabulate_experiments(
     """Tabulate the experiments besides the models compared; `others` are of unlike budgets."""
     facts = {}
     if augment:
-        facts["augment_table"] = table(rows_of(augment, "test"), ["lab IoU"])
+        facts["augment_table"] = table(mark_best(rows_of(augment, "test")), ["lab IoU"])
     if tune:
-        facts["tune_table"] = table(rank(rows_of(tune, "validation")), ["dead classes"])
+        facts["tune_table"] = table(mark_best(rank(rows_of(tune, "validation"))), ["dead classes"])
     if heads:
         facts |= count_dying(heads, out)
     if overfit:
         facts |= tabulate_overfit(overfit, out)
     if others:
         columns = ["dead classes", "dead places", "lab IoU"]
-        facts["other_table"] = table(rows_of(others, "test"), columns, one_budget=False)
+        facts["other_table"] = table(rows_of(others, "test"), columns)  # unlike budgets: none best
         figures.curves(out / "others.png", panels(others, "training", "validation"))
     return facts

@@ -11,6 +11,7 @@ import base64
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mode
 
@@ -34,6 +35,7 @@ RESULTS = {
 }
 UNTESTED = ("tune", "overfit", "heads")  # these look at validation, and never at the test split
 TABLES = (*UNTESTED, "augment", "blurred-masks")  # of experiments that have a place of their own
+DIFFERS = "`{}` differs from its table in {}."
 STATISTICS = ("pixel_accuracy", "mean_iou", "mean_iou_foreground", "mean_dice")
 
 
@@ -67,15 +69,17 @@ def find_runs(root: Path) -> tuple[facts.Groups, list[str]]:
 
 
 def comparable(
-    groups: facts.Groups, left_out: list[str], apart: facts.Groups | None = None
-) -> facts.Groups:
-    """Keep the runs that can share a table, and list the others.
+    groups: facts.Groups, rows: Iterable[str]
+) -> tuple[facts.Groups, facts.Groups, list[str]]:
+    """Find the runs that can share a table of the experiments in `rows`.
 
-    Runs of another budget, the images seen, than most go to `apart` if it is given, with those of
-    other experiments than models. Best, ours, may have a budget of its own, which a column shows.
+    They have one budget, the images seen, that of most; best, ours, may have its own, which a
+    column shows. Returns them, those of other budgets and experiments (of one budget each), and a
+    line on each run that is in neither.
     """
     counted = [name for name in groups if name in facts.LAB_MODELS] or groups
-    all_runs, kept = [one for name in counted for one in groups[name]], {}
+    all_runs = [one for name in counted for one in groups[name]]
+    kept, apart, left_out = {}, {}, []
     budget = mode([one.validation["images_seen"] for one in all_runs] or [0])
     first = next((one for one in all_runs if one.validation["images_seen"] == budget), None)
     for name, runs in groups.items():
@@ -83,15 +87,33 @@ def comparable(
             seen = one.validation["images_seen"]
             differ = differences(one.validation, first.validation)
             differ += differences(one.test, first.test) if one.test and first.test else []
-            usual = seen == budget and (apart is None or name in facts.MODELS)
-            table = kept if usual or name == "best" else apart
-            if table is None or seen != table.get(name, [one])[0].validation["images_seen"]:
+            table = kept if name == "best" or (seen == budget and name in rows) else apart
+            if seen != table.get(name, [one])[0].validation["images_seen"]:
                 differ.append("images seen")
-            if terms := ", ".join(dict.fromkeys(differ)):
-                left_out.append(f"`{one.folder}` differs from its table in {terms}.")
+            if differ:
+                left_out.append(DIFFERS.format(one.folder, ", ".join(dict.fromkeys(differ))))
             else:
                 table.setdefault(name, []).append(one)
-    return kept
+    return kept, apart, left_out
+
+
+def gather(groups: facts.Groups, folder: str, base: str) -> tuple[facts.Groups, list[str]]:
+    """Gather the experiments of a folder of configs for their table, and list what it lacks.
+
+    The tuned model, which they vary, stands for `base`.
+    """
+    mine = {n.split("/")[1]: runs for n, runs in groups.items() if n.startswith(f"{folder}/")}
+    names = {path.stem for path in (ROOT / "configs" / folder).glob("*.yaml")} - mine.keys()
+    missing = []
+    if mine and names:  # else the section says that it is not run
+        missing.append(f"`make {folder}` makes {', '.join(sorted(names))}.")
+    if folder == "overfit":  # its rows have unlike budgets
+        return mine, missing
+    if base and mine and "tuned" in groups:
+        mine = {base: groups["tuned"]} | mine
+    kept, apart, lines = comparable(mine, mine)
+    other = [one.folder for runs in apart.values() for one in runs]
+    return kept, [*missing, *lines, *(DIFFERS.format(path, "images seen") for path in other)]
 
 
 def machines_of(groups: facts.Groups) -> str:
@@ -102,21 +124,16 @@ def machines_of(groups: facts.Groups) -> str:
 
 def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
     """Compute all that the template can say, and draw the figures into a folder."""
-    models, others = {name: groups[name] for name in facts.MODELS if name in groups}, {}
-    tables, missing = [], []
+    models = {name: groups[name] for name in facts.MODELS if name in groups}
+    missing, tables = [], []
     for folder, base in (("augment", "none"), ("tune", "base"), ("heads", ""), ("overfit", "")):
-        mine = {n.split("/")[1]: runs for n, runs in groups.items() if n.startswith(f"{folder}/")}
-        names = {path.stem for path in (ROOT / "configs" / folder).glob("*.yaml")} - mine.keys()
-        if mine and names:  # else the section says that it is not run
-            missing.append(f"`make {folder}` makes {', '.join(sorted(names))}.")
-        # the tuned model, which they vary, stands for `base`
-        varied = base and mine and "tuned" in groups
-        tables.append({base: groups["tuned"]} | mine if varied else mine)
-    *tables, overfit = tables
-    augment, tune, heads = (comparable(table, left_out) for table in tables)
+        table, lines = gather(groups, folder, base)
+        tables.append(table)
+        missing += lines
+    augment, tune, heads, overfit = tables
     known = (*facts.MODELS, *TABLES)
     more = {n: runs for n, runs in groups.items() if n.split("/")[0] not in known}
-    models = comparable(models | more, left_out, others)
+    models, others, lines = comparable(models | more, facts.MODELS)
     there = {*models, *more}
     missing += [f"`make train-{n}` makes {n}." for n in (*facts.MODELS, "final") if n not in there]
     arrays = {}
@@ -125,7 +142,7 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
         if path.exists():
             with reading(path, "remove testing.json beside it"):
                 arrays[name] = dict(np.load(path))
-    missing += dict.fromkeys(left_out)
+    missing = dict.fromkeys([*missing, *left_out, *lines])  # tuned stands in several tables
     runs = [one for group in groups.values() for one in group]
     profiles = {f"{one.config['profile']} profile on {one.config['data']}" for one in runs}
     found = {"runs": len(runs), "experiments": len(groups), "profiles": "; ".join(sorted(profiles))}
