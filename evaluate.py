@@ -36,6 +36,7 @@ SHOWN = 4  # evenly spaced images, and as many of the worst, that are kept for t
 LAB = yaml.safe_load((ROOT / "docs/lab.yaml").read_text())  # what its report of 2021 says
 NEEDED = dict.fromkeys(("name", "checkpoint", "split", "digest", "profile"), str)  # of a row
 NEEDED |= dict.fromkeys(("pixel_accuracy", "mean_iou", "mean_dice"), float)
+NEEDED |= {"mean_iou_foreground": (float, type(None))}
 NEEDED |= {"seed": int, "parameters": int, "per_class_iou": dict, "dead_classes": list}
 NEEDED |= {"dead_places": dict}  # of tests; older ones lack them
 EPOCH = dict.fromkeys(("mean_iou", "mean_iou_foreground"), (float, type(None)))

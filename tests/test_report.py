@@ -81,6 +81,7 @@ def test_report_is_complete_and_names_what_is_not(
     write_run("overfit/one-batch-tuned", 0, 0.9999)
     (write_run("augment/blur-0.3", 0, 0.9) / "summary.json").unlink()
     other = write_run("best", 0, 0.9, profile="quick")
+    longer = write_run("tune/dropout-0.2", 0, 0.3, seen=200)
     for seed, seen in enumerate((100, 200)):
         mine = write_run("mine", seed, 0.9, seen=seen)
     with open(old := write_run("final", 0, 0.9) / "config.yaml", "a") as file:
@@ -91,6 +92,7 @@ def test_report_is_complete_and_names_what_is_not(
     assert f"`{tmp_path}/runs/augment/blur-0.3/seed0` is not finished" in text
     assert f"`{other}` differs from its table in profile" in text
     assert f"`{mine}` differs from its table in images seen" in text
+    assert f"`{longer}` differs from its table in images seen" in text
     assert f"left out: {old}: unknown key 'a_key_of_last_year'" in text
     assert "The lab published 0.9778 and 0.9824" in text
     assert "`make train-final` makes final" in text and "makes blur-0.3" in text
@@ -112,7 +114,7 @@ def test_report_is_complete_and_names_what_is_not(
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["statistics"]["tuned"]["mean_iou"]["values"] == values
     assert "| tuned, seed 0 | circle / – |" in text
-    assert len(results["all_runs"]) == 19
+    assert len(results["all_runs"]) == 20
     page, pictures = (tmp_path / "out/report.html").read_text(), (tmp_path / "out/figures")
     links = re.findall(r"""(?:src|href)=["']([^"']*)""", page)
     assert len(links) == len(list(pictures.glob("*.png"))) == 9

@@ -39,15 +39,15 @@ def contrast(a: list[dict], b: list[dict]) -> dict:
     interval of the difference is the wider one.
     """
     first, second = (mean_std([row["mean_iou"] for row in rows]) for rows in (a, b))
-    pairs = [(first, second)]
-    if all("contributions" in row for row in a + b):  # those of validation have none
+    result, margin = compare(first, second)
+    if result != "one seed" and all("contributions" in row for row in a + b):  # not on validation
         means = [np.mean([row["contributions"] for row in rows], axis=0) for rows in (a, b)]
         scenes = (means[0] - means[1]).tolist()
-        pairs.append((mean_std(scenes), mean_std([0.0] * len(scenes))))
-    results, margins = zip(*(compare(*pair) for pair in pairs), strict=True)
-    result = results[0] if results[0] in (results[-1], "one seed") else "noise"
+        by_scenes, other = compare(mean_std(scenes), mean_std([0.0] * len(scenes)))
+        result = result if result == by_scenes else "noise"
+        margin = None if other is None else max(margin, other)  # of the only scene there is none
     difference = first["mean"] - second["mean"]
-    interval = f"{difference:+.4f}" + ("" if None in margins else f" ± {max(margins):.4f}")
+    interval = f"{difference:+.4f}" + ("" if margin is None else f" ± {margin:.4f}")
     found = {"first": COLUMNS["mean IoU"](a), "second": COLUMNS["mean IoU"](b)}
     found |= {"result": result, "verdict": TEXTS["verdicts"][result]}
     return found | {"difference": difference, "interval": interval}
@@ -96,7 +96,8 @@ def describe_models(models: Groups, out: Path) -> dict:
         keys = {"mean IoU": "mean_iou", "boundary IoU": "boundary_iou"}
         dots[name] = [{h: r[k] for h, k in keys.items()} | r["per_class_iou"] for r in runs]
         matrices[name] = sum(np.array(row["confusion_matrix"]) for row in runs)
-    [top, *others], nothing = rank(rows), background_only(rows[next(iter(rows))][0])
+    nothing = background_only(rows[next(iter(rows))][0])
+    top, *others = rank(rows)
     curves = panels(models, "training", "validation") | panels(models, "validation", key="loss")
     figures.curves(out / "curves.png", curves)
     figures.dots(out / "scores.png", dots)
@@ -176,13 +177,14 @@ def answer_questions(models: Groups, augment: Groups, tune: Groups) -> dict:
 def rank_factors(models: Groups, augment: Groups, tune: Groups) -> dict:
     """Tabulate the range of each factor from its worst to its best setting, widest first."""
     factors = {"Model (the lab's three)": {n: models[n] for n in LAB_MODELS if n in models}}
-    factors["Augmentation"], lines = augment, []
+    factors["Augmentation"] = augment
     for name, runs in tune.items():
         # "learning-rate-0.001" varies the learning rate; a cell of the grid and skip-wide vary two
         match = re.fullmatch(r"([a-z-]+)-[^-]+", name)
         if match and name != "skip-wide":
             base = {n: tune[n] for n in ("base",) if n in tune}
             factors.setdefault(match[1].replace("-", " ").capitalize(), base)[name] = runs
+    lines = []
     for factor, settings in factors.items():
         rows = rank(rows_of(settings, "validation"))
         if len(rows) > 1:
@@ -202,9 +204,9 @@ def rank_factors(models: Groups, augment: Groups, tune: Groups) -> dict:
     return found | {"factor_table": markdown([header, *lines])}
 
 
-def running_average(groups: Groups, out: Path) -> dict:
+def running_average(models: Groups, out: Path) -> dict:
     """Show what a metric that is never reset makes of the validation curve of tuned."""
-    [[label, found]] = panels(groups, "validation").items()
+    [[label, found]] = panels(models, "validation").items()
     true = found["tuned"][0]
     lines, longer = {"each epoch by itself": [true]}, {"never reset": true}
     if "modified" in found:
@@ -235,7 +237,8 @@ def count_dying(heads: Groups, out: Path) -> dict:
     The last column is the p value of the poor ones against those of tuned.
     """
     [[one, *_], *_] = heads.values()
-    steps, poor = one.config["images_per_epoch"] // one.config["batch_size"], {}
+    steps = one.config["images_per_epoch"] // one.config["batch_size"]
+    poor, dead_at_end = {}, {}
     for name, runs in heads.items():
         last = [run.history[-1]["validation"]["per_class_iou"].values() for run in runs]
         poor[name] = sum(any(iou is not None and iou < LOW_IOU for iou in ious) for ious in last)
@@ -244,6 +247,7 @@ def count_dying(heads: Groups, out: Path) -> dict:
     for name, runs in heads.items():
         dead = [[bool(e["validation"]["dead_classes"]) for e in run.history] for run in runs]
         counts, p = np.sum(dead, axis=0), "–"
+        dead_at_end[name] = counts[-1]
         if name != "tuned" and "tuned" in heads:
             p = f"{fisher(poor[name], len(runs), poor['tuned'], len(heads['tuned'])):.3f}"
         lines.append([name, str(len(runs)), *map(str, counts), str(poor[name]), p])
@@ -251,9 +255,9 @@ def count_dying(heads: Groups, out: Path) -> dict:
     share = {"share of runs with a dead class": shares}
     figures.curves(out / "heads.png", share, f"epoch of {steps} steps")
     found = {name: dict(zip(lines[0][1:], cells, strict=True)) for name, *cells in lines[1:]}
-    last, alive = {"dead": lines[0][-3], "poor": "poor"}, {}
-    for what, column in last.items():
-        alive[what] = ", ".join(n for n in heads if found[n][column] == "0") or "none"
+    alive = {}
+    for what, counted in {"dead": dead_at_end, "poor": poor}.items():
+        alive[what] = ", ".join(name for name in heads if counted[name] == 0) or "none"
     found = {"heads": found, "heads_table": markdown(lines), "alive": alive}
     return found | {"heads_config": one.config}
 

@@ -11,7 +11,7 @@ import base64
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from statistics import mode
 
@@ -69,25 +69,27 @@ def find_runs(root: Path) -> tuple[facts.Groups, list[str]]:
 
 
 def comparable(
-    groups: facts.Groups, rows: Iterable[str]
+    groups: facts.Groups, names: Collection[str]
 ) -> tuple[facts.Groups, facts.Groups, list[str]]:
-    """Find the runs that can share a table of the experiments in `rows`.
+    """Find the runs that can share a table of the experiments named.
 
-    They have one budget, the images seen, that of most; best, ours, may have its own, which a
-    column shows. Returns them, those of other budgets and experiments (of one budget each), and a
-    line on each run that is in neither.
+    They have one budget, the images seen: that of most runs of the lab's models, or of all runs if
+    there is none; best, ours, may have its own, which a column shows. Returns them, the other
+    experiments and budgets (one for each name), and a line on each run that is in neither.
     """
+    if not groups:
+        return {}, {}, []
     counted = [name for name in groups if name in facts.LAB_MODELS] or groups
     all_runs = [one for name in counted for one in groups[name]]
     kept, apart, left_out = {}, {}, []
-    budget = mode([one.validation["images_seen"] for one in all_runs] or [0])
-    first = next((one for one in all_runs if one.validation["images_seen"] == budget), None)
+    budget = mode(one.validation["images_seen"] for one in all_runs)
+    first = next(one for one in all_runs if one.validation["images_seen"] == budget)
     for name, runs in groups.items():
         for one in runs:
             seen = one.validation["images_seen"]
             differ = differences(one.validation, first.validation)
             differ += differences(one.test, first.test) if one.test and first.test else []
-            table = kept if name == "best" or (seen == budget and name in rows) else apart
+            table = kept if name == "best" or (seen == budget and name in names) else apart
             if seen != table.get(name, [one])[0].validation["images_seen"]:
                 differ.append("images seen")
             if differ:
@@ -103,17 +105,17 @@ def gather(groups: facts.Groups, folder: str, base: str) -> tuple[facts.Groups, 
     The tuned model, which they vary, stands for `base`.
     """
     mine = {n.split("/")[1]: runs for n, runs in groups.items() if n.startswith(f"{folder}/")}
-    names = {path.stem for path in (ROOT / "configs" / folder).glob("*.yaml")} - mine.keys()
+    absent = {path.stem for path in (ROOT / "configs" / folder).glob("*.yaml")} - mine.keys()
     missing = []
-    if mine and names:  # else the section says that it is not run
-        missing.append(f"`make {folder}` makes {', '.join(sorted(names))}.")
+    if mine and absent:  # else the section says that it is not run
+        missing.append(f"`make {folder}` makes {', '.join(sorted(absent))}.")
     if folder == "overfit":  # its rows have unlike budgets
         return mine, missing
     if base and mine and "tuned" in groups:
         mine = {base: groups["tuned"]} | mine
-    kept, apart, lines = comparable(mine, mine)
-    other = [one.folder for runs in apart.values() for one in runs]
-    return kept, [*missing, *lines, *(DIFFERS.format(path, "images seen") for path in other)]
+    kept, apart, lines = comparable(mine, mine)  # apart are those of another budget
+    unlike = [one.folder for runs in apart.values() for one in runs]
+    return kept, [*missing, *lines, *(DIFFERS.format(path, "images seen") for path in unlike)]
 
 
 def machines_of(groups: facts.Groups) -> str:
@@ -142,7 +144,7 @@ def collect_facts(groups: facts.Groups, left_out: list[str], out: Path) -> dict:
         if path.exists():
             with reading(path, "remove testing.json beside it"):
                 arrays[name] = dict(np.load(path))
-    missing = dict.fromkeys([*missing, *left_out, *lines])  # tuned stands in several tables
+    missing = list(dict.fromkeys([*missing, *left_out, *lines]))  # tuned is in several tables
     runs = [one for group in groups.values() for one in group]
     profiles = {f"{one.config['profile']} profile on {one.config['data']}" for one in runs}
     found = {"runs": len(runs), "experiments": len(groups), "profiles": "; ".join(sorted(profiles))}
