@@ -57,14 +57,26 @@ def augment(images: Tensor, masks: Tensor, config: dict) -> tuple[Tensor, Tensor
             images = torch.where(flip[:, None, None, None], images.flip(axis), images)
             masks = torch.where(flip[:, None, None], masks.flip(axis), masks)
     images = to_float(images)
+    if config["blur_masks"]:
+        masks = masks.clone()  # the caller's stay as they are
     low, high = config["blur_sigma"]
     for i in chosen(images, config["blur"]):
         sigma = low + (high - low) * float(torch.rand(()))
-        images[i] = F.gaussian_blur(images[i], [config["blur_kernel"]] * 2, [sigma] * 2)
+        kernel, sigmas = [config["blur_kernel"]] * 2, [sigma] * 2
+        images[i] = F.gaussian_blur(images[i], kernel, sigmas)
+        if config["blur_masks"]:
+            masks[i] = blur_mask(masks[i], len(config["classes"]), kernel, sigmas)
     colour_jitter = v2.ColorJitter(*config["jitter_strength"])
     for i in chosen(images, config["jitter"]):
         images[i, :3] = colour_jitter(images[i, :3])  # alpha, the fourth channel, is no colour
     return images, masks
+
+
+def blur_mask(mask: Tensor, num_classes: int, kernel: list[int], sigma: list[float]) -> Tensor:
+    """Blur an (H, W) mask as the lab did: one channel a class, then the strongest class again."""
+    channels = torch.arange(num_classes, device=mask.device)[:, None, None] == mask
+    blurred = F.gaussian_blur(channels.float(), kernel, sigma).argmax(dim=0).to(mask.dtype)
+    return torch.where(mask == IGNORE, mask, blurred)
 
 
 def chosen(images: Tensor, probability: float) -> list[int]:

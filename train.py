@@ -53,6 +53,8 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
     training, validation = load_data(config)
     images, masks = training.images.to(device), training.masks.to(device)
     per_epoch = config["images_per_epoch"] or len(images)
+    if config["last_batch"] == "drop" and per_epoch > batch_size:
+        per_epoch -= per_epoch % batch_size
     steps = math.ceil(per_epoch / batch_size)  # per epoch
 
     # ---- model, optimizer, learning-rate schedule
