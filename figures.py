@@ -1,55 +1,67 @@
-"""Pictures of masks, and the figures of runs, report and doctor."""
+"""Pictures of masks, and the figures of the report and the doctor.
+
+matplotlib is imported where a figure is drawn: a script that only needs the pictures, as training
+does, does not load it.
+"""
 
 import io
 from collections.abc import Collection
-from itertools import cycle, zip_longest
+from itertools import zip_longest
 from pathlib import Path
-
-from common import write_atomically
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import rc_context
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from torch import Tensor
+
+from common import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GREY = [128, 128, 128]  # pixels that are ignored
 SIDE = 160  # pixels of a picture in a grid
-STYLES = {  # colour (Okabe and Ito 2008: the colour-blind can tell them apart), line style, marker
-    **{"initial": ("#E69F00", "-", "o"), "modified": ("#56B4E9", "--", "s")},
-    **{"tuned": ("#CC79A7", "-.", "^"), "best": ("#000000", ":", "D")},
+DPI = 110
+HIGHEST = 1.0  # no score is higher, so no error bar or band ends above it
+
+# Colour (Okabe and Ito 2008: the colour-blind can tell them apart), line style and marker.
+STYLES = {
+    "initial": ("#E69F00", "-", "o"),
+    "modified": ("#56B4E9", "--", "s"),
+    "tuned": ("#CC79A7", "-.", "^"),
+    "best": ("#000000", ":", "D"),
 }
-OTHERS = [("#009E73", "-", "v"), ("#0072B2", "--", "P"), ("#D55E00", "-.", "X")]
-OTHERS += [("#999999", ":", "*"), *STYLES.values()]  # in turn, for names without their own
+OTHER_STYLES = [  # for names without their own, in turn
+    ("#009E73", "-", "v"),
+    ("#0072B2", "--", "P"),
+    ("#D55E00", "-.", "X"),
+    ("#999999", ":", "*"),
+]
 
-
-def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, np.ndarray]:
-    """Make a figure of so many inches and its axes side by side, an array even if there is one."""
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
-    with rc_context({"axes.spines.top": False, "axes.spines.right": False}):
-        return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG."""
-    file = io.BytesIO()
-    figure.savefig(file, facecolor="white")
-    write_atomically(path, file.getvalue())
+# ---- pictures: (3, H, W) uint8 tensors
 
 
 def colourise(mask: Tensor, classes: dict[str, list[int]]) -> Tensor:
     """Colour (H, W) class indices: (3, H, W) uint8, grey where they are of no class."""
-    palette = [*classes.values(), *[GREY] * (256 - len(classes))]
-    return torch.tensor(palette, dtype=torch.uint8)[mask.long()].permute(2, 0, 1)
+    palette = torch.tensor([GREY] * 256, dtype=torch.uint8)
+    palette[: len(classes)] = torch.tensor(list(classes.values()), dtype=torch.uint8)
+    return palette[mask.long()].permute(2, 0, 1)
 
 
 def overlay(image: Tensor, mask: Tensor, classes: dict[str, list[int]]) -> Tensor:
-    """Lay (H, W) classes, the first left clear, over (channels, H, W) uint8: (3, H, W) uint8."""
-    rgb = image[:3].expand(3, -1, -1)
-    return torch.where(mask > 0, rgb // 2 + colourise(mask, classes) // 2, rgb)
+    """Draw the contours of classes on a grey version of their image.
+
+    From (channels, H, W) uint8 and (H, W) classes to (3, H, W) uint8. The first class, the
+    background, gets no contour. All that is coloured has exactly the colour of its class.
+    """
+    grey = image[:3].float().mean(dim=0).to(torch.uint8).expand(3, -1, -1)
+    width = max(1, min(mask.shape) // 50)  # of a contour, in pixels
+    labels = mask[None].float()
+    highest = F.max_pool2d(labels, 2 * width + 1, stride=1, padding=width)[0]
+    lowest = -F.max_pool2d(-labels, 2 * width + 1, stride=1, padding=width)[0]
+    is_contour = (highest != lowest) & (mask > 0)
+    return torch.where(is_contour, colourise(mask, classes), grey)
 
 
 def thumbnail(picture: Tensor) -> Tensor:
@@ -61,51 +73,93 @@ def thumbnail(picture: Tensor) -> Tensor:
 
 def legend_of(config: dict) -> dict[str, list[int]]:
     """List the colours of masks in pictures by name: the classes, and ignored pixels if any."""
-    return config["classes"] | ({"ignored": GREY} if config["ignore"] else {})
+    legend = dict(config["classes"])
+    if config["ignore"]:
+        legend["ignored"] = GREY
+    return legend
 
 
-def grid(rows: list[list[tuple[str, Tensor]]], legend: dict[str, list[int]]) -> Figure:
+# ---- figures
+
+
+def new_figure(width: float, height: float, columns: int = 1) -> tuple["Figure", np.ndarray]:
+    """Make a figure of so many inches and its axes side by side, an array even if there is one."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
+    with rc_context({"axes.spines.top": False, "axes.spines.right": False}):
+        axes = figure.subplots(1, columns, squeeze=False)
+    return figure, axes[0]
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write a figure as a PNG."""
+    file = io.BytesIO()
+    figure.savefig(file, facecolor="white")
+    write_atomically(path, file.getvalue())
+
+
+def grid(rows: list[list[tuple[str, Tensor]]], legend: dict[str, list[int]]) -> "Figure":
     """Draw rows of (3, H, W) uint8 pictures with their captions, under a legend: name → colour."""
-    columns, inches = max(map(len, rows)), SIDE / 110
-    high = min(2, max(picture.shape[1] / picture.shape[2] for row in rows for _, picture in row))
-    height = 0.6 + len(rows) * (inches * high + 0.25)
-    figure = Figure(figsize=(max(4, inches * columns), height), dpi=110)
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.6 / height, wspace=0.05)
-    bare = {"frame_on": False, "xticks": [], "yticks": []}
-    axes = figure.subplots(len(rows), columns, squeeze=False, subplot_kw=bare)
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    columns = max(len(row) for row in rows)
+    shapes = [picture.shape for row in rows for _, picture in row]
+    tallest = max(height / width for _, height, width in shapes)
+    inches = SIDE / DPI
+    top = 0.6  # inches for the legend
+    height = top + len(rows) * (inches * min(2, tallest) + 0.25)
+    figure = Figure(figsize=(max(4, inches * columns), height), dpi=DPI)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - top / height, wspace=0.05)
+    no_frame = {"frame_on": False, "xticks": [], "yticks": []}
+    axes = figure.subplots(len(rows), columns, squeeze=False, subplot_kw=no_frame)
     for y, row in enumerate(rows):
-        for ax, (caption, picture) in zip(axes[y], row, strict=False):
-            ax.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-            ax.set(frame_on=True)  # a white picture has no edge of its own
-            ax.set_title(caption[-25:], fontsize=7, pad=2, parse_math=False)
-    handles = [Patch(fc=np.divide(c, 255), ec="grey", label=name) for name, c in legend.items()]
+        for x, (caption, picture) in enumerate(row):
+            axes[y, x].imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes[y, x].set(frame_on=True)  # a white picture has no edge of its own
+            axes[y, x].set_title(caption[-25:], fontsize=7, pad=2, parse_math=False)
+    handles = []
+    for name, colour in legend.items():
+        handles.append(Patch(facecolor=np.divide(colour, 255), edgecolor="grey", label=name))
     figure.legend(handles=handles, loc="upper center", ncols=min(6, len(handles)), fontsize=8)
     return figure
 
 
 def looks_of(names: Collection[str]) -> dict[str, tuple[str, str, str]]:
-    """Choose colour, line style and marker of each name: its own, or those that no other has."""
-    own = {name: STYLES[name] for name in names if name in STYLES}
-    free = cycle([look for look in OTHERS if look not in own.values()])
-    return {name: own.get(name) or next(free) for name in names}
+    """Choose colour, line style and marker of each name.
+
+    A model has its own look. The others get, in turn, looks that no model of the figure has.
+    """
+    looks = {name: STYLES[name] for name in names if name in STYLES}
+    free = OTHER_STYLES + [style for name, style in STYLES.items() if name not in looks]
+    unnamed = [name for name in names if name not in STYLES]
+    for i, name in enumerate(unnamed):
+        looks[name] = free[i % len(free)]
+    return looks
 
 
 def curves(
     path: Path, panels: dict[str, dict[str, list[list[float | None]]]], epoch: str = "epoch"
 ) -> None:
-    """Draw mean and range by epoch: y axis → line → runs (seeds) → a value an epoch."""
+    """Draw mean and range by epoch: y axis → line → runs (seeds) → a value for each epoch."""
     figure, axes = new_figure(max(7.5, 3.7 * len(panels)), 3.6, len(panels))
     handles = {}
     for ax, (label, lines) in zip(axes, panels.items(), strict=True):
         looks = looks_of(lines)
         for name, runs in lines.items():
-            colour, line, marker = looks[name]
-            values = np.array(list(zip_longest(*runs)), float)  # None becomes a hole in the line
-            epochs, look = range(1, len(values) + 1), {"marker": marker, "ms": 5, "label": name}
-            [handles[name]] = ax.plot(epochs, values.mean(axis=1), line, color=colour, **look)
-            ax.fill_between(epochs, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.2)
-        low, high = ax.dataLim.intervaly
-        if "loss" in label and high > 20 * low > 0:
+            colour, line_style, marker = looks[name]
+            # (epochs, runs): None, and epochs that a run lacks, become holes in the line.
+            values = np.array(list(zip_longest(*runs)), float)
+            epochs = np.arange(1, len(values) + 1)
+            mean, low, high = values.mean(axis=1), values.min(axis=1), values.max(axis=1)
+            look = {"color": colour, "linestyle": line_style, "marker": marker, "ms": 5}
+            [handles[name]] = ax.plot(epochs, mean, label=name, **look)
+            if len(runs) > 1:
+                ax.fill_between(epochs, low, high, color=colour, alpha=0.2)
+        lowest, highest = ax.dataLim.intervaly
+        if "loss" in label and highest > 20 * lowest > 0:
             ax.set_yscale("log")
         ax.set(xlabel=epoch, ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -116,6 +170,8 @@ def curves(
 
 def confusion(path: Path, matrices: dict[str, np.ndarray], classes: list[str]) -> None:
     """Draw a confusion matrix for each model, each row in per cent of the true class's pixels."""
+    from matplotlib.colors import PowerNorm
+
     side = max(2.75, 0.45 * len(classes))
     figure, axes = new_figure(side * len(matrices), side + 0.45, len(matrices))
     for ax, (name, matrix) in zip(axes, matrices.items(), strict=True):
@@ -131,18 +187,45 @@ def confusion(path: Path, matrices: dict[str, np.ndarray], classes: list[str]) -
     save(figure, path)
 
 
+def error_bars(values: np.ndarray) -> np.ndarray | None:
+    """Give the lengths of error bars for (runs, columns) scores: (2, columns), below and above.
+
+    A bar is one sample standard deviation long, but ends at the highest score there is. None: one
+    run has no standard deviation.
+    """
+    if len(values) < 2:
+        return None
+    std = values.std(axis=0, ddof=1)
+    room = HIGHEST - values.mean(axis=0)
+    return np.stack([std, np.fmin(std, np.maximum(room, 0))])
+
+
 def dots(path: Path, models: dict[str, list[dict[str, float | None]]]) -> None:
-    """Draw test scores, the mean ± standard deviation of: model → runs (seeds) → name → score."""
-    groups = list(next(iter(models.values()))[0])
-    figure, (ax,) = new_figure(max(7.5, 1.7 * len(groups)), 3.6)
+    """Draw test scores, mean ± standard deviation: model → runs (seeds) → name → score."""
+    first_run = next(iter(models.values()))[0]
+    columns = list(first_run)
+    figure, (ax,) = new_figure(max(7.5, 1.7 * len(columns)), 3.6)
     looks = looks_of(models)
     for i, (name, runs) in enumerate(models.items()):
-        values = np.array([list(run.values()) for run in runs], float)  # None, no score: no dot
-        std = values.std(axis=0, ddof=1) if len(runs) > 1 else None
-        x = np.arange(len(groups)) + (i - (len(models) - 1) / 2) * 0.8 / len(models)
+        values = np.array([list(run.values()) for run in runs], float)  # None: no dot
+        offset = (i - (len(models) - 1) / 2) * 0.8 / len(models)
+        x = np.arange(len(columns)) + offset
         colour, _, marker = looks[name]
-        ax.errorbar(x, values.mean(0), std, fmt=marker, color=colour, ms=6, capsize=4, label=name)
-    ax.set(xticks=range(len(groups)), xticklabels=groups, ylabel="test score")
+        look = {"fmt": marker, "color": colour, "ms": 6, "capsize": 4, "label": name}
+        ax.errorbar(x, values.mean(axis=0), error_bars(values), **look)
+    ax.set(xticks=range(len(columns)), xticklabels=columns, ylabel="test score")
     ax.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=len(models))
+    save(figure, path)
+
+
+def ranking(path: Path, scores: dict[str, list[float]], label: str) -> None:
+    """Draw a line for each experiment, the first at the top: its runs as dots, their mean."""
+    figure, (ax,) = new_figure(7.5, 0.8 + 0.27 * len(scores))
+    for y, values in enumerate(scores.values()):
+        ax.plot(values, [y] * len(values), "o", color="#0072B2", ms=5, alpha=0.6)
+        ax.plot([np.mean(values)], [y], "|", color="black", ms=14, mew=2)
+    ax.set(yticks=range(len(scores)), yticklabels=list(scores), xlabel=label)
+    ax.invert_yaxis()
+    ax.grid(alpha=0.3)
     save(figure, path)

@@ -1,42 +1,94 @@
-"""Every score of the project, read from integer confusion matrices; statistics over seeds.
+"""Compute every score of the project from integer confusion matrices, and statistics over seeds.
 
-Counts of images add up exactly to those of a split, in any order and batch size. A class that is
-neither in the masks nor predicted has no score: NaN or None, and left out of means.
+The counts of images add up exactly to the counts of a split, in any order and batch size. A class
+that is neither in the masks nor predicted has no score: NaN or None, which means leave out.
 """
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = 255  # mask value of a pixel that counts neither in losses nor in scores
+OUTSIDE = 254  # value of pixels beyond the border of a mask; no class has it
 BOUNDARY = 2  # pixels: width of the band along a contour that boundary IoU looks at
-DRAWS = 2000  # of an interval: its limits then move by a few per cent of their distance
-T_QUANTILES = {  # 97.5 % quantiles of Student's t distribution by degrees of freedom
-    **{1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262},
-    **{10: 2.228, 12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000, 120: 1.980},
+DRAWS = 2000  # resamples of an interval
+BLOCK = 100  # resamples that are drawn at once, so that memory stays small for many images
+MIN_GROUPS = 5  # fewer groups of images tell too little about other images
+CHUNK = 2**20  # pixels that are counted at once, so that memory stays small for large images
+POSITIONS = ((0, 0), (0, 1), (1, 0), (1, 1))  # row and column within each 2×2 pixels
+
+# 97.5 % quantiles of Student's t distribution by degrees of freedom.
+T_QUANTILES = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+    10: 2.228,
+    12: 2.179,
+    15: 2.131,
+    20: 2.086,
+    30: 2.042,
+    60: 2.000,
+    120: 1.980,
 }
 
 
+class Comparison(NamedTuple):
+    """Hold what `welch` finds out about the means of two lists of scores."""
+
+    verdict: str  # "more" or "less" (a against b), "noise", or "one seed"
+    difference: float  # mean of a minus mean of b
+    margin: float | None  # half the 95 % interval of the difference; None for one seed
+
+
+# ---- counting
+
+
 def confusion_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
-    """Count pixels of (N, H, W) by (true class, predicted class): (N, C, C) int64, no `IGNORE`."""
-    # Ignored pixels have a cell of their own; a boolean index or bincount would make a GPU wait.
+    """Count the pixels of each image by true class (rows) and predicted class (columns).
+
+    From (N, H, W) predicted classes and (N, H, W) true classes to (N, C, C) int64. Pixels whose
+    mask value is `IGNORE` are not counted.
+    """
+    # Ignored pixels get a cell of their own, behind all others. Removing them with a boolean index,
+    # or counting with bincount, would make a GPU wait.
     cells = num_classes**2
-    cell = torch.where(mask == IGNORE, cells, mask.long() * num_classes + prediction).flatten(1)
+    cell = mask.long() * num_classes + prediction
+    cell = torch.where(mask == IGNORE, cells, cell).flatten(1)
     counts = torch.zeros(len(mask), cells + 1, dtype=torch.int64, device=mask.device)
     counts.scatter_add_(1, cell, torch.ones_like(cell))
-    return counts[:, :-1].view(-1, num_classes, num_classes)
+    return counts[:, :cells].view(-1, num_classes, num_classes)
+
+
+def chunks(prediction: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (N, H, W) predictions and masks a few images at a time, about `CHUNK` pixels."""
+    height, width = mask.shape[1:]
+    images = max(1, CHUNK // (height * width))
+    yield from zip(prediction.split(images), mask.split(images), strict=True)
+
+
+# ---- scores
 
 
 def iou(matrices: Tensor) -> Tensor:
-    """Divide true positives by the union: IoU = TP / (TP + FP + FN) (Jaccard 1912).
+    """Divide overlap by union: IoU = TP / (TP + FP + FN) (Jaccard 1912).
 
     From (..., C, C) confusion matrices to (..., C) float64 in [0, 1], or NaN.
     """
-    m = matrices.double()
-    tp = m.diagonal(dim1=-2, dim2=-1)
-    return tp / (m.sum(dim=-1) + m.sum(dim=-2) - tp)
+    counts = matrices.double()
+    right = counts.diagonal(dim1=-2, dim2=-1)
+    true = counts.sum(dim=-1)
+    predicted = counts.sum(dim=-2)
+    return right / (true + predicted - right)
 
 
 def mean_iou(matrices: Tensor) -> Tensor:
@@ -44,131 +96,172 @@ def mean_iou(matrices: Tensor) -> Tensor:
     return iou(matrices).nanmean(dim=-1)
 
 
-def scores(matrix: Tensor, classes: list[str]) -> dict:
-    """Read every score of a split from its confusion matrix.
-
-    Dice = 2·TP / (2·TP + FP + FN) (Dice 1945) = 2·IoU / (1 + IoU). A class that is in the masks
-    and never predicted has IoU 0 and is listed as dead. Scores lie in [0, 1]; None: no pixel.
-    """
-    m = matrix.detach().cpu().double()
-    each = iou(m)
-    dice = 2 * each / (1 + each)
-    dead = (m.sum(dim=1) > 0) & (m.sum(dim=0) == 0)
-    return {
-        "pixel_accuracy": number(m.trace() / m.sum()),
-        "mean_iou": number(each.nanmean()),
-        "mean_iou_foreground": number(each[1:].nanmean()),
-        "mean_dice": number(dice.nanmean()),
-        "per_class_iou": dict(zip(classes, map(number, each), strict=True)),
-        "per_class_dice": dict(zip(classes, map(number, dice), strict=True)),
-        "dead_classes": [name for name, is_dead in zip(classes, dead, strict=True) if is_dead],
-    }
-
-
-def dead_places(prediction: Tensor, mask: Tensor, classes: list[str]) -> dict[str, int]:
-    """Count at how many of the four places of each 2×2 pixels a class is dead that lives at others.
-
-    A transposed conv of stride 2 computes each place by weights of its own. Where it is the last
-    layer, a class can live on, say, every second row alone: its IoU is then 0.5 at most. From
-    (N, H, W) classes and masks to class → 1, 2 or 3, for classes with an IoU below 0.05 at so many
-    places and above 0.5 at one.
-    """
-    each = []
-    for top, left in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        place = (slice(None), slice(top, None, 2), slice(left, None, 2))
-        pairs = zip(prediction[place].split(64), mask[place].split(64), strict=True)
-        each.append(iou(sum(confusion_matrices(*pair, len(classes)).sum(dim=0) for pair in pairs)))
-    ious = torch.stack(each)  # (4, C), NaN where a class is neither in the masks nor predicted
-    dead = (ious < 0.05).sum(dim=0) * (ious > 0.5).any(dim=0)
-    return {name: n for name, n in zip(classes, dead.tolist(), strict=True) if n}
-
-
 def number(value: Tensor) -> float | None:
-    """Convert a scalar to a float, NaN to None, as JSON has no NaN."""
+    """Convert a scalar to a float, and NaN to None, because JSON has no NaN."""
     return None if value.isnan() else value.item()
 
 
-def boundary_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
-    """Count the bands that boundary IoU (Cheng et al. 2021, arXiv:2103.16562) compares.
+def scores(matrix: Tensor, classes: list[str]) -> dict:
+    """Compute every score of a split from its (C, C) confusion matrix.
 
-    The band of a class is its pixels at most `BOUNDARY` away (in rows and columns) from one that is
-    not of the class. As in the authors' code, the image border is a contour.
-    From (N, H, W) as in `confusion_matrices` to (N, C + 1, C + 1) int64; class C is "in no band":
-    boundary IoU is `iou(matrices)[..., :-1]`.
+    Dice = 2·TP / (2·TP + FP + FN) (Dice 1945) = 2·IoU / (1 + IoU). All scores lie in [0, 1], or are
+    None if there is no pixel. `dead_classes` lists the classes that are in the masks but never
+    predicted; their IoU is 0.
+    """
+    matrix = matrix.detach().cpu()
+    class_ious = iou(matrix)
+    class_dices = 2 * class_ious / (1 + class_ious)
+    accuracy = matrix.double().trace() / matrix.double().sum()
+    true = matrix.sum(dim=1)
+    predicted = matrix.sum(dim=0)
+
+    per_class_iou = {}
+    per_class_dice = {}
+    never_predicted = []
+    for index, name in enumerate(classes):
+        per_class_iou[name] = number(class_ious[index])
+        per_class_dice[name] = number(class_dices[index])
+        if true[index] > 0 and predicted[index] == 0:
+            never_predicted.append(name)
+    return {
+        "pixel_accuracy": number(accuracy),
+        "mean_iou": number(class_ious.nanmean()),
+        "mean_iou_foreground": number(class_ious[1:].nanmean()),
+        "mean_dice": number(class_dices.nanmean()),
+        "per_class_iou": per_class_iou,
+        "per_class_dice": per_class_dice,
+        "dead_classes": never_predicted,
+    }
+
+
+def lost_positions(prediction: Tensor, mask: Tensor, classes: list[str]) -> dict[str, int]:
+    """Count at how many of the four positions of each 2×2 pixels a class is lost.
+
+    A transposed convolution of stride 2 computes each position with weights of its own. If it is
+    the last layer, a class may be predicted only in every second row, say: the mask is striped and
+    the IoU of the class is 0.5 at most. From (N, H, W) predicted and true classes to class → 1, 2
+    or 3. A position is lost if the IoU is below 0.05 there, and above 0.5 at another position.
+    """
+    matrices = torch.zeros(len(POSITIONS), len(classes), len(classes), dtype=torch.int64)
+    for predicted, true in chunks(prediction, mask):
+        for index, (top, left) in enumerate(POSITIONS):
+            predicted_here = predicted[:, top::2, left::2]
+            true_here = true[:, top::2, left::2]
+            counts = confusion_matrices(predicted_here, true_here, len(classes))
+            matrices[index] += counts.sum(dim=0).cpu()
+    ious = iou(matrices)  # (4, C), NaN where a class is neither in the masks nor predicted
+    lost = (ious < 0.05).sum(dim=0).tolist()
+    found = (ious > 0.5).any(dim=0).tolist()
+
+    positions = {}
+    for index, name in enumerate(classes):
+        if found[index] and lost[index] > 0:
+            positions[name] = lost[index]
+    return positions
+
+
+def boundary_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
+    """Count the pixels near contours, which boundary IoU compares.
+
+    Boundary IoU (Cheng et al. 2021, arXiv:2103.16562) is the IoU of bands along the inner side of
+    the contours. Our band is `BOUNDARY` = 2 pixels wide for images of every size, where the paper
+    takes 2 % of the image's diagonal. The border of an image is a contour, as in the authors' code.
+
+    From (N, H, W) predicted and true classes to (N, C + 1, C + 1) int64 confusion matrices, where
+    class C means "in no band". The boundary IoUs of the C classes are `iou(matrices)[..., :-1]`.
     """
     bands = []
     for labels in (prediction.where(mask != IGNORE, IGNORE), mask):
-        padded = F.pad(labels[:, None].float(), [BOUNDARY] * 4, value=-1)  # no class has this value
-        # −max(−x) is the minimum: where both are the same, the window holds one class alone.
-        high, low = (s * F.max_pool2d(s * padded, 2 * BOUNDARY + 1, 1)[:, 0] for s in (1, -1))
-        bands.append(labels.masked_fill((high == low) | (labels == IGNORE), num_classes))
-    return confusion_matrices(*bands, num_classes + 1)
+        labels = labels.to(torch.uint8)  # bytes are compared faster than int64
+        in_no_band = inside(labels) | (labels == IGNORE)
+        bands.append(labels.masked_fill(in_no_band, num_classes))
+    predicted_bands, true_bands = bands
+    return confusion_matrices(predicted_bands, true_bands, num_classes + 1)
 
 
-def interval(matrices: Tensor, size: int | None = None) -> list[float] | None:
-    """Estimate between which limits 95 % of the mean IoUs of other images would lie.
+def inside(labels: Tensor) -> Tensor:
+    """Mark the pixels of (N, H, W) uint8 whose square of 5×5 pixels has one value only."""
+    height, width = labels.shape[1:]
+    side = 2 * BOUNDARY + 1
+    padded = F.pad(labels, [BOUNDARY, BOUNDARY, BOUNDARY, BOUNDARY], value=OUTSIDE)
+    # First compare along rows, then compare rows: 10 comparisons of whole masks, not 25.
+    centre = padded[:, :, BOUNDARY : BOUNDARY + width]
+    row_is_plain = torch.ones_like(centre, dtype=torch.bool)
+    for shift in range(side):
+        row_is_plain &= padded[:, :, shift : shift + width] == centre
+    square_is_plain = torch.ones_like(labels, dtype=torch.bool)
+    for shift in range(side):
+        square_is_plain &= row_is_plain[:, shift : shift + height]
+        square_is_plain &= centre[:, shift : shift + height] == labels
+    return square_is_plain
 
-    From (M, C, C) confusion matrices of images, or of scenes where images of one are alike. M of
-    them are drawn anew with replacement (a bootstrap, Efron 1979), or `size` of them without. None
-    if there are too few to tell.
+
+# ---- statistics
+
+
+def interval(matrices: Tensor) -> list[float] | None:
+    """Estimate the limits that hold 95 % of the mean IoUs of other images of the same kind.
+
+    From (M, C, C) confusion matrices: of groups whose images resemble each other (a flight of AFO),
+    or of single images. M of them are drawn with replacement, `DRAWS` times (the bootstrap, Efron
+    1979). Returns [low, high], or None for fewer than `MIN_GROUPS` groups.
     """
-    number, generator = len(matrices), torch.Generator().manual_seed(0)
-    if number <= (size or 1):
+    groups = len(matrices)
+    if groups < MIN_GROUPS:
         return None
-    flat, sums = matrices.flatten(1).double(), []
-    for _ in range(DRAWS):
-        drawn = torch.multinomial(torch.ones(number), size or number, not size, generator=generator)
-        sums.append(drawn.bincount(minlength=number).double() @ flat)
-    means = mean_iou(torch.stack(sums).unflatten(1, matrices.shape[1:]))
-    return means.nan_to_num(0).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-
-
-def contributions(matrices: Tensor) -> list[float]:
-    """Compute what each scene contributes to the mean IoU of all, by the jackknife.
-
-    From (M, C, C) confusion matrices of scenes to M pseudo-values (Tukey 1958): M times the mean
-    IoU of all, less M − 1 times that without the scene. Their mean is nearly the mean IoU, and
-    statistics treat them as independent scores. A scene's own mean IoU would not do: a class that
-    it lacks and one predicted pixel make it 0.
-    """
-    total, number = matrices.sum(dim=0), len(matrices)
-    without = mean_iou(total - matrices).nan_to_num(0)  # of the only scene: no pixel is left
-    return (number * mean_iou(total) - (number - 1) * without).tolist()
+    generator = torch.Generator().manual_seed(0)
+    cells = matrices.flatten(1).double()  # (M, C²)
+    means = []
+    for _ in range(DRAWS // BLOCK):
+        drawn = torch.randint(groups, (BLOCK, groups), generator=generator)
+        times_drawn = torch.zeros(BLOCK, groups, dtype=torch.float64)
+        times_drawn.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+        sums = (times_drawn @ cells).unflatten(1, matrices.shape[1:])  # (BLOCK, C, C)
+        means.append(mean_iou(sums).nan_to_num(0))  # NaN: all pixels drawn are ignored
+    limits = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return torch.cat(means).quantile(limits).tolist()
 
 
 def mean_std(values: list[float | None]) -> dict | None:
     """Compute mean and sample standard deviation (None if n = 1); None if a value is missing."""
-    if any(value is None for value in values):
+    if None in values:
         return None
-    n, mean = len(values), math.fsum(values) / len(values)
-    std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else None
+    n = len(values)
+    mean = math.fsum(values) / n
+    std = None
+    if n > 1:
+        squares = math.fsum((value - mean) ** 2 for value in values)
+        std = math.sqrt(squares / (n - 1))
     return {"mean": mean, "std": std, "n": n, "values": values}
 
 
-def compare(a: dict, b: dict) -> tuple[str, float | None]:
-    """Compare the means of two results of `mean_std` by Welch's t test (1947), two-sided, at 95 %.
+def welch(a: list[float], b: list[float]) -> Comparison:
+    """Compare the means of two lists of scores by Welch's t test (1947), two-sided, at 95 %.
 
-    Returns "more" or "less" if a lies beyond noise above or below b, else "noise"; and half of the
-    95 % interval of their difference. "one seed" and None if n = 1.
+    The verdict says whether the mean of a is beyond noise above ("more") or below ("less") the mean
+    of b, or not ("noise"). It is "one seed" if a list has one score only, since nothing is then
+    known about the noise.
     """
-    if a["std"] is None or b["std"] is None:
-        return "one seed", None
-    parts = [stat["std"] ** 2 / stat["n"] for stat in (a, b)]
-    # Welch-Satterthwaite; rounded down to a row of the table, which asks for more
-    weights = [part**2 / (stat["n"] - 1) for part, stat in zip(parts, (a, b), strict=True)]
-    freedom = sum(parts) ** 2 / sum(weights) if sum(weights) else 1
-    quantile = T_QUANTILES[max(row for row in T_QUANTILES if row <= max(freedom, 1))]
-    margin, difference = quantile * math.sqrt(sum(parts)), a["mean"] - b["mean"]
+    first = mean_std(a)
+    second = mean_std(b)
+    difference = first["mean"] - second["mean"]
+    if first["n"] == 1 or second["n"] == 1:
+        return Comparison("one seed", difference, None)
+
+    error_a = first["std"] ** 2 / first["n"]  # squared standard errors of the means
+    error_b = second["std"] ** 2 / second["n"]
+    spread = error_a**2 / (first["n"] - 1) + error_b**2 / (second["n"] - 1)
+    freedom = 1.0
+    if spread > 0:  # 0: each list has equal values
+        freedom = (error_a + error_b) ** 2 / spread  # Welch-Satterthwaite equation
+    # Rounded down to an entry of the table, which asks for a slightly larger difference.
+    entry = max(row for row in T_QUANTILES if row <= max(freedom, 1))
+    margin = T_QUANTILES[entry] * math.sqrt(error_a + error_b)
+
     if abs(difference) <= margin:
-        return "noise", margin
-    return "more" if difference > 0 else "less", margin
-
-
-def fisher(a: int, n: int, b: int, m: int) -> float:
-    """Compute the p value of a of n against b of m, by Fisher's exact test (1922), two-sided.
-
-    The share of the ways to deal a + b hits to n and m runs that are as rare as this one or rarer.
-    """
-    hits = range(max(0, a + b - m), min(n, a + b) + 1)  # that the first n may have
-    ways = {x: math.comb(n, x) * math.comb(m, a + b - x) for x in hits}
-    return sum(w for w in ways.values() if w <= ways[a]) / math.comb(n + m, a + b)
+        verdict = "noise"
+    elif difference > 0:
+        verdict = "more"
+    else:
+        verdict = "less"
+    return Comparison(verdict, difference, margin)

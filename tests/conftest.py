@@ -11,11 +11,10 @@ from pathlib import Path
 # and on a busy machine threads that wait for each other cost minutes.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from common import ROOT, run
-
 import pytest
 import torch
 
+from common import ROOT, run
 from config import load_config
 from model import build_model, save_checkpoint
 from tools.generate import generate
@@ -41,7 +40,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_for(root: Path, **values: object) -> dict:
     """Load the default config for a data set, some keys given: `config_for(root, classes=…)`."""
-    return load_config([], [f"data={root}"]) | values
+    config = load_config([ROOT / "configs/afo.yaml"], [f"data={root}"])
+    config.update(values)
+    return config
 
 
 def tiny(root: Path, **values: object) -> list[str]:

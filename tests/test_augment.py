@@ -7,9 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur as torchvision_blur
 
-from augment import augment, take_batch, to_float
+from augment import augment, check_sizes, gaussian_blur, get_batch, take_batch
+from common import UserError
 from config import load_config
+from data import to_float
 from losses import LOSSES
 from metrics import IGNORE, confusion_matrices
 
@@ -154,6 +157,39 @@ def test_sigma_is_chosen_for_each_image_over_its_range() -> None:
     assert np.mean(sigmas) == pytest.approx(1.25, abs=0.2)  # uniform: ± 0.04
 
 
+def test_blur_of_a_batch_is_torchvisions_blur_of_each_image() -> None:
+    images = torch.rand(3, 4, 9, 12)
+    sigmas = [0.3, 1.0, 4.0]
+    blurred = gaussian_blur(images, 5, torch.tensor(sigmas))
+    for image, sigma, out in zip(images, sigmas, blurred, strict=True):
+        torch.testing.assert_close(out, torchvision_blur(image, [5, 5], [sigma, sigma]))
+
+
+def test_masks_are_blurred_as_the_lab_blurred_them() -> None:
+    images, masks = noise(6)
+    masks[:, :3] = IGNORE
+    config = settings(blur=1.0, blur_kernel=5, blur_sigma=[1.5, 1.5], blur_masks=True)
+    before = masks.clone()
+    _, blurred = augment(images, masks, config)
+    assert torch.equal(masks, before)  # those of the caller
+    for mask, out in zip(masks, blurred, strict=True):
+        channels = torch.stack([(mask == c).float() for c in range(4)])
+        expected = torchvision_blur(channels, [5, 5], [1.5, 1.5]).argmax(dim=0)
+        expected[mask == IGNORE] = IGNORE
+        agree = (out == expected).float().mean()
+        assert agree > 0.99  # where two classes are equally strong, rounding decides
+        assert (out != mask).float().mean() > 0.3
+
+
+def test_only_blurred_images_get_blurred_masks() -> None:
+    images, masks = noise(200)
+    out, blurred = augment(images, masks, settings(blur=0.5, blur_masks=True))
+    image_changed = (out != to_float(images)).flatten(1).any(dim=1)
+    mask_changed = (blurred != masks).flatten(1).any(dim=1)
+    assert 70 < int(mask_changed.sum()) < 130
+    assert not (mask_changed & ~image_changed).any()
+
+
 # ---- colour jitter
 
 
@@ -198,6 +234,37 @@ def test_shapes_types_range_and_untouched_input(channels: int) -> None:
     assert batch.is_contiguous(memory_format=torch.channels_last)
     assert batch.min() >= -1e-6 and batch.max() <= 1 + 1e-6  # a blur of white may round up
     assert torch.equal(images, before[0]) and torch.equal(masks, before[1])
+
+
+def test_batch_is_what_its_two_halves_make() -> None:
+    images, masks = noise(8)
+    index = torch.tensor([5, 0, 5])
+    torch.manual_seed(3)
+    batch, mask = get_batch(images, masks, index, torch.device("cpu"), everything())
+    torch.manual_seed(3)
+    crops, crop_masks = take_batch(images, masks, index, everything())
+    expected, expected_mask = augment(crops, crop_masks, everything())
+    assert torch.equal(batch, expected) and torch.equal(mask, expected_mask)
+
+
+@pytest.mark.parametrize(
+    ("values", "smallest_batch", "says"),
+    [
+        ({"blur": 0.1, "blur_kernel": 31, "crop": 15}, 8, "blur_kernel: 31 is too large"),
+        ({"blur": 0.1, "blur_kernel": 31, "crop": 16}, 8, None),
+        ({"blur": 0.0, "blur_kernel": 31, "crop": 15}, 8, None),
+        ({"crop": 16}, 1, "batch_size: is 1"),
+        ({"crop": 17}, 1, None),
+        ({"crop": 16}, 2, None),
+    ],
+)
+def test_sizes_that_cannot_work_are_named(values: dict, smallest_batch: int, says: str) -> None:
+    arguments = (settings(**values), 64, 64, 16, smallest_batch)
+    if says is None:
+        check_sizes(*arguments)
+    else:
+        with pytest.raises(UserError, match=says):
+            check_sizes(*arguments)
 
 
 def test_no_step_waits_for_a_gpu() -> None:

@@ -3,17 +3,15 @@
 import os
 from pathlib import Path
 
-from common import ROOT, UserError
-
 import pytest
 import torch
 import yaml
 from conftest import corruptions
 
-from config import dump, load_config, main
+from common import ROOT, UserError
+from config import UNFINISHED, dump, load_config, main
 from data import check_data_keys
 from model import build_model, count_parameters
-from train import try_batch
 
 DEFAULT = yaml.safe_load((ROOT / "configs/default.yaml").read_text())
 EXPERIMENTS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {ROOT / "configs/allowed.yaml"})
@@ -57,7 +55,7 @@ def test_default_as_base_undoes_nothing_through_a_link(tmp_path: Path) -> None:
         ("blur_sigma: [1, 2, 3]", "blur_sigma"),
         ("blur_kernel: 4", "blur_kernel: is 4"),
         ("skip: half", "skip: is half; allowed: ['pooled', 'full']"),
-        ("images: a/*.png\nmasks: b/*.png", "group: the splits are chosen at random"),
+        ("images: a/*.png\nmasks: b/*.png", "group: the splits are drawn at random"),
         ("- a list", "cannot be read"),
         ("a: [", "cannot be read"),
         ("base: none.yaml", "none.yaml: cannot be read"),
@@ -72,6 +70,27 @@ def test_mistakes_are_one_line_with_the_key(tmp_path: Path, text: str, says: str
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_group_of_flights_does_not_hold_for_other_data(tmp_path: Path) -> None:
+    assert load_config([ROOT / "configs/tuned.yaml"])["group"] == "^.{1,6}"
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("images: '{split}/images/*.png'\nmasks: '{split}/masks/*.png'\n")
+    assert load_config([ROOT / "configs/tuned.yaml", mine])["group"] == ""
+    mine.write_text(mine.read_text() + "group: '^[^_]+'\n")
+    assert load_config([ROOT / "configs/tuned.yaml", mine])["group"] == "^[^_]+"
+
+
+def test_lab_protocol_flips_in_three_models_only() -> None:
+    flips = {}
+    for name in ("initial", "modified", "tuned", "augment/flip-0.5", "augment/blur-0.3", "final"):
+        config = load_config([ROOT / f"configs/{name}.yaml"])
+        assert config["last_batch"] == "keep"
+        assert config["blur_masks"] == (config["blur"] > 0)
+        flips[name] = config["horizontal_flip"]
+    assert list(flips.values()) == [0.7, 0.7, 0.7, 0.0, 0.0, 0.0]
+    quick = load_config([ROOT / "configs/tuned.yaml", ROOT / "configs/quick.yaml"])
+    assert quick["horizontal_flip"] == 0.0
+
+
 def test_overrides_are_named(tmp_path: Path, call) -> None:
     mine, out = tmp_path / "mine.yaml", tmp_path / "out.yaml"
     mine.write_text("epochs: 30\ncrop: 48\n")
@@ -83,6 +102,24 @@ def test_overrides_are_named(tmp_path: Path, call) -> None:
     assert call(main, *files) == (0, "", "")  # unchanged: said once
 
 
+def test_finished_run_of_the_same_values_is_known(tmp_path: Path, call) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    asked = ("--config", ROOT / "configs/tuned.yaml", "--out", tmp_path / "run.yaml")
+    assert call(main, *asked, "--finished", run)[0] == UNFINISHED
+    text = (tmp_path / "run.yaml").read_text()
+    # A run of before the key last_batch, which has its default value here.
+    best = load_config([ROOT / "configs/best.yaml"])
+    lines = [line for line in dump(best).splitlines() if not line.startswith("last_batch")]
+    (run / "config.yaml").write_text("\n".join(lines))
+    asked = ("--config", ROOT / "configs/best.yaml", "--out", tmp_path / "run.yaml")
+    assert call(main, *asked, "--finished", run)[0] == UNFINISHED  # no summary.json yet
+    (run / "summary.json").write_text("{}")
+    assert call(main, *asked, "--finished", run)[0] == 0
+    assert call(main, *asked, "--set", "seed=1", "--finished", run)[0] == UNFINISHED
+    assert (tmp_path / "run.yaml").read_text() != text
+
+
 def test_errors_of_files_are_one_line_and_others_keep_their_trace(call) -> None:
     assert call(Path("no/file").read_text)[2] == "error: no/file: No such file or directory\n"
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -90,7 +127,6 @@ def test_errors_of_files_are_one_line_and_others_keep_their_trace(call) -> None:
 
 
 def test_damaged_config_is_one_line(tmp_path: Path) -> None:
-    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     text = dump(load_config([ROOT / "configs/best.yaml"], ["blur=0.5", "jitter=0.5", "crop=24"]))
     path, good = tmp_path / "bad.yaml", 0
     for data in corruptions(text.encode()):
@@ -100,8 +136,7 @@ def test_damaged_config_is_one_line(tmp_path: Path) -> None:
             check_data_keys(config)
             with torch.device("meta"):  # a mistyped width may be huge
                 parameters = count_parameters(build_model(config))
-            if parameters < 10**8 and config["in_channels"] == 3:
-                try_batch(build_model(config), images, images[:, 0], config, 2)
+            assert parameters > 0
             good += 1
         except UserError as error:
             assert "\n" not in str(error)

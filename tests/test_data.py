@@ -1,24 +1,27 @@
-"""Tests of data.py, tools/check.py and pictures: pairs, splits, the cache, damaged files."""
+"""Tests of data.py: pairs, splits, groups and the cache."""
 
+import fcntl
+import json
+import os
 import shutil
+import threading
+from hashlib import sha256
 from pathlib import Path
 
-from common import ROOT, SPLITS, UserError
+import machine
 
 import numpy as np
 import pytest
 import torch
-from conftest import config_for, corruptions
+from conftest import config_for
 from PIL import Image
 
 import data as d
-from evaluate import evaluate_checkpoint
-from figures import colourise, overlay, thumbnail
-from metrics import IGNORE
-from tools import compare
-from train import load_data
+from common import SPLITS, UserError
+from config import load_config
 
-TWO = {"water": [0, 0, 0], "lily": [255, 255, 255]}
+POND = {"water": [0, 0, 0], "lily": [255, 255, 255]}
+FLIGHTS = "^.{1,6}"  # the group of configs/afo.yaml
 
 
 @pytest.fixture
@@ -33,66 +36,167 @@ def pond(tmp_path: Path) -> dict:
     rng = np.random.default_rng(0)
     for day in range(9):
         for i in range(2):
-            size = (10 + day % 2, 12)
-            pixels = rng.integers(0, 256, (*size, 3), np.uint8)
-            mask = rng.integers(0, 2, size).astype(np.uint8) * 255
+            height = 10 + day % 2
+            pixels = rng.integers(0, 256, (height, 12, 3), np.uint8)
+            mask = rng.integers(0, 2, (height, 12)).astype(np.uint8) * 255
             Image.fromarray(pixels).save(tmp_path / f"day{day}_{i}.png")
             Image.fromarray(mask).save(tmp_path / f"day{day}_{i}_mask.png")
-    keys = {"images": "*.png", "masks": "*_mask.png", "group": "^[^_]+", "classes": TWO}
-    return config_for(tmp_path, **keys, resize=[16, 12])
+    return config_for(
+        tmp_path,
+        images="*.png",
+        masks="*_mask.png",
+        group="^[^_]+",
+        classes=POND,
+        resize=[16, 12],
+    )
 
 
 def test_split_holds_the_files_as_they_are(dataset: Path) -> None:
-    config = config_for(dataset)
+    config = config_for(dataset, group=FLIGHTS)
     split = d.load_split(config, "training")
-    images = sorted((dataset / "training/image").iterdir())
-    assert split.names == [path.stem for path in images]
-    assert split.groups == [path.stem[:6] for path in images]
-    classes = np.array(list(config["classes"].values()))
-    for i, path in enumerate(images):
-        mask = dataset / "training/gt_image" / f"gt_{path.name}"
+    paths = sorted((dataset / "training/image").iterdir())
+    assert split.names == [path.stem for path in paths]
+    assert split.groups == [path.stem[:6] for path in paths]
+    colours = np.array(list(config["classes"].values()))
+    for i, path in enumerate(paths):
         pixels = np.asarray(Image.open(path).convert("RGB"))
-        assert np.array_equal(split.images[i].numpy().transpose(1, 2, 0), pixels)
-        assert np.array_equal(classes[split.masks[i].numpy()], np.asarray(Image.open(mask)))
+        mask = np.asarray(Image.open(dataset / f"training/gt_image/gt_{path.name}"))
+        assert np.array_equal(split.images[i].permute(1, 2, 0).numpy(), pixels)
+        assert np.array_equal(colours[split.masks[i].numpy()], mask)
+
+
+def test_digest_is_of_names_and_pixels(dataset: Path) -> None:
+    """Published runs name their data by it: another way to compute it would orphan them."""
+    config = config_for(dataset)
+    paths = sorted((dataset / "testing/image").iterdir())
+    expected = sha256(json.dumps([path.stem for path in paths]).encode())
+    for path in paths:
+        expected.update(np.asarray(Image.open(path)).transpose(2, 0, 1).tobytes())
+        colours = np.asarray(Image.open(dataset / f"testing/gt_image/gt_{path.name}"))
+        mask = np.zeros((32, 32), np.uint8)
+        for index, colour in enumerate(config["classes"].values()):
+            mask[(colours == colour).all(axis=2)] = index
+        expected.update(mask.tobytes())
+    assert d.load_split(config, "testing").digest == expected.hexdigest()
+
+
+# ---- groups and random splits
+
+
+def test_own_images_are_their_own_groups(dataset: Path) -> None:
+    pairs, problems = d.find_pairs(load_config([], [f"data={dataset}"]), "training")
+    assert problems == []
+    assert [pair.group for pair in pairs] == [pair.name for pair in pairs]
 
 
 def test_random_splits_share_no_group(pond: dict) -> None:
     splits = {split: d.load_split(pond, split) for split in SPLITS}
-    groups = [set(split.groups) for split in splits.values()]
-    assert sorted(map(len, groups)) == [1, 1, 7] and len(set.union(*groups)) == 9
+    groups = {name: set(split.groups) for name, split in splits.items()}
+    assert len(groups["training"]) == 7
+    assert len(groups["validation"]) == len(groups["testing"]) == 1
+    assert len(set.union(*groups.values())) == 9
     assert sum(len(split.names) for split in splits.values()) == 18
     assert all(split.images.shape[2:] == (16, 12) for split in splits.values())
 
 
+def test_too_few_groups_are_refused(pond: dict) -> None:
+    for path in Path(pond["data"]).glob("day[2-8]*"):
+        path.unlink()
+    with pytest.raises(
+        UserError, match="too few groups for three splits; add images, or set group"
+    ):
+        d.load_split(pond, "training")
+
+
 def test_limits_are_evenly_spaced(dataset: Path) -> None:
-    split = d.load_split(config_for(dataset), "training")
-    few, short = load_data(config_for(dataset, limit_groups=2, limit_images=4, limit_validation=5))
+    config = config_for(dataset, group=FLIGHTS, limit_groups=2, limit_images=4, limit_validation=5)
+    split = d.load_split(config, "training")
+    few, validation = d.load_data(config)
     assert sorted(set(few.groups)) == [min(split.groups), max(split.groups)]
     assert few.names[0] == split.names[0] and few.names[-1] == split.names[-1]
-    assert len(few.names) == len(few.images) == len(few.masks) == 4 < len(short.masks) == 5
-    assert d.limit(split) is split and d.evenly(10, 4) == [0, 3, 6, 9]
+    assert len(few.names) == len(few.images) == len(few.masks) == 4
+    assert len(validation.masks) == 5
+    assert torch.equal(few.images[-1], split.images[-1])
+    assert d.limit(split) is split  # not copied
+    assert d.evenly(10, 4) == [0, 3, 6, 9]
+    assert d.evenly(3, 0) == d.evenly(3, 9) == [0, 1, 2]
+
+
+# ---- the cache
 
 
 def test_cache_is_made_once_and_again_when_a_file_changes(root: Path) -> None:
     config = config_for(root)
     first = d.load_split(config, "testing")
     [cache] = root.glob(".cache/testing-*")
+    built = cache.stat().st_mtime_ns
     assert d.load_split(config, "testing").digest == first.digest
+    assert cache.stat().st_mtime_ns == built
     image = sorted((root / "testing/image").iterdir())[0]
     Image.new("RGB", (32, 32), "red").save(image)
     second = d.load_split(config, "testing")
     assert second.digest != first.digest and (second.images[0, 0] == 255).all()
-    assert [*root.glob(".cache/testing-*")] != [cache] and not cache.exists()
+    assert len(list(root.glob(".cache/testing-*"))) == 1 and not cache.exists()
 
 
 def test_configs_of_one_folder_keep_their_caches(pond: dict) -> None:
-    others = [{"split_shares": [0.5, 0.25, 0.25]}, {"group": ""}, {"classes": TWO | {"x": [1] * 3}}]
-    others.append({"images": "d*.png", "masks": "d*_mask.png"})
-    configs = [pond, *(pond | other for other in others)]
+    configs = [
+        pond,
+        dict(pond, split_shares=[0.5, 0.25, 0.25]),
+        dict(pond, group=""),
+        dict(pond, classes={"water": [0, 0, 0], "lily": [255, 255, 255], "frog": [1, 1, 1]}),
+        dict(pond, images="d*.png", masks="d*_mask.png"),
+    ]
     first = [d.load_split(config, "training").digest for config in configs]
     caches = {p: p.stat().st_mtime_ns for p in Path(pond["data"]).glob(".cache/training-*")}
+    assert len(caches) == 5
     assert [d.load_split(config, "training").digest for config in configs] == first
-    assert len(caches) == 5 and all(p.stat().st_mtime_ns == time for p, time in caches.items())
+    assert all(path.stat().st_mtime_ns == time for path, time in caches.items())
+
+
+def test_spellings_of_a_folder_share_a_cache(root: Path, tmp_path: Path, monkeypatch) -> None:
+    d.load_split(config_for(root), "testing")
+    [cache] = root.glob(".cache/testing-*")
+    built = cache.stat().st_mtime_ns
+    (tmp_path / "link").symlink_to(root)
+    monkeypatch.chdir(tmp_path)
+    for spelling in ("set", "../" + tmp_path.name + "/set/", "link"):
+        split = d.load_split(config_for(Path(spelling), data=spelling), "testing")
+        assert len(split.names) == len(split.images)
+        assert cache.stat().st_mtime_ns == built  # neither removed nor built again
+
+
+def test_cache_is_opened_under_its_lock(dataset: Path, monkeypatch) -> None:
+    """Another process may remove a cache that is outdated to it, but not while it is opened."""
+    load = np.load
+
+    def load_if_locked(path: Path, **options: object) -> np.ndarray:
+        [lock] = path.parents[1].glob(f"{path.parent.name.split('-')[1]}.lock")
+        with open(lock) as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return load(path, **options)
+
+    monkeypatch.setattr(np, "load", load_if_locked)
+    d.load_split(config_for(dataset), "testing")
+
+
+@pytest.mark.skipif(len(machine.CORES) < 2, reason="needs two cores and Linux")
+def test_files_are_decoded_on_all_cores(root: Path, monkeypatch) -> None:
+    read_pair = d.read_pair
+    cores = []
+
+    def record(*args: object) -> tuple:
+        if threading.current_thread() is not threading.main_thread():
+            cores.append(os.sched_getaffinity(0))
+        return read_pair(*args)
+
+    monkeypatch.setattr(d, "read_pair", record)
+    os.sched_setaffinity(0, {min(machine.CORES)})  # as OMP_PROC_BIND pins the main thread
+    try:
+        d.load_split(config_for(root), "testing")
+    finally:
+        machine.unpin_thread()
+    assert cores and all(allowed == machine.CORES for allowed in cores)
 
 
 def test_data_in_a_read_only_folder(root: Path, tmp_path: Path, monkeypatch) -> None:
@@ -103,73 +207,22 @@ def test_data_in_a_read_only_folder(root: Path, tmp_path: Path, monkeypatch) -> 
     assert list((tmp_path / "project/data/.cache").glob("testing-*"))
 
 
-def save(path: Path, pixels: list | np.ndarray, mode: str | None = None) -> Path:
-    Image.fromarray(np.array(pixels, np.uint8), mode).save(path)
-    return path
-
-
-def test_masks_of_indices_and_ignored_pixels(tmp_path: Path) -> None:
-    config = config_for(tmp_path, mask_format="indices", ignore=[255])
-    expected = [[0, 1, 2], [3, 255, 0]]
-    grey = save(tmp_path / "a.png", expected)
-    rgb = save(tmp_path / "b.png", np.array(expected)[..., None].repeat(3, 2))
-    palette = Image.fromarray(np.array(expected, np.uint8), "P")
-    palette.putpalette(list(range(255, -1, -1)) * 3)
-    palette.save(tmp_path / "c.png")
-    for path in (grey, rgb, tmp_path / "c.png"):
-        assert d.read_mask(path, config).tolist() == expected
-    colours = save(tmp_path / "d.png", [[[9, 9, 9], [255, 0, 0]]])
-    assert d.read_mask(colours, config_for(tmp_path, ignore=[9, 9, 9])).tolist() == [[IGNORE, 1]]
-
-
-@pytest.mark.parametrize(
-    ("pixels", "keys", "says"),
-    [
-        ([[[0, 0, 0], [9, 8, 7]]], {}, r"1 pixels are of no class, .* \[9, 8, 7\] at x=1"),
-        ([[0, 1, 2]], {}, "set mask_format: indices"),
-        ([[[255, 0, 0]]], {"mask_format": "indices"}, "set mask_format: colours"),
-        ([[0, 255]], {"mask_format": "indices"}, r"set ignore: \[255\]"),
-    ],
-)
-def test_unfit_mask_says_what_to_set(tmp_path: Path, pixels: list, keys: dict, says: str) -> None:
-    path = save(tmp_path / "m.png", pixels)
-    with pytest.raises(UserError, match=f"{path}: .*{says}"):
-        d.read_mask(path, config_for(tmp_path, **keys))
-
-
-def test_images_of_any_kind(tmp_path: Path) -> None:
-    half = save(tmp_path / "a.png", [[[255, 0, 0, 255], [0, 0, 0, 0]]], "RGBA")
-    assert d.read_image(half, 3).tolist() == [[[255, 0, 0], [255, 255, 255]]]  # shown on white
-    assert d.read_image(half, 4)[0, 1, 3] == 0
-    assert d.read_image(half, 1).shape == (1, 2, 1)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    Image.new("RGB", (4, 2)).save(tmp_path / "b.jpg", exif=exif)
-    assert d.read_image(tmp_path / "b.jpg", 3).shape == (4, 2, 3)
-    Image.fromarray(np.zeros((2, 2), np.uint16)).save(tmp_path / "c.png")
-    with pytest.raises(UserError, match=r"c\.png: has (16 bits|pixels of mode)"):
-        d.read_image(tmp_path / "c.png", 3)
-
-
-@pytest.mark.parametrize("kind", ["image", "mask"])
-def test_damaged_image_or_mask_is_one_line(dataset: Path, tmp_path: Path, kind: str) -> None:
-    pair = d.find_pairs(config_for(dataset), "testing")[0][0]
-    path, config = tmp_path / "bad.png", config_for(dataset)
-    for content in corruptions((pair.image if kind == "image" else pair.mask).read_bytes()):
-        path.write_bytes(content)
-        try:
-            found = d.read_image(path, 3) if kind == "image" else d.read_mask(path, config)
-            assert found.dtype == np.uint8 and found.ndim == (3 if kind == "image" else 2)
-        except UserError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
+# ---- errors
 
 
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"images": "photos"}, "images, masks: must be paths"),
-        ({"classes": {"a": [0, 0, 0]}}, "classes, ignore"),
-        ({"ignore": [255, 0, 0]}, "classes, ignore"),
+        ({"images": "photos"}, "images: is 'photos'; give a path below `data` with one"),
+        ({"masks": "/photos/*.png"}, "masks: is '/photos"),
+        ({"classes": {"a": [0, 0, 0]}}, "classes: there are 1; give 2 to 254"),
+        ({"classes": {"a": [0, 0, 0], 7: [1, 1, 1]}}, "classes: 7: is no text"),
+        ({"classes": {"a": [0, 0, 0], "b": [1, 1, 256]}}, "classes: b: is .*each 0 to 255"),
+        ({"classes": {"a": [0, 0, 0], "b": "red"}}, "classes: b: is red; give"),
+        ({"ignore": [255, 0, 0]}, r"classes, ignore: \[255, 0, 0\] stands twice"),
+        ({"ignore": [255]}, r"ignore: is \[255\]; give \[red, green, blue\]"),
+        ({"mask_format": "indices", "ignore": [256]}, "ignore: is .* give one index"),
+        ({"mask_format": "indices", "ignore": [3]}, r"classes, ignore: \[3\] stands twice"),
         ({"resize": [4]}, "resize"),
         ({"group": "("}, "group"),
         ({"data": "nowhere"}, r"nowhere/.*: no such folder; run make data"),
@@ -177,75 +230,24 @@ def test_damaged_image_or_mask_is_one_line(dataset: Path, tmp_path: Path, kind: 
 )
 def test_bad_keys_are_named(dataset: Path, keys: dict, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        d.load_split(config_for(dataset) | keys, "training")
+        d.load_split(dict(config_for(dataset), **keys), "training")
 
 
-def test_check_lists_everything(root: Path, tmp_path: Path, call) -> None:
-    code, out, _ = call(d.main, "check", root, "--picture", tmp_path / "good.png")
-    assert code == 0 and "problem" not in out
-    assert Image.open(tmp_path / "good.png").width > 500
-    first, second, third, *_ = sorted((root / "training/image").iterdir())
-    for path in (first, *sorted((root / "validation/gt_image").iterdir())[:2]):
+def test_the_first_problem_is_told(root: Path) -> None:
+    for path in sorted((root / "validation/gt_image").iterdir())[:2]:
         path.unlink()
-    second.write_bytes(b"no image")
-    Image.new("RGB", (9, 9)).save(sorted((root / "testing/image").iterdir())[0])
-    copied = "999999_square_red_000001.png"  # a name that no split has
-    shutil.copy(third, root / "testing/image" / copied)
-    mask = root / "training/gt_image" / f"gt_{third.name}"
-    shutil.copy(mask, root / "testing/gt_image" / f"gt_{copied}")
-    code, out, error = call(d.main, "check", root)
-    assert code == 2 and error.endswith("6 problem(s), listed above; fix them\n")
-    assert out.count("problem: ") == 6
-    same = f"{copied}: is also in training ({third})"
-    for said in (f"gt_{first.name}: has no", f"{second}: cannot be read", "9×9", same):
-        assert out.count(said) == 1, said
-    with pytest.raises(UserError, match=r"\.png: has no .*gt_.* \(and 1 more"):
+    with pytest.raises(UserError, match=r"\.png: has no mask .*gt_.* \(and 1 more"):
         d.load_split(config_for(root), "validation")
 
 
-def test_two_sizes_and_splits_of_ignored_pixels_are_refused_at_once(pond: dict) -> None:
+def test_two_sizes_are_refused_and_leave_nothing(pond: dict) -> None:
     with pytest.raises(UserError, match="set `resize`"):
-        d.load_split(pond | {"resize": []}, "training")
+        d.load_split(dict(pond, resize=[]), "training")
     assert not list(Path(pond["data"]).glob(".cache/training*"))
+
+
+def test_split_of_ignored_pixels_is_refused(pond: dict) -> None:
     for mask in Path(pond["data"]).glob("*_mask.png"):
         Image.new("RGB", Image.open(mask).size, (9, 9, 9)).save(mask)
     with pytest.raises(UserError, match="ignore: leaves no pixel of the training split"):
-        load_data(pond | {"ignore": [9, 9, 9]})
-
-
-def test_unknown_command_is_named(call) -> None:
-    code, _, error = call(d.main, "fetch")
-    assert code == 2 and "generate, download, check" in error
-
-
-def test_pictures() -> None:
-    classes = {"a": [0, 0, 0], "b": [255, 0, 0]}
-    image = torch.full((3, 2, 2), 100, dtype=torch.uint8)
-    mask = torch.tensor([[0, 1], [IGNORE, 0]], dtype=torch.uint8)
-    assert colourise(mask, classes)[:, 0, 1].tolist() == [255, 0, 0]
-    over = overlay(image, mask, classes)
-    assert over[:, 0, 0].tolist() == [100] * 3 and over[:, 0, 1].tolist() == [177, 50, 50]
-    assert max(thumbnail(torch.zeros(3, 999, 500, dtype=torch.uint8)).shape) <= 160
-
-
-def test_compare_measures_masks_and_models(dataset: Path, root: Path, call) -> None:
-    masks = torch.zeros(3, 20, 20, dtype=torch.uint8)
-    masks[0, 2:6, 10:15] = 1  # 20 pixels around (12, 3.5), beside another shape
-    masks[0, 2:6, 16:18] = 2
-    masks[1, 4:8, 1:6] = 1  # alone
-    assert compare.describe(masks, 1) == {
-        **{"in images": "0.667", "of all pixels": "0.0333"},  # 40 of 1200
-        "pixels: median (5–95 %)": "20 (20–20)",
-        **{"x: median (5–95 %)": "8 (3–12)", "y: median (5–95 %)": "4 (4–5)"},  # of 3 and 12
-        "touches another": "0.500",
-    }
-    assert compare.describe(masks, 3) == {"in images": "0.000", "of all pixels": "0.0000"}
-    splits = ("testing", "validation")  # of one set is what the other has the other way round
-    for old, new in (("testing", "x"), ("validation", "testing"), ("x", "validation")):
-        (root / old).rename(root / new)
-    weights = ROOT / "weights/best.pt"
-    code, out, error = call(compare.main, dataset, root, "--models", weights, weights)
-    rows = (evaluate_checkpoint(weights, str(dataset), s, torch.device("cpu"))[0] for s in splits)
-    scores = [f"{row['mean_iou']:.4f}" for row in rows]
-    assert code == 0 and scores[0] != scores[1], error
-    assert [line.split()[-2:] for line in out.splitlines()[-2:]] == [scores, scores]
+        d.load_data(dict(pond, ignore=[9, 9, 9]))

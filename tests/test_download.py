@@ -6,19 +6,19 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from common import UserError
-
 import pytest
 from conftest import corruptions
 
+import data as data_script
+from common import SPLITS, UserError
 from tools import download as d
 
-FILES = {
-    f"{split}/{folder}/{prefix}000001_square_red_00000{i}.png": f"{split} {folder} {i}".encode()
-    for split in ("training", "validation", "testing")
-    for folder, prefix in (("image", ""), ("gt_image", "gt_"))
-    for i in (1, 2)
-}
+FILES = {}  # path below the data folder → content
+for split in SPLITS:
+    for i in (1, 2):
+        name = f"000001_square_red_00000{i}.png"
+        FILES[f"{split}/image/{name}"] = f"image {i} of {split}".encode()
+        FILES[f"{split}/gt_image/gt_{name}"] = f"mask {i} of {split}".encode()
 
 
 def archive(path: Path, files: dict[str, bytes], prefix: str = "repo-1/data/") -> Path:
@@ -32,8 +32,10 @@ def archive(path: Path, files: dict[str, bytes], prefix: str = "repo-1/data/") -
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> str:
     """Make the digest of `FILES` the expected one: lines as sha256sum writes them, by path."""
-    lines = (f"{hashlib.sha256(FILES[n]).hexdigest()}  {n}\n" for n in sorted(FILES))
-    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+    lines = ""
+    for name in sorted(FILES):
+        lines += f"{hashlib.sha256(FILES[name]).hexdigest()}  {name}\n"
+    digest = hashlib.sha256(lines.encode()).hexdigest()
     monkeypatch.setattr(d, "DIGESTS", {digest: "test"})
     return digest
 
@@ -62,16 +64,18 @@ def test_other_content_is_refused(tmp_path: Path, new: dict[str, bytes]) -> None
 
 
 def test_paths_that_leave_the_folder_are_not_written(tmp_path: Path) -> None:
-    evil = {f"../../{name}.png": b"x" for name in ("a", "training/image/b")} | {"/etc/c.png": b"x"}
-    path = archive(tmp_path / "a.zip", FILES | evil, prefix="")
-    with pytest.raises(UserError):  # b.png is of the known layout, so that the content differs
+    files = dict(FILES)
+    for name in ("../../a.png", "../../training/image/b.png", "/etc/c.png"):
+        files[name] = b"x"
+    path = archive(tmp_path / "a.zip", files, prefix="")
+    with pytest.raises(UserError):  # b.png fits the known layout, so the content differs
         d.download(tmp_path / "in/out", path)
     assert content(tmp_path) == {"a.zip": path.read_bytes()}
 
 
 def test_address_without_an_answer_is_one_line(tmp_path: Path, monkeypatch, call) -> None:
     monkeypatch.setattr(d, "URL", "https://localhost:9/archive.zip")
-    code, _, error = call(d.main, "--out", tmp_path / "out")
+    code, _, error = call(data_script.main, "download", "--out", tmp_path / "out")
     assert code == 2 and error.count("\n") == 1
     assert "https://localhost:9/archive.zip" in error and "AFO_ARCHIVE" in error
     assert list(tmp_path.iterdir()) == []

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import ROOT
-
 import pytest
+
+from common import ROOT
 
 
 @pytest.fixture
@@ -17,6 +17,8 @@ def project(tmp_path: Path) -> Path:
     for name in ("Makefile", "requirements.txt", "config.py", "common.py"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools/stamp.py", tmp_path / "tools")
     (tmp_path / "data/generated").mkdir(parents=True)
     (tmp_path / ".venv/bin").mkdir(parents=True)
     python = tmp_path / ".venv/bin/python"
@@ -67,7 +69,7 @@ run = after("--run-dir")
 run.mkdir(exist_ok=True)
 shutil.copy(after("--config"), run / "config.yaml")
 (run / "summary.json").write_text("{}")
-print("trained")
+print("trained", sys.argv)
 """
 
 
@@ -95,8 +97,23 @@ def test_only_a_changed_value_trains_again(project: Path) -> None:
     assert trains(project)  # the config without SET is another one
 
 
+def test_changed_data_train_again(project: Path) -> None:
+    photos = project / "data/generated/training"
+    photos.mkdir()
+    (photos / "a.png").write_bytes(b"first")
+    assert trains(project) and not trains(project)
+    (photos / "a.png").write_bytes(b"other")  # in place, of the same size
+    assert trains(project) and not trains(project)
+    (photos / "b.png").write_bytes(b"new")
+    assert trains(project) and not trains(project)
+    (project / "data/generated/.cache").mkdir()
+    (project / "data/generated/.cache/x").write_bytes(b"decoded")
+    assert not trains(project)
+
+
 def test_own_data_win_over_profile_and_experiment(project: Path) -> None:
     (project / "train.py").write_text(FAKE_TRAINING)
+    (project / "my/folder").mkdir(parents=True)
     (project / "mine.yaml").write_text(
         "data: my/folder\ncrop: 77\ngroup: ''\nimages: 'a/*.png'\nmasks: 'b/*.png'\nname: x\n"
     )
@@ -111,32 +128,32 @@ def test_own_data_win_over_profile_and_experiment(project: Path) -> None:
 
 def test_experiment_that_names_its_data_keeps_them(project: Path) -> None:
     (project / "train.py").write_text(FAKE_TRAINING)
-    for name in ("afo", "afo-blurred"):
-        (project / "data" / name).mkdir()
-    target = "runs/afo/quick/blurred-masks/seed0/summary.json"
+    (project / "data/afo").mkdir()
+    (project / "configs/mine.yaml").write_text("base: tuned.yaml\ndata: data/generated\n")
+    target = "runs/afo/quick/mine/seed0/summary.json"
     assert make(project, target, "DATA=afo").returncode == 0
     lines = (project / target).with_name("config.yaml").read_text().splitlines()
-    assert "data: data/afo-blurred" in lines
+    assert "data: data/generated" in lines
+
+
+def test_only_overwrite_discards_a_run(project: Path) -> None:
+    (project / "train.py").write_text(FAKE_TRAINING)
+    target = "runs/generated/quick/tuned/seed0/summary.json"
+    first = make(project, target).stdout
+    assert "--resume" in first and "--overwrite" not in first
+    assert "--overwrite" in make(project, target, "SET=seed=5", "OVERWRITE=1").stdout
+
+
+def test_clean_keeps_runs(project: Path) -> None:
+    for folder in ("runs/generated", "report", "data/afo"):
+        (project / folder).mkdir(parents=True)
+    assert make(project, "clean").returncode == 0
+    left = {path.relative_to(project).as_posix() for path in project.glob("*/*")}
+    assert {"runs/generated", "data/afo"} <= left and not (project / "report").exists()
+    assert make(project, "clean-runs").returncode == 0
+    assert not (project / "runs").exists()
 
 
 def test_doctor_without_a_run_says_so(project: Path) -> None:
     done = make(project, "doctor")
     assert done.returncode == 2 and "make doctor RUN=" in done.stderr
-
-
-def test_publish_keeps_small_files_of_finished_runs(project: Path) -> None:
-    for name, files in {"done": ("summary.json", "best.pt"), "begun": ("last.pt",)}.items():
-        run = project / f"runs/afo/quick/{name}/seed0"
-        run.mkdir(parents=True)
-        for file in ("config.yaml", "metrics.jsonl", *files):
-            (run / file).write_text("new")
-    old = project / "results/afo/quick/done/seed0/testing.json"  # of a run that is no more
-    old.parent.mkdir(parents=True)
-    old.write_text("old")
-    done = make(project, "publish", "DATA=afo")
-    kept = [path for path in (project / "results").rglob("*") if path.is_file()]
-    assert done.returncode == 0 and {path.parent for path in kept} == {old.parent}
-    assert {path.name for path in kept} == {"config.yaml", "metrics.jsonl", "summary.json"}
-    for wrong in ("runs/nosuch", "results/afo"):
-        done = make(project, "publish", f"RUNS={wrong}")
-        assert done.returncode == 2 and f"error: RUNS={wrong}" in done.stderr

@@ -1,9 +1,8 @@
-"""Tests of model.py: the architecture written out, its summary, checkpoints, device."""
+"""Tests of model.py: the architecture written out, its summary, checkpoints."""
 
 import pickle
+import traceback
 from pathlib import Path
-
-from common import ROOT, UserError
 
 import numpy as np
 import pytest
@@ -12,19 +11,19 @@ import torch.nn.functional as F
 from conftest import corruptions
 from torch import Tensor, nn
 
+from common import ROOT, UserError
 from config import load_config
 from model import (
     UNet,
+    bilinear_start_applies,
     build_model,
     count_parameters,
     main,
-    pick_device,
-    pick_precision,
     read_checkpoint,
     restore_model,
     save_checkpoint,
 )
-from predict import load_model
+from predict import load_model, predict
 
 CPU = torch.device("cpu")
 LAB_HEAD = [[6, 3], ["classes", 3]]
@@ -34,10 +33,19 @@ both_skips = pytest.mark.parametrize("skip", ["pooled", "full"])
 def small(skip: str = "pooled", **changes: object) -> UNet:
     """Build two encoder stages of few channels; seeded, with batch norms of other statistics."""
     torch.manual_seed(0)
-    decoder = [[6, 3], [5, 3]] + [[7, 3]] * (skip == "full")
-    stages = {"encoder": [[4, 3], [8, 5]], "decoder": decoder, "skip": skip}
-    others = {"in_channels": 3, "num_classes": 4, "dropout": 0.0, "upsampling_init": "random"}
-    model = UNet(**(stages | others | changes))
+    arguments = {
+        "in_channels": 3,
+        "num_classes": 4,
+        "encoder": [[4, 3], [8, 5]],
+        "decoder": [[6, 3], [5, 3]],
+        "skip": skip,
+        "dropout": 0.0,
+        "upsampling_init": "random",
+    }
+    if skip == "full":
+        arguments["decoder"] = [[6, 3], [5, 3], [7, 3]]
+    arguments.update(changes)
+    model = UNet(**arguments)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -64,21 +72,27 @@ def test_parameters_of_the_labs_models(name: str, parameters: int) -> None:
 
 def by_hand(model: UNet, images: Tensor) -> Tensor:
     """The architecture of the lab written out for two stages of either kind of skip."""
-    state, pool = model.state_dict(), nn.MaxPool2d(3, 2, 1)
+    state = model.state_dict()
+    pool = nn.MaxPool2d(3, 2, 1)
+
+    def normalise(x: Tensor, name: str) -> Tensor:
+        mean = state[f"{name}.running_mean"].view(1, -1, 1, 1)
+        variance = state[f"{name}.running_var"].view(1, -1, 1, 1)
+        gain = state[f"{name}.weight"].view(1, -1, 1, 1)
+        bias = state[f"{name}.bias"].view(1, -1, 1, 1)
+        return (x - mean) / (variance + 1e-5).sqrt() * gain + bias
 
     def double(x: Tensor, name: str) -> Tensor:
         for conv, norm in ((0, 1), (3, 4)):
             kernel = state[f"{name}.{conv}.weight"]
-            x = F.conv2d(x, kernel, state[f"{name}.{conv}.bias"], padding=kernel.shape[-1] // 2)
-            mean, var, gain, bias = (
-                state[f"{name}.{norm}.{key}"].view(1, -1, 1, 1)
-                for key in ("running_mean", "running_var", "weight", "bias")
-            )
-            x = ((x - mean) / (var + 1e-5).sqrt() * gain + bias).clamp(min=0)
+            padding = kernel.shape[-1] // 2
+            x = F.conv2d(x, kernel, state[f"{name}.{conv}.bias"], padding=padding)
+            x = normalise(x, f"{name}.{norm}").clamp(min=0)
         return x
 
     def up(x: Tensor, i: int) -> Tensor:
-        weight, bias = state[f"up.{i}.weight"], state[f"up.{i}.bias"]
+        weight = state[f"up.{i}.weight"]
+        bias = state[f"up.{i}.bias"]
         if weight.shape[-1] == 1:
             return F.conv2d(x, weight, bias)
         return F.conv_transpose2d(x, weight, bias, stride=2, padding=1, output_padding=1)
@@ -142,12 +156,20 @@ def test_bilinear_init_upsamples_each_channel_by_itself() -> None:
     torch.testing.assert_close(out, expected[..., :10, :14])
 
 
-def test_bilinear_init_is_only_for_heads_of_as_many_channels_as_classes() -> None:
-    full = {"skip": "full", "decoder": [[6, 3], [5, 3], [4, 3]]}
-    for changes, expected in (({"decoder": LAB_HEAD}, True), ({}, False), (full, False)):
-        models = (small(**changes, upsampling_init=init) for init in ("bilinear", "random"))
-        bilinear, random = (model.up[-1].weight for model in models)
-        assert torch.equal(bilinear, random) != expected
+FULL_HEAD = [[6, 3], [5, 3], [4, 3]]
+
+
+@pytest.mark.parametrize(
+    ("skip", "decoder", "applies"),
+    [("pooled", LAB_HEAD, True), ("pooled", [[6, 3], [5, 3]], False), ("full", FULL_HEAD, False)],
+)
+def test_bilinear_init_is_only_for_heads_of_as_many_channels_as_classes(
+    skip: str, decoder: list, applies: bool
+) -> None:
+    bilinear = small(skip, decoder=decoder, upsampling_init="bilinear")
+    random = small(skip, decoder=decoder, upsampling_init="random")
+    assert torch.equal(bilinear.up[-1].weight, random.up[-1].weight) != applies
+    assert bilinear_start_applies(bilinear) == applies  # train.py prints a note if it does not
 
 
 def test_dropout_drops_whole_channels_after_each_double_conv_in_training_only() -> None:
@@ -155,8 +177,8 @@ def test_dropout_drops_whole_channels_after_each_double_conv_in_training_only() 
     with torch.no_grad():
         assert torch.equal(model(images), small("full")(images))
         assert not torch.equal(model.train()(images), model(images))
-    drops = [stage[-1] for stage in (*model.encoder, *model.decoder)]
-    assert all(isinstance(drop, nn.Dropout2d) and drop.p == 0.5 for drop in drops)
+    for stage in list(model.encoder) + list(model.decoder):
+        assert isinstance(stage[-1], nn.Dropout2d) and stage[-1].p == 0.5
 
 
 # ---- the summary
@@ -191,38 +213,93 @@ def test_command_line_prints_stages_and_total(call) -> None:
     assert stages[-1] == ["decoder", "4", "up", "4×128×128", str(9 * 4 * 4 + 4)]
 
 
-# ---- checkpoints, device
+# ---- checkpoints
 
 
-def checkpoint(path: Path) -> dict:
-    """Save a checkpoint of a small model; returns what was saved."""
-    names = ["encoder=[[4, 3], [4, 3]]", "decoder=[[4, 3], [4, 3]]", "precision=float32"]
-    config = load_config([], names)
+def write_small(path: Path, **changes: object) -> dict:
+    """Save a checkpoint of a small model, some of its keys changed; returns what was saved."""
+    stages = ["encoder=[[4, 3], [4, 3]]", "decoder=[[4, 3], [4, 3]]", "precision=float32"]
+    config = load_config([], stages)
     content = {"config": config, "model": build_model(config).state_dict(), "data_digest": "a"}
+    content.update(changes)
     save_checkpoint(path, content)
     return content
 
 
 def test_checkpoint_comes_back_its_config_as_of_today(tmp_path: Path) -> None:
-    saved = checkpoint(tmp_path / "a.pt")
-    older = {k: v for k, v in saved["config"].items() if k != "jitter"} | {"device": "auto"}
-    save_checkpoint(tmp_path / "a.pt", saved | {"config": older})
+    saved = write_small(tmp_path / "a.pt")
+    older = dict(saved["config"], device="auto")  # a key that is no more
+    del older["jitter"]  # a key that was not yet
+    save_checkpoint(tmp_path / "a.pt", dict(saved, config=older))
     model, content = restore_model(tmp_path / "a.pt", CPU)
     assert content["config"] == saved["config"] and content["data_digest"] == "a"
     assert not model.training
     torch.testing.assert_close(model.state_dict(), saved["model"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("change", [{"format": "another 1"}, {"model": {}}, {"config": 3}])
+@pytest.mark.parametrize("change", [{"format": "another 1"}, {"model": 3}, {"config": 3}])
 def test_checkpoint_of_another_project_is_named(tmp_path: Path, change: dict) -> None:
-    path = tmp_path / "a.pt"
-    save_checkpoint(path, checkpoint(path) | change)
+    write_small(tmp_path / "a.pt", **change)
     with pytest.raises(UserError, match=r"a.pt: cannot be read .*; give a \.pt file"):
-        restore_model(path, CPU)
+        restore_model(tmp_path / "a.pt", CPU)
+
+
+@pytest.mark.parametrize("value", ["much", None])
+def test_value_of_another_type_in_the_config_is_named(tmp_path: Path, value: object) -> None:
+    config = load_config([])
+    config["dropout"] = value
+    write_small(tmp_path / "a.pt", config=config)
+    with pytest.raises(UserError, match=r"a.pt: cannot be read \(dropout is "):
+        restore_model(tmp_path / "a.pt", CPU)
+
+
+def test_weights_of_another_model_are_one_line(tmp_path: Path) -> None:
+    """The line names the file and the first misfit: other shapes, too few names, too many."""
+    state = write_small(tmp_path / "a.pt")["model"]
+    wider = dict(state)
+    wider["encoder.0.0.weight"] = torch.zeros(5, 3, 3, 3)
+    fewer = dict(state)
+    del fewer["up.1.bias"]
+    more = dict(state)
+    more["head.weight"] = torch.zeros(4)
+    misfits = (
+        (wider, "encoder.0.0.weight is [5, 3, 3, 3] in the file, [4, 3, 3, 3] here"),
+        (fewer, "the file has no up.1.bias"),
+        (more, "the model has no head.weight"),
+        ({}, "the file has no encoder.0.0.weight"),
+    )
+    for other, misfit in misfits:
+        write_small(tmp_path / "a.pt", model=other)
+        with pytest.raises(UserError) as caught:
+            restore_model(tmp_path / "a.pt", CPU)
+        advice = "undo the change of model.py, or train again"
+        expected = f"{tmp_path}/a.pt: its weights do not fit the model ({misfit}); {advice}"
+        assert str(caught.value) == expected
+
+
+def fail_as_edited(*_arguments: object) -> None:
+    torch.zeros(2) + torch.zeros(3)
+
+
+@pytest.mark.parametrize("method", ["__init__", "forward"])
+def test_mistake_in_an_edited_model_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    write_small(tmp_path / "a.pt")
+
+    def edited(self: UNet, *_images: Tensor, **_arguments: object) -> None:
+        fail_as_edited()
+
+    monkeypatch.setattr(UNet, method, edited)
+    with pytest.raises(RuntimeError, match="must match the size") as caught:
+        model, config = load_model(tmp_path / "a.pt", "cpu")
+        predict(model, config, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    lines = [frame.name for frame in traceback.extract_tb(caught.tb)]
+    assert lines[-2:] == ["edited", "fail_as_edited"]
 
 
 def test_shipped_weights_load(capfd: pytest.CaptureFixture, monkeypatch) -> None:
-    monkeypatch.setattr("ctypes.CDLL", None)  # by which malloc would be changed
+    monkeypatch.setattr("ctypes.CDLL", None)  # loading must not change how memory is kept
     model, config = load_model(ROOT / "weights/best.pt", "cpu")
     assert list(config["classes"]) == ["background", "square", "triangle", "circle"]
     assert count_parameters(model) == 1_035_908
@@ -247,21 +324,16 @@ def test_hostile_pickle_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
-    saved = checkpoint(tmp_path / "a.pt")["model"]
-    path, refused = tmp_path / "b.pt", 0
+    saved = write_small(tmp_path / "a.pt")["model"]
+    path = tmp_path / "b.pt"
+    refused = 0
     for data in corruptions((tmp_path / "a.pt").read_bytes()):
         path.write_bytes(data)
         try:
             model, _ = restore_model(path, CPU)
-            assert all(torch.equal(v, saved[k]) for k, v in model.state_dict().items())
+            for name, value in model.state_dict().items():
+                assert torch.equal(value, saved[name])
         except UserError as error:
             refused += 1
             assert str(path) in str(error) and "\n" not in str(error)
     assert refused > 100
-
-
-def test_device_that_is_not_there_is_named() -> None:
-    with pytest.raises(UserError, match=r"device tpu: PyTorch finds .*cpu"):
-        pick_device("tpu")
-    assert pick_device("cpu") == CPU
-    assert pick_precision(CPU, "bfloat16") == torch.bfloat16

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from common import ROOT, UserError
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import predict
+from common import ROOT, UserError
 from config import load_config
 from model import build_model, save_checkpoint
 
@@ -19,8 +18,11 @@ USE = """
 import torch, sys
 program = torch.export.load(f"{sys.argv[1]}/m.pt2").module()
 shapes = [(1, 3, 16, 16), (2, 3, 33, 97), (3, 3, 128, 128), (1, 3, 1, 7)]
-images = [torch.randint(0, 256, shape, dtype=torch.uint8) for shape in shapes]
-torch.save([(i, program(i).detach()) for i in images], f"{sys.argv[1]}/out.pt")
+pairs = []
+for shape in shapes:
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
+    pairs.append((images, program(images).detach()))
+torch.save(pairs, f"{sys.argv[1]}/out.pt")
 assert not {"model", "config", "predict", "torchvision"} & set(sys.modules)
 """
 
@@ -49,31 +51,45 @@ def save_noise(path: Path, height: int, width: int, mode: str = "RGB", **how: ob
 
 def test_every_kind_of_image(checkpoint: Path, tmp_path: Path, script) -> None:
     """Folders are mirrored, earlier results left out; Python does what the script does."""
+    save_noise(tmp_path / "grey.png", 20, 31, mode="L")
+    save_noise(tmp_path / "palette.png", 17, 16, mode="P")
+    save_noise(tmp_path / "deep/rgba.png", 40, 9, mode="RGBA")
+    save_noise(tmp_path / "tiny.png", 1, 1, mode="1")
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90°
-    sizes = {"grey": (20, 31), "palette": (17, 16), "deep/rgba": (40, 9), "tiny": (1, 1)}
-    for (name, size), mode in zip(sizes.items(), ("L", "P", "RGBA", "1"), strict=True):
-        save_noise(tmp_path / f"{name}.png", *size, mode=mode)
     save_noise(tmp_path / "turned.PNG", 12, 30, exif=exif)
+    sizes = {
+        "grey.png": (20, 31),
+        "palette.png": (17, 16),
+        "deep/rgba.png": (40, 9),
+        "tiny.png": (1, 1),
+        "turned.PNG": (30, 12),
+    }
     (tmp_path / "notes.txt").write_text("no image")
-    out, model = tmp_path / "out", predict.load_model(checkpoint)
+    out = tmp_path / "out"
     save_noise(out / "grey_mask.png", 4, 4)
     options = ("--checkpoint", checkpoint, "--out", out, "--probabilities")
     done = script("predict.py", *options, tmp_path)
     assert done.returncode == 0, done.stderr
     assert len([path for path in out.rglob("*") if path.is_file()]) == 3 * 5 + 1
-    for name, size in (sizes | {"turned": (30, 12)}).items():
-        [path] = tmp_path.glob(f"{name}.*")
-        mask, overlay = (Image.open(out / f"{name}_{kind}.png") for kind in ("mask", "overlay"))
+
+    model, config = predict.load_model(checkpoint)
+    for name, (height, width) in sizes.items():
+        target = out / Path(name).with_suffix("")
+        mask = Image.open(f"{target}_mask.png")
         indices = np.array(mask)
-        assert indices.shape == size == overlay.size[::-1]
-        assert (np.array(mask.convert("RGB")) == np.array([*COLOURS.values()])[indices]).all()
-        assert (predict.predict_mask(*model, path).numpy() == indices).all()
-        with np.load(out / f"{name}_probabilities.npz") as stored:
+        assert indices.shape == (height, width)
+        colours = np.array(list(COLOURS.values()))
+        assert (np.array(mask.convert("RGB")) == colours[indices]).all()
+        assert Image.open(f"{target}_overlay.png").size == (width, height)
+        assert (predict.predict_mask(model, config, tmp_path / name).numpy() == indices).all()
+        with np.load(f"{target}_probabilities.npz") as stored:
             assert stored["classes"].tolist() == list(COLOURS)
             assert np.abs(stored["probabilities"].sum(axis=0) - 1).max() < 1e-5
             assert (stored["probabilities"].argmax(axis=0) == indices).all()
-        assert f"{path}  {size[1]}×{size[0]}  background {(indices == 0).mean():.1%}" in done.stdout
+        background = (indices == 0).mean()
+        line = f"{tmp_path / name}  {width}×{height}  background {background:.1%}"
+        assert line in done.stdout
 
 
 def test_bad_images_among_batches(checkpoint: Path, tmp_path: Path, call) -> None:
@@ -84,16 +100,34 @@ def test_bad_images_among_batches(checkpoint: Path, tmp_path: Path, call) -> Non
     code, text, errors = call(predict.main, *options, tmp_path / "in", "none.png")
     assert code == 2 and errors == "error: 2 of 72 images could not be read, listed above\n"
     assert f"problem: {bad}: cannot be read" in text and "problem: none.png: cannot be" in text
+    model, config = predict.load_model(checkpoint)
     for path in paths:
-        mask = predict.predict_mask(*predict.load_model(checkpoint), path).numpy()
+        mask = predict.predict_mask(model, config, path).numpy()
         assert (np.array(Image.open(out / f"{path.stem}_mask.png")) == mask).mean() > 0.99
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    path, lost = save_noise(tmp_path / "a.png", 8, 8), "mask would overwrite"
-    for other, says in {"a_mask": lost, "a_overlay": lost, "b/a": "has its name"}.items():
-        with pytest.raises(UserError, match=says):
-            predict.find_images([path, save_noise(tmp_path / f"{other}.png", 8, 8)], tmp_path)
+    path = save_noise(tmp_path / "a.png", 8, 8)
+    lost = "mask would overwrite"
+    for other, message in {"a_mask": lost, "a_overlay": lost, "b/a": "has its name"}.items():
+        other_path = save_noise(tmp_path / f"{other}.png", 8, 8)
+        with pytest.raises(UserError, match=message):
+            predict.find_images([path, other_path], tmp_path)
+
+
+def test_finding_images_looks_at_each_path_a_few_times(tmp_path: Path, monkeypatch) -> None:
+    for i in range(30):
+        save_noise(tmp_path / f"{i}.png", 1, 1)
+    resolved = []
+    resolve = Path.resolve
+
+    def count(path: Path) -> Path:
+        resolved.append(path)
+        return resolve(path)
+
+    monkeypatch.setattr(Path, "resolve", count)
+    assert len(predict.find_images([tmp_path], tmp_path / "out")) == 30
+    assert len(resolved) <= 4 * 30 + 1 and resolved.count(tmp_path / "out") == 1
 
 
 def test_tiles_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,24 +141,51 @@ def test_tiles_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_model_of_resized_images_sees_resized_ones(tmp_path: Path) -> None:
-    model = predict.load_model(make_checkpoint(tmp_path / "best.pt", "resize=[32, 48]"))
-    seen: list[tuple] = []
-    model[0].register_forward_pre_hook(lambda _module, args: seen.append(tuple(args[0].shape)))
-    assert predict.predict(*model, NOISE).shape[2:] == (129, 417) and seen == [(1, 3, 32, 48)]
+    path = make_checkpoint(tmp_path / "best.pt", "resize=[32, 48]")
+    model, config = predict.load_model(path, "cpu")
+    shapes = []
+    model.register_forward_pre_hook(lambda _module, args: shapes.append(tuple(args[0].shape)))
+    assert predict.predict(model, config, NOISE).shape[2:] == (129, 417)
+    assert shapes == [(1, 3, 32, 48)]
 
 
-def test_export_needs_torch_alone(checkpoint: Path, tmp_path: Path, call, script) -> None:
-    assert call(predict.main, "--checkpoint", checkpoint, "--export", tmp_path / "m.pt2")[0] == 0
-    assert script("-I", "-c", USE, tmp_path).returncode == 0  # isolated: without the project
-    model, _ = predict.load_model(checkpoint, "cpu")
+@pytest.mark.parametrize("resize", ["[]", "[37, 29]"])
+def test_exported_program_scores_what_predict_scores(
+    tmp_path: Path, call, script, resize: str
+) -> None:
+    path = make_checkpoint(tmp_path / "best.pt", f"resize={resize}")
+    code, _, _ = call(predict.main, "--checkpoint", path, "--export", tmp_path / "m.pt2")
+    assert code == 0
+    done = script("-I", "-c", USE, tmp_path)  # isolated: torch alone, without the project
+    assert done.returncode == 0, done.stderr
+    model, config = predict.load_model(path, "cpu")
     for images, logits in torch.load(tmp_path / "out.pt"):
-        assert (logits - model(images / 255).detach()).abs().max() < 1e-4
+        expected = predict.predict(model, config, images)
+        assert logits.shape == expected.shape
+        assert (logits.softmax(dim=1) - expected).abs().max() < 1e-4
+
+
+WITHOUT_PRIVATE_MODULE = """
+import sys, torch
+del torch.fx.experimental._config
+sys.modules["torch.fx.experimental._config"] = None
+from predict import load_model, predict_mask
+print(predict_mask(*load_model(sys.argv[1], "cpu"), sys.argv[2]).shape)
+"""
+
+
+def test_predicting_needs_no_private_module(checkpoint: Path, tmp_path: Path, script) -> None:
+    image = save_noise(tmp_path / "a.png", 8, 9)
+    done = script("-c", WITHOUT_PRIVATE_MODULE, checkpoint, image)
+    assert done.stdout == "torch.Size([8, 9])\n", done.stderr
 
 
 def test_slim_weights_predict_alike(checkpoint: Path, tmp_path: Path, call) -> None:
     slim = tmp_path / "slim.pt"
     assert call(predict.main, "--checkpoint", checkpoint, "--slim", slim)[0] == 0
     assert slim.stat().st_size < 0.55 * checkpoint.stat().st_size
-    models = [predict.load_model(path, "cpu") for path in (checkpoint, slim)]
-    first, second = (predict.predict(*model, NOISE) for model in models)
-    assert models[0][1] == models[1][1] and (first - second).abs().max() < 0.01
+    model, config = predict.load_model(checkpoint, "cpu")
+    slim_model, slim_config = predict.load_model(slim, "cpu")
+    assert slim_config == config
+    difference = predict.predict(slim_model, config, NOISE) - predict.predict(model, config, NOISE)
+    assert difference.abs().max() < 0.01

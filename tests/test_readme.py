@@ -1,4 +1,4 @@
-"""What the README says can be done, done: its commands, its YAML, its worked example."""
+"""What README and docs say can be done, done: commands, YAML, the worked example."""
 
 import importlib
 import os
@@ -9,14 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import ROOT
-
 import numpy as np
 import pytest
 from conftest import tiny
 from PIL import Image
 
-TEXT = (ROOT / "README.md").read_text()
+from common import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
 
 
 def blocks(language: str) -> list[str]:
@@ -24,8 +25,9 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """List every command the README shows, in blocks and within the text."""
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    """List every command that the pages show, in blocks and within the text."""
+    lines = "\n".join(blocks("sh")).splitlines()
+    lines += [line.strip() for line in TEXT.splitlines() if line.startswith("    python ")]
     inline = re.findall(
         r"`((?:make|python|torchrun) [^`]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.S)
     )

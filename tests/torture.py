@@ -1,10 +1,9 @@
-"""Kill training runs at random moments, resume them, compare them with runs left alone.
+"""Kill training again and again, resume it, and compare the end with a run left alone.
 
-    python tests/torture.py [--kills 50] [--seed 0]
+    make torture        (python tests/torture.py [--kills 50] [--seed 0])
 
-`make torture` runs it. Each run is a real process, killed by SIGKILL at a random moment between its
-start and the time that a whole run takes, and gone on with by --resume until it is done. The final
-weights, optimizer state and scores must be those of the uninterrupted run bit for bit.
+Half of the kills come at random moments, half while a file is being written, which on a fast
+machine is too short a moment to be met by chance.
 """
 
 import argparse
@@ -16,25 +15,51 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import ROOT
 
 from conftest import tiny
 from test_train import RANDOM, lines, load, plain
 
+from common import ROOT
 from tools.generate import generate
 
 
 def start(data: Path, run_dir: Path, seed: int) -> subprocess.Popen:
     """Start train.py, or go on with what it left."""
-    command = [sys.executable, "train.py", "--config", "configs/tuned.yaml", "--resume"]
-    command += ["--run-dir", run_dir, "--set", *tiny(data, **RANDOM | {"epochs": 6, "seed": seed})]
+    values = dict(RANDOM)
+    values["epochs"] = 6
+    values["seed"] = seed
+    command = [sys.executable, "train.py", "--config", "configs/best.yaml", "--resume"]
+    command += ["--run-dir", str(run_dir), "--set"]
+    command += tiny(data, **values)
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def wait_for_a_moment(process: subprocess.Popen, seconds: float) -> None:
+    """Wait a while, or until the process ends."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return
+
+
+def wait_for_a_write(process: subprocess.Popen, run_dir: Path, number: int) -> None:
+    """Wait until the process writes its `number`-th file, or ends."""
+    seen = None  # the file that is being written
+    while process.poll() is None:
+        writing = sorted(path.name for path in run_dir.glob("*.partial"))
+        if writing and writing != seen:
+            number -= 1
+            if number == 0:
+                return
+        seen = writing
+        time.sleep(0.0005)
 
 
 def outcome(run_dir: Path) -> list:
     """List all that a run ended with, but what a clock says."""
-    checkpoints = (plain(load(run_dir / name)) for name in ("last.pt", "best.pt"))
-    return [*checkpoints, plain(lines(run_dir))]
+    last = plain(load(run_dir / "last.pt"))
+    best = plain(load(run_dir / "best.pt"))
+    return [last, best, plain(lines(run_dir))]
 
 
 def main() -> None:
@@ -42,29 +67,44 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
-    rng, kills, runs, differing = random.Random(args.seed), 0, 0, 0
+    rng = random.Random(args.seed)
+    kills = 0
+    runs = 0
+    differing = 0
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
         generate(data, {"training": 3, "validation": 1, "testing": 1}, size=32, seed=0)
         while kills < args.kills:
-            alone, killed = Path(folder, f"alone{runs}"), Path(folder, f"killed{runs}")
+            alone = Path(folder, f"alone{runs}")
+            killed = Path(folder, f"killed{runs}")
             started = time.perf_counter()
-            assert start(data, alone, runs).wait() == 0
+            if start(data, alone, runs).wait() != 0:
+                sys.exit("error: the run that is left alone failed")
             whole = time.perf_counter() - started
-            done = False
-            while not done:
+
+            finished = False
+            while not finished:
                 process = start(data, killed, runs)
-                try:
+                if kills >= args.kills:
+                    process.wait()
+                elif rng.random() < 0.5:
                     # Mostly after the imports, which take most of so short a run.
-                    limit = rng.uniform(0.4, 1.05) * whole if kills < args.kills else None
-                    done = process.wait(limit) == 0
-                    assert done, "training failed by itself"
-                except subprocess.TimeoutExpired:
-                    process.kill(), process.wait()
+                    wait_for_a_moment(process, rng.uniform(0.4, 1.05) * whole)
+                else:
+                    wait_for_a_write(process, killed, number=rng.randint(1, 12))
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
                     kills += 1
-            differs = outcome(alone) != outcome(killed)
-            runs, differing = runs + 1, differing + differs
-            print(f"run {runs}: {kills} kills so far, {'DIFFERS' if differs else 'the same'}")
+                elif process.returncode == 0:
+                    finished = True
+                else:
+                    sys.exit(f"error: a run failed by itself after {kills} kills")
+
+            same = outcome(alone) == outcome(killed)
+            runs += 1
+            differing += not same
+            print(f"run {runs}: {kills} kills so far, {'the same' if same else 'DIFFERS'}")
     print(f"{kills} kills in {runs} runs, {differing} with other final weights")
     sys.exit(differing > 0)
 

@@ -1,0 +1,223 @@
+"""Write the report of the runs below a folder, or RESULTS.md from the published runs.
+
+    python report.py --runs runs/generated/quick --out report
+    python report.py --published
+
+The first writes report.md, report.html (one file that needs no other) and figures/ into OUT. The
+second reads results/runs.jsonl alone and writes RESULTS.md, the tables of README.md and docs/*.md
+and results/figures/. The headings of both pages, and the functions that write what stands below
+them, are listed in report_page.py.
+"""
+
+import argparse
+import base64
+import re
+from pathlib import Path
+
+from markdown import markdown as convert
+
+from common import ROOT, UserError, run, write_atomically
+from report_page import (
+    PROFILES,
+    SECTIONS,
+    definitions,
+    in_short,
+    join,
+    machines,
+    what_is_missing,
+    write_section,
+)
+from report_runs import MODELS, Run, Study, find_runs, read_published, sort_runs
+from table import COLUMNS, align, comparison_table, markdown, tabulate
+
+# ---- the report of a folder
+
+
+def report_page(study: Study, unfinished: list[str]) -> str:
+    """Write the page of `make report`."""
+    runs = [member for members in study.runs.values() for member in members]
+    seeds = ", ".join(str(seed) for seed in sorted({member.seed for member in runs}))
+    parts = [
+        "# Flying objects: small U-Nets, compared",
+        "In 2021 a student lab trained three small U-Nets (`initial`, `modified`, `tuned`) to find"
+        " squares, triangles and circles in small pictures, pixel by pixel. This report repeats its"
+        " experiments with a fourth model, `best`, and answers its questions.",
+        f"It rests on {len(runs)} runs of {len(study.runs)} experiments ({study.profile} profile,"
+        f" data `{study.data}`, seeds {seeds}). Every number comes from the files of the runs,"
+        " except for what the lab published.",
+        in_short([study]),
+    ]
+    parts += [write_section(section, [study]) for section in SECTIONS]
+    parts += [definitions([study]), machines(runs), what_is_missing([study], unfinished)]
+    return join(parts)
+
+
+def to_html(text: str, folder: Path) -> str:
+    """Convert Markdown to one HTML file that loads nothing: it holds the figures of a folder."""
+    body = convert(text, extensions=["tables"]).replace(" ± ", "&nbsp;±&nbsp;")
+
+    def embed(match: re.Match) -> str:
+        caption, source = match.groups()
+        data = base64.b64encode((folder / source).read_bytes()).decode()
+        image = f'<img alt="" src="data:image/png;base64,{data}" />'
+        return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+    body = re.sub(r'<p><img alt="(.*?)" src="(.*?)" /></p>', embed, body)
+    page = (ROOT / "docs/report.html").read_text(encoding="utf-8")
+    title = text.splitlines()[0].removeprefix("# ")
+    return page.replace("$title", title).replace("$body", body)
+
+
+def write_report(root: Path, out: Path) -> None:
+    """Write report.md, report.html and figures/ about the runs below a folder."""
+    runs, unfinished = find_runs(root)
+    if not runs:
+        why = f" ({unfinished[0]})" if unfinished else ""
+        raise UserError(f"{root}: holds no finished run; `make report` makes some{why}")
+    study = sort_runs(runs, out / "figures", "figures")
+    text = report_page(study, unfinished)
+    write_atomically(out / "report.md", text.encode())
+    write_atomically(out / "report.html", to_html(text, out).encode())
+    print(f"{out / 'report.html'}: {len(runs)} runs of {len(study.runs)} experiments")
+
+
+# ---- the published runs
+
+
+def scores_of_weights(runs: list[Run]) -> list[list[str]]:
+    """Tabulate the models that were trained on generated flights, on both test splits."""
+    members = [member for member in runs if member.experiment == "weights"]
+    real = [member.on_afo for member in members]
+    generated = [member.on_scenes for member in members]
+    heading = ["model", "n", "images seen", "real test images", "generated test images"]
+    cells = ["weights", str(len(members)), COLUMNS["images seen"](real)]
+    cells += [COLUMNS["mean IoU"](real), COLUMNS["mean IoU"](generated)]
+    return [heading, cells]
+
+
+def fenced(text: str) -> str:
+    return f"```\n{text}\n```"
+
+
+def tables_of_readme(runs: list[Run], studies: list[Study]) -> dict[str, str]:
+    """Make the tables that README.md and docs/*.md may show: name → Markdown."""
+    models = []
+    by_model = {}
+    for name in MODELS:
+        for member in runs:
+            if member.data == "generated" and member.experiment == name:
+                row = without_code(member.test)
+                models.append(row)
+                by_model.setdefault(name, []).append(row)
+    speedrun = [without_code(r.on_afo) for r in runs if r.experiment == "speedrun"]
+    headings = ("parameters", "mean IoU", "accuracy", "lab IoU")
+    columns = {heading: COLUMNS[heading] for heading in headings}
+    return {
+        "make report": fenced(comparison_table(models)),
+        "models": markdown(tabulate(by_model, columns)),
+        "questions": in_short(studies).removeprefix("## In short\n\n"),
+        "weights": fenced(align(scores_of_weights(runs))),
+        "make speedrun": fenced(comparison_table(speedrun)),
+    }
+
+
+def without_code(row: dict) -> dict:
+    """Copy a row without the digest of its code: the page names commits, it needs no mark."""
+    copy = dict(row)
+    copy.pop("code", None)
+    return copy
+
+
+def fill_tables(page: str, tables: dict[str, str], source: str) -> str:
+    """Replace what stands between `<!-- table: NAME -->` and `<!-- end -->`."""
+
+    def fill(match: re.Match) -> str:
+        name = match[1]
+        if name not in tables:
+            known = ", ".join(tables)
+            raise UserError(f"{source}: there is no table {name!r}; there are {known}")
+        return f"<!-- table: {name} -->\n{tables[name]}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (.*?) -->\n.*?<!-- end -->", fill, page, flags=re.DOTALL)
+
+
+def results_page(runs: list[Run], studies: list[Study]) -> str:
+    """Write RESULTS.md."""
+    test = next(member.test for member in runs if member.test and member.data == "afo")
+    speedrun = [without_code(r.on_afo) for r in runs if r.experiment == "speedrun"]
+    parts = [
+        "# Results",
+        "A student lab of 2021 asked what makes a small U-Net good. We asked again, with its own"
+        f" data: *Artificial Flying Objects*, tested on {test['images']:,} images from"
+        f" {test['groups']} flights. `make results` writes this page from `results/runs.jsonl`.",
+        "![Images, truth and predictions of one run of `tuned`: the triangles are"
+        " striped.](docs/stripes.png)",
+        "This run of `tuned`, here without flips, sees every triangle, but predicts it in every"
+        " second row only. The same code with another seed predicts whole triangles. The lab could"
+        " not say why its runs differed so much: this is the likely reason.",
+        "- **By the lab's protocol** (`PROFILE=full`) means: whole images, batches of 32, Adam at"
+        " 0.005, 15 epochs and the lab's losses. Three things differ from the lab. Images are RGB,"
+        " without a fourth channel computed from the three. Most runs compute in bfloat16. The"
+        " epoch that is best on the validation split is tested. `best` has a recipe of its own.\n"
+        "- **On small budgets** (`PROFILE=quick`) means: minutes of training on small crops. The"
+        " last layer starts as a plain enlargement, so that it loses fewer classes.",
+        in_short(studies),
+    ]
+    parts += [write_section(section, studies) for section in SECTIONS]
+    parts += [
+        "## The weights that come with the project",
+        "`best`, trained on 21,600 generated flights and no real image. Seed 0 is the file"
+        " `weights/best.pt` ([model card](weights/README.md)).",
+        markdown(scores_of_weights(runs)),
+        "    make weights\n    python evaluate.py weights/best.pt --data data/afo",
+        "## One minute of training",
+        "`speedrun` trains `best` on generated flights until it scores 0.995 on the real images.",
+        fenced(comparison_table(speedrun)),
+        "## Three things to try",
+        '- `make train-tuned DATA=afo SEEDS="3 4 5"`: do your seeds lose a class?\n'
+        '- `make train-tuned RUNS=runs/random SET="upsampling_init=random"`: train without the even'
+        " start of the last layer, then look for stripes in `predictions.png`.\n"
+        "- `python evaluate.py weights/best.pt --data data/generated`: does the shipped model know"
+        " the generated images as well?",
+        definitions(studies),
+        machines(runs),
+        what_is_missing(studies, []),
+    ]
+    return join(parts)
+
+
+def write_published(out: Path) -> None:
+    """Write RESULTS.md, its figures and the tables of other pages from results/runs.jsonl."""
+    runs = read_published()
+    studies = []
+    for profile in PROFILES:
+        members = [r for r in runs if r.data == "afo" and r.profile == profile]
+        link = f"results/figures/{profile}"
+        if members:
+            studies.append(sort_runs(members, out / link, link))
+    write_atomically(out / "RESULTS.md", results_page(runs, studies).encode())
+    tables = tables_of_readme(runs, studies)
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        page = path.read_text(encoding="utf-8")
+        name = path.relative_to(ROOT)
+        if "<!-- table: " in page:
+            write_atomically(out / name, fill_tables(page, tables, str(name)).encode())
+            print(out / name)
+    print(out / "RESULTS.md")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--runs", type=Path, metavar="DIR", help="a folder that holds runs")
+    source.add_argument("--published", action="store_true", help="the runs in results/runs.jsonl")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="report, or the project's folder")
+    args = parser.parse_args()
+    if args.published:
+        write_published(args.out or ROOT)
+    else:
+        write_report(args.runs, args.out or Path("report"))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,369 @@
+"""Format rows of results as tables: the columns, the printed table, the reading of result files.
+
+A row is the dict of one checkpoint on one split that evaluate.py makes and --json writes. The rows
+of one experiment differ in their seed; a table has a line for each experiment.
+"""
+
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+
+import metrics
+from common import ROOT, UserError, code_digest, reading, require
+from metrics import mean_std
+
+Column = Callable[[list[dict]], str]  # from the rows of an experiment to the text of its cell
+
+NONE = "–"  # the cell of a value that does not exist
+LAB = yaml.safe_load((ROOT / "docs/lab.yaml").read_text(encoding="utf-8"))
+
+# What a row must hold, key → type.
+ROW = {
+    "name": str,
+    "seed": int,
+    "profile": str,
+    "checkpoint": str,
+    "split": str,
+    "digest": str,
+    "parameters": int,
+    "pixel_accuracy": float,
+    "mean_iou": float,
+    "mean_iou_foreground": (float, type(None)),
+    "mean_dice": float,
+    "per_class_iou": dict,
+    "dead_classes": list,
+}
+# What a row holds as well if it comes from evaluate.py, not from the summary of a run.
+EVALUATED = {"data": str, "images": int, "boundary_iou": float}
+# What a row may lack, because an older version of the project wrote it.
+OPTIONAL = {
+    "images_seen": (int, type(None)),
+    "train_seconds": (float, type(None)),
+    "lost_positions": dict,
+    "interval": (list, type(None)),
+    "lab_batch": (float, type(None)),
+    "lab_batch_training_mode": (float, type(None)),
+}
+
+
+# ---- cells
+
+
+def format_stat(values: list[float | None], form: str = "{:.4f}", std: bool = False) -> str:
+    """Format the mean of values, ± the standard deviation if asked for; – if one is missing."""
+    stat = mean_std(values)
+    if stat is None:
+        return NONE
+    text = form.format(stat["mean"])
+    if std and stat["std"] is not None:
+        text += " ± " + form.format(stat["std"])
+    return text
+
+
+def format_positions(positions: dict[str, int]) -> str:
+    """Format lost positions: "square 2/4" if squares are lost at two of four; – if none is."""
+    texts = [f"{name} {count}/4" for name, count in positions.items()]
+    return ", ".join(texts) or NONE
+
+
+def values(rows: list[dict], key: str) -> list:
+    """List the values of a key, None where a row lacks it."""
+    return [row.get(key) for row in rows]
+
+
+def published(row: dict) -> float | None:
+    """Look up the test IoU in the lab's report; None for other experiments and other data."""
+    if row["split"] != "testing" or list(row["per_class_iou"]) != LAB["classes"]:
+        return None
+    return LAB["test_iou"].get(row["name"])
+
+
+def parameters(rows: list[dict]) -> str:
+    return f"{rows[0]['parameters']:,}"
+
+
+def images_seen(rows: list[dict]) -> str:
+    return format_stat(values(rows, "images_seen"), "{:,.0f}")
+
+
+def training(rows: list[dict]) -> str:
+    return format_stat(values(rows, "train_seconds"), "{:.0f} s")
+
+
+def accuracy(rows: list[dict]) -> str:
+    return format_stat(values(rows, "pixel_accuracy"))
+
+
+def mean_dice(rows: list[dict]) -> str:
+    return format_stat(values(rows, "mean_dice"))
+
+
+def boundary_iou(rows: list[dict]) -> str:
+    return format_stat(values(rows, "boundary_iou"), std=True)
+
+
+def mean_iou(rows: list[dict]) -> str:
+    return format_stat(values(rows, "mean_iou"), std=True)
+
+
+def never_predicted(rows: list[dict]) -> str:
+    """Name the classes that a run of the experiment never predicts."""
+    names = []
+    for row in rows:
+        for name in row["dead_classes"]:
+            if name not in names:
+                names.append(name)
+    return ", ".join(names) or "none"
+
+
+def striped(rows: list[dict]) -> str:
+    """Name the classes that a run predicts at some of the four positions of 2×2 pixels only."""
+    texts = []
+    for row in rows:
+        for name, count in row.get("lost_positions", {}).items():
+            text = format_positions({name: count})
+            if text not in texts:
+                texts.append(text)
+    return ", ".join(texts) or NONE
+
+
+def lab_iou(rows: list[dict]) -> str:
+    return format_stat([published(rows[0])])
+
+
+def lab_batch(rows: list[dict]) -> str:
+    return format_stat(values(rows, "lab_batch"), std=True)
+
+
+def lab_batch_training_mode(rows: list[dict]) -> str:
+    return format_stat(values(rows, "lab_batch_training_mode"), std=True)
+
+
+def number_of_runs(rows: list[dict]) -> str:
+    return str(len(rows))
+
+
+def iou_of(name: str) -> Column:
+    """Make the column of the IoU of one class."""
+
+    def class_iou(rows: list[dict]) -> str:
+        return format_stat([row["per_class_iou"][name] for row in rows])
+
+    return class_iou
+
+
+# Every column by its heading, in the order of the printed table.
+COLUMNS: dict[str, Column] = {
+    "parameters": parameters,
+    "images seen": images_seen,
+    "training": training,
+    "accuracy": accuracy,
+    "mean Dice": mean_dice,
+    "boundary IoU (2 px)": boundary_iou,
+    "mean IoU": mean_iou,
+    "never predicted": never_predicted,
+    "striped": striped,
+    "lab IoU": lab_iou,
+    "lab batch": lab_batch,
+    "lab batch (training mode)": lab_batch_training_mode,
+    "n": number_of_runs,
+}
+# Columns of pages and JSON that would make the table in a terminal too wide.
+NOT_PRINTED = ("lab batch", "lab batch (training mode)")
+
+
+# ---- tables
+
+
+def tabulate(experiments: dict[str, list[dict]], columns: dict[str, Column]) -> list[list[str]]:
+    """Fill the lines of a table, the heading first: a line for each experiment.
+
+    A column is left out if it is empty for all experiments, and so is "n" if it is 1 for all.
+    """
+    lines = [["model"]]
+    for name in experiments:
+        lines.append([name])
+    for heading, column in columns.items():
+        cells = [column(rows) for rows in experiments.values()]
+        empty = "1" if heading == "n" else NONE
+        if all(cell == empty for cell in cells):
+            continue
+        for line, text in zip(lines, [heading, *cells], strict=True):
+            line.append(text)
+    return lines
+
+
+def align(lines: list[list[str]]) -> str:
+    """Align cells in columns for a terminal: the first column to the left, others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = []
+    for line in lines:
+        cells = [line[0].ljust(widths[0])]
+        for cell, width in zip(line[1:], widths[1:], strict=True):
+            cells.append(cell.rjust(width))
+        texts.append("  ".join(cells).rstrip())
+    return "\n".join(texts)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Format cells as a Markdown table; the first line is the heading."""
+    heading = lines[0]
+    rule = ["---"] + ["---:"] * (len(heading) - 1)
+    texts = []
+    for line in [heading, rule, *lines[1:]]:
+        cells = [cell.replace("|", "\\|") for cell in line]
+        texts.append(f"| {' | '.join(cells)} |")
+    return "\n".join(texts)
+
+
+def group_rows(rows: list[dict]) -> dict[str, list[dict]]:
+    """Group rows by experiment: by name, and by folder where two folders hold runs of one name."""
+    by_checkpoint = {row["checkpoint"]: row for row in rows}  # one given twice counts once
+    groups: dict[tuple[str, Path], list[dict]] = {}
+    for row in by_checkpoint.values():
+        folder = Path(row["checkpoint"]).parent
+        if folder.name == f"seed{row['seed']}":
+            folder = folder.parent
+        groups.setdefault((row["name"], folder), []).append(row)
+    folders = Counter(name for name, _ in groups)
+    experiments = {}
+    for (name, folder), group in groups.items():
+        title = name if folders[name] == 1 else f"{name} ({folder})"
+        experiments[title] = group
+    return experiments
+
+
+def rank(experiments: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """Sort experiments by their mean IoU, the highest first."""
+    means = {}
+    for name, rows in experiments.items():
+        means[name] = statistics.fmean(row["mean_iou"] for row in rows)
+    names = sorted(means, key=means.get, reverse=True)
+    return {name: experiments[name] for name in names}
+
+
+def differences(row: dict, first: dict) -> list[str]:
+    """List why two rows cannot share a table: they differ in split, data, profile or classes."""
+    keys = [key for key in ("split", "digest", "profile") if row[key] != first[key]]
+    if list(row["per_class_iou"]) != list(first["per_class_iou"]):
+        keys.append("classes")
+    return keys
+
+
+def background_only(row: dict) -> dict:
+    """Score a model that predicts the first class at every pixel of the split of `row`."""
+    classes = list(row["per_class_iou"])
+    matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    matrix[:, 0] = torch.tensor(row["confusion_matrix"]).sum(dim=1)
+    background = metrics.scores(matrix, classes)
+    background["name"] = f"{classes[0]} only"
+    background["parameters"] = 0
+    background["split"] = row["split"]
+    return background
+
+
+def mark_other_code(experiments: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """Add a * to the name of each experiment that other code than today's trained."""
+    today = code_digest()
+    marked = {}
+    for name, rows in experiments.items():
+        if any(row.get("code") not in (None, today) for row in rows):
+            name += "*"
+        marked[name] = rows
+    return marked
+
+
+def comparison_table(rows: list[dict]) -> str:
+    """Format the table that evaluate.py prints, with a line for each experiment.
+
+    Tests come in the order of the rows, below a line of predicting nothing but background. Rows of
+    validation, from summary.json, are there to choose by, so the best comes first. UserError if the
+    rows cannot share a table.
+    """
+    first = rows[0]
+    for row in rows:
+        keys = differences(row, first)
+        if keys:
+            both = f"{row['checkpoint']}: differs from {first['checkpoint']}"
+            raise UserError(f"{both} in {', '.join(keys)}; give them apart")
+
+    experiments = mark_other_code(group_rows(rows))
+    columns = {name: cell for name, cell in COLUMNS.items() if name not in NOT_PRINTED}
+    if "confusion_matrix" in first:
+        nothing = background_only(first)
+        lines_of = {nothing["name"]: [nothing]}
+        lines_of.update(experiments)
+        for name in first["per_class_iou"]:
+            columns[name] = iou_of(name)
+        title = (
+            f"{first['data']}, {first['split']} split, {first['images']} images, "
+            f"{first['profile']} profile. IoU by class at the right.\n"
+        )
+    else:
+        lines_of = rank(experiments)
+        title = ""
+    text = title + align(tabulate(lines_of, columns))
+    if any(name.endswith("*") for name in experiments):
+        text += "\n* trained by other code than today's; remove its folder to train it again"
+    return text
+
+
+# ---- result files
+
+
+def read_results(path: Path) -> list[dict]:
+    """Read the rows that --json wrote, or the validation row of a run from its summary.json.
+
+    UserError if the file holds anything else, or scores that its confusion matrix contradicts.
+    """
+    with reading(path, "remove it and run make again"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = content
+        if isinstance(content, dict):
+            rows = [row_of_summary(content, path)]
+        if not rows:
+            raise ValueError("it holds no results")
+        for row in rows:
+            check_row(row)
+    return rows
+
+
+def row_of_summary(summary: dict, path: Path) -> dict:
+    """Make a row of the validation scores in a summary.json."""
+    row = dict(summary)
+    row.update(summary["validation"])
+    row["split"] = "validation"
+    row["checkpoint"] = str(path)
+    return row
+
+
+def check_row(row: dict) -> None:
+    """Raise KeyError or ValueError unless a row is complete and agrees with its matrix."""
+    require(row, ROW)
+    require(row, {key: kind for key, kind in OPTIONAL.items() if key in row})
+    if "confusion_matrix" not in row:
+        return
+    require(row, EVALUATED)
+    matrix = torch.tensor(row["confusion_matrix"])
+    for key, value in metrics.scores(matrix, list(row["per_class_iou"])).items():
+        if not agree(row[key], value):
+            raise ValueError(f"{key} is not the {key} of its confusion matrix")
+
+
+def agree(stored: object, computed: object) -> bool:
+    """Tell whether two scores are equal, except for the last digits of a number.
+
+    Another processor may add in another order, which changes the last digit of a mean.
+    """
+    if isinstance(stored, dict) and isinstance(computed, dict):
+        same_keys = list(stored) == list(computed)
+        return same_keys and all(agree(stored[key], computed[key]) for key in stored)
+    if isinstance(stored, float) and isinstance(computed, float):
+        return math.isclose(stored, computed, rel_tol=1e-9)
+    return stored == computed

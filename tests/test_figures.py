@@ -1,0 +1,69 @@
+"""Tests of figures.py: colours of pictures, looks of lines, error bars."""
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from common import ROOT
+from figures import GREY, colourise, error_bars, legend_of, looks_of, overlay, thumbnail
+
+CLASSES = {"background": [0, 0, 0], "square": [255, 0, 0], "circle": [0, 0, 255]}
+
+
+def test_masks_have_the_colours_of_their_classes() -> None:
+    picture = colourise(torch.tensor([[0, 1], [2, 255]]), CLASSES)
+    assert picture.dtype == torch.uint8
+    assert picture.permute(1, 2, 0).tolist() == [[[0, 0, 0], [255, 0, 0]], [[0, 0, 255], GREY]]
+    assert legend_of({"classes": CLASSES, "ignore": []}) == CLASSES
+    assert legend_of({"classes": CLASSES, "ignore": [9]})["ignored"] == GREY
+
+
+def test_every_colour_of_an_overlay_is_in_the_legend() -> None:
+    image = torch.randint(0, 256, (3, 60, 70), dtype=torch.uint8)
+    mask = torch.zeros(60, 70, dtype=torch.uint8)
+    mask[10:40, 10:40] = 1
+    mask[30:60, 30:60] = 2
+    picture = overlay(image, mask, CLASSES)
+    is_grey = (picture[0] == picture[1]) & (picture[1] == picture[2])
+    colours = {tuple(pixel) for pixel in picture.permute(1, 2, 0)[~is_grey].tolist()}
+    assert colours == {(255, 0, 0), (0, 0, 255)}
+    assert is_grey[mask == 0].all()  # the background is left as it is
+    assert picture[:, 10, 10].tolist() == [255, 0, 0]  # a contour
+    assert is_grey[20, 20]  # within a shape
+
+
+def test_overlay_takes_grey_images_and_images_with_alpha() -> None:
+    mask = torch.ones(8, 8, dtype=torch.uint8)
+    for channels in (1, 3, 4):
+        image = torch.full((channels, 8, 8), 7, dtype=torch.uint8)
+        assert (overlay(image, mask, CLASSES) == 7).all()  # one class alone has no contour
+
+
+def test_thumbnails_keep_the_shape_of_their_picture() -> None:
+    assert thumbnail(torch.zeros(3, 320, 640, dtype=torch.uint8)).shape == (3, 80, 160)
+    assert thumbnail(torch.zeros(3, 20, 30, dtype=torch.uint8)).shape == (3, 20, 30)
+
+
+def test_lines_of_a_figure_look_unlike() -> None:
+    looks = looks_of(["initial", "modified", "tuned", "a", "b", "c", "d", "e"])
+    assert len(set(looks.values())) == 8 and looks["tuned"] == looks_of(["a", "tuned"])["tuned"]
+
+
+def test_error_bars_end_at_the_highest_score() -> None:
+    values = np.array([[0.9, 0.5], [1.0, 0.6]])
+    std = 0.1 / np.sqrt(2)
+    assert error_bars(values) == pytest.approx(np.array([[std, std], [0.05, std]]))
+    assert error_bars(values[:1]) is None
+
+
+def test_pictures_do_not_need_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # whoever imports it fails
+    spec = importlib.util.spec_from_file_location("figures_alone", ROOT / "figures.py")
+    alone = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    assert alone.colourise(torch.tensor([[1]]), CLASSES).flatten().tolist() == [255, 0, 0]
+    with pytest.raises(ImportError):
+        alone.new_figure(1, 1)

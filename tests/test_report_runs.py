@@ -1,0 +1,57 @@
+"""Tests of report_runs.py: which runs share a table, and that each published run is in one."""
+
+from pathlib import Path
+
+import pytest
+from test_report import make_run, make_study
+
+import report_page
+from common import UserError
+from report_runs import read_published
+
+
+def test_only_best_may_see_another_number_of_images(tmp_path: Path) -> None:
+    runs = [make_run("initial", seed, 0.8) for seed in (0, 1)]
+    runs.append(make_run("best", 0, 0.9, seen=500))
+    runs.append(make_run("best", 1, 0.9, seen=600))  # unlike the other run of best
+    runs.append(make_run("tuned", 0, 0.8, seen=30))
+    study = make_study(runs, tmp_path)
+    assert {name: len(members) for name, members in study.models.items()} == {
+        "initial": 2,
+        "best": 1,
+    }
+    assert list(study.others) == ["tuned", "best"] and not study.left_out
+
+
+def test_unlike_data_are_named_and_left_out(tmp_path: Path) -> None:
+    other = make_run("tuned", 1, 0.8)
+    other.test["digest"] = "of other images"
+    runs = [make_run("initial", 0, 0.8), make_run("tuned", 0, 0.8), other]
+    runs.append(make_run("tune/width-half", 0, 0.7, seen=7))  # a setting has no test of its own
+    study = make_study(runs, tmp_path)
+    assert study.left_out == [
+        "`tuned`, seed 1, differs from its table in digest.",
+        "`tune/width-half`, seed 0, differs from its table in images seen.",
+    ]
+    assert [run.seed for run in study.models["tuned"]] == [0] and not study.others
+
+
+def test_a_model_tested_on_other_data_alone_is_left_out(tmp_path: Path) -> None:
+    runs = [make_run("tuned", 0, 0.8), make_run("best", 0, 0.9)]
+    runs[1].on_afo, runs[1].test = runs[1].test, None
+    study = make_study(runs, tmp_path)
+    assert study.left_out == ["`best`, seed 0, was not tested on its own data."]
+    assert list(study.models) == ["tuned"]
+    with pytest.raises(UserError, match=r"no testing\.json"):
+        make_study(runs[1:], tmp_path)
+
+
+def test_every_published_run_is_in_a_table(tmp_path: Path) -> None:
+    for profile in report_page.PROFILES:
+        runs = [run for run in read_published() if (run.data, run.profile) == ("afo", profile)]
+        study = make_study(runs, tmp_path)
+        shown = []
+        for table in (study.models, study.augment, study.tune, study.heads, study.overfit):
+            shown += [id(run) for members in table.values() for run in members]
+        shown += [id(run) for members in study.others.values() for run in members]
+        assert study.left_out == [] and set(shown) == {id(run) for run in runs}
