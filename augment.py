@@ -1,84 +1,169 @@
-"""From resident uint8 images to an augmented float batch on the device.
+"""Make a batch: from resident uint8 images to an augmented float batch on the device.
 
-Images and masks move together under crops and flips; blur and colour jitter change images only.
-Randomness is drawn anew for each image from torch's global generator, on the CPU where Python
-needs the value, so that no step waits for a GPU.
+Images and masks move together under crops and flips. Blur and colour jitter change images only,
+unless `blur_masks` asks for the lab's way. Randomness is drawn anew for each image from torch's
+global generator, on the CPU where Python needs the value, so that no step waits for a GPU.
 """
 
-import torch
-import torchvision.transforms.v2.functional as F
-from torch import Tensor
-from torchvision.transforms import v2
+import math
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common import UserError
 from data import to_float
 from metrics import IGNORE
+
+
+def get_batch(
+    images: Tensor, masks: Tensor, index: Tensor, device: torch.device, config: dict
+) -> tuple[Tensor, Tensor]:
+    """Take a batch out of a split, crop it and augment it as the config says.
+
+    From (M, channels, H, W) images, (M, H, W) masks, both uint8, and `index` (N,) int64, which
+    says which images, all three on one device. Returns (N, channels, h, w) float32 images in
+    [0, 1] and (N, h, w) uint8 masks on `device`.
+    """
+    batch, mask = take_batch(images, masks, index, config)
+    batch = batch.to(device, non_blocking=True)
+    mask = mask.to(device, non_blocking=True)
+    return augment(batch, mask, config)
+
+
+def check_sizes(config: dict, height: int, width: int, stride: int, smallest_batch: int) -> None:
+    """Raise UserError if images or crops are too small for the blur or for batch normalisation.
+
+    `height` and `width` are those of the images, in pixels; one of the model's deepest features
+    covers `stride` pixels of each side.
+    """
+    crop = config["crop"]
+    if 0 < crop < min(height, width):
+        height, width = crop, crop
+    kernel = config["blur_kernel"]
+    if config["blur"] > 0 and kernel // 2 >= min(height, width):
+        raise UserError(f"blur_kernel: {kernel} is too large for images of {width}×{height} pixels")
+    deepest = math.ceil(height / stride) * math.ceil(width / stride)
+    if smallest_batch * deepest == 1:
+        raise UserError(
+            "batch_size: is 1 in some batch, and the deepest stage sees a single pixel, but batch "
+            "normalisation needs more than one value; raise batch_size or crop"
+        )
 
 
 def choose_corners(masks: Tensor, crop: int, on_objects: float) -> tuple[Tensor, Tensor]:
     """Choose top and left, (N,) int64, of crops in (N, H, W) masks, a share of them on objects."""
     n, height, width = masks.shape
     choice, pixel, y, x = torch.rand(4, n, device=masks.device)
-    top, left = (y * (height - crop + 1)).long(), (x * (width - crop + 1)).long()
+    top = (y * (height - crop + 1)).long()
+    left = (x * (width - crop + 1)).long()
     if on_objects > 0:
-        count = ((masks > 0) & (masks != IGNORE)).flatten(1).cumsum(dim=1, dtype=torch.int32)
+        is_object = (masks > 0) & (masks != IGNORE)
+        count = is_object.flatten(1).cumsum(dim=1, dtype=torch.int32)
         total = count[:, -1]
         k = torch.minimum((pixel * total).int() + 1, total)
-        found = torch.searchsorted(count, k[:, None])[:, 0]  # the k-th pixel of an object
+        place = torch.searchsorted(count, k[:, None])[:, 0]  # of the k-th pixel of an object
         # The pixel lies anywhere in the crop, not in its middle: else the model would learn that
         # the middle of a picture is never background.
-        around_y = (found // width - (y * crop).long()).clamp(0, height - crop)
-        around_x = (found % width - (x * crop).long()).clamp(0, width - crop)
+        around_y = (place // width - (y * crop).long()).clamp(0, height - crop)
+        around_x = (place % width - (x * crop).long()).clamp(0, width - crop)
         use = (choice < on_objects) & (total > 0)
-        top, left = torch.where(use, around_y, top), torch.where(use, around_x, left)
+        top = torch.where(use, around_y, top)
+        left = torch.where(use, around_x, left)
     return top, left
 
 
 def take_batch(images: Tensor, masks: Tensor, index: Tensor, config: dict) -> tuple[Tensor, Tensor]:
-    """Copy a batch out of resident (M, channels, H, W) images and (M, H, W) masks, all uint8.
+    """Copy the images and masks of a batch, or a random crop of each.
 
-    `index` (N,) int64 says which images. With a `crop` smaller than they are in the config, a
-    random part of each is taken: (N, channels, crop, crop) and (N, crop, crop).
+    With a `crop` smaller than the images, (N, channels, crop, crop) and (N, crop, crop); else
+    whole images. Nothing but the crops is copied out of the split.
     """
-    crop, index = config["crop"], index.to(images.device)
+    crop = config["crop"]
     if crop == 0 or crop >= min(masks.shape[1:]):
         return images[index], masks[index]
     top, left = choose_corners(masks[index], crop, config["crop_on_objects"])
     side = torch.arange(crop, device=images.device)
-    rows, columns = (top[:, None] + side)[:, :, None], (left[:, None] + side)[:, None, :]
+    rows = (top[:, None] + side)[:, :, None]  # (N, crop, 1)
+    columns = (left[:, None] + side)[:, None, :]  # (N, 1, crop)
     index = index[:, None, None]
-    return images[index, :, rows, columns].permute(0, 3, 1, 2), masks[index, rows, columns]
+    cropped = images[index, :, rows, columns]  # (N, crop, crop, channels)
+    return cropped.permute(0, 3, 1, 2), masks[index, rows, columns]
 
 
 def augment(images: Tensor, masks: Tensor, config: dict) -> tuple[Tensor, Tensor]:
     """Augment a batch on its own device: uint8 images to float32 in [0, 1], masks stay uint8."""
-    for key, axis in (("vertical_flip", -2), ("horizontal_flip", -1)):
-        if config[key] > 0:
-            flip = torch.rand(len(images)).lt(config[key]).to(images.device, non_blocking=True)
-            images = torch.where(flip[:, None, None, None], images.flip(axis), images)
-            masks = torch.where(flip[:, None, None], masks.flip(axis), masks)
+    images, masks = flip(images, masks, config["vertical_flip"], -2)
+    images, masks = flip(images, masks, config["horizontal_flip"], -1)
     images = to_float(images)
-    if config["blur_masks"]:
-        masks = masks.clone()  # the caller's stay as they are
-    low, high = config["blur_sigma"]
-    for i in chosen(images, config["blur"]):
-        sigma = low + (high - low) * float(torch.rand(()))
-        kernel, sigmas = [config["blur_kernel"]] * 2, [sigma] * 2
-        images[i] = F.gaussian_blur(images[i], kernel, sigmas)
-        if config["blur_masks"]:
-            masks[i] = blur_mask(masks[i], len(config["classes"]), kernel, sigmas)
-    colour_jitter = v2.ColorJitter(*config["jitter_strength"])
-    for i in chosen(images, config["jitter"]):
-        images[i, :3] = colour_jitter(images[i, :3])  # alpha, the fourth channel, is no colour
+    if config["blur"] > 0:
+        images, masks = blur_some(images, masks, config)
+    if config["jitter"] > 0:
+        jitter_some(images, config)
     return images, masks
 
 
-def blur_mask(mask: Tensor, num_classes: int, kernel: list[int], sigma: list[float]) -> Tensor:
-    """Blur an (H, W) mask as the lab did: one channel a class, then the strongest class again."""
-    channels = torch.arange(num_classes, device=mask.device)[:, None, None] == mask
-    blurred = F.gaussian_blur(channels.float(), kernel, sigma).argmax(dim=0).to(mask.dtype)
-    return torch.where(mask == IGNORE, mask, blurred)
+def choose(images: Tensor, probability: float) -> Tensor:
+    """Choose images of a batch at random; returns their indices, (n,) int64, on the CPU."""
+    return torch.rand(len(images)).lt(probability).nonzero()[:, 0]
 
 
-def chosen(images: Tensor, probability: float) -> list[int]:
-    """Choose images of a batch at random; returns their indices."""
-    return torch.rand(len(images)).lt(probability).nonzero()[:, 0].tolist() if probability else []
+def flip(images: Tensor, masks: Tensor, probability: float, axis: int) -> tuple[Tensor, Tensor]:
+    """Flip some images of a batch, and their masks, along an axis."""
+    if probability == 0:
+        return images, masks
+    chosen = torch.rand(len(images)).lt(probability).to(images.device, non_blocking=True)
+    images = torch.where(chosen[:, None, None, None], images.flip(axis), images)
+    masks = torch.where(chosen[:, None, None], masks.flip(axis), masks)
+    return images, masks
+
+
+def blur_some(images: Tensor, masks: Tensor, config: dict) -> tuple[Tensor, Tensor]:
+    """Blur some images of a batch, each by a standard deviation of its own.
+
+    With `blur_masks` their masks as well, as the lab did: one channel a class, the background
+    included, is blurred like the image, and each pixel gets the strongest class.
+    """
+    index = choose(images, config["blur"])
+    low, high = config["blur_sigma"]
+    sigma = (low + (high - low) * torch.rand(len(index))).to(images.device, non_blocking=True)
+    index = index.to(images.device, non_blocking=True)
+    images[index] = gaussian_blur(images[index], config["blur_kernel"], sigma)
+    if config["blur_masks"]:
+        mask = masks[index]
+        classes = torch.arange(len(config["classes"]), device=mask.device)[:, None, None]
+        channels = (mask[:, None] == classes).float()  # (n, C, H, W)
+        blurred = gaussian_blur(channels, config["blur_kernel"], sigma)
+        strongest = blurred.argmax(dim=1).to(mask.dtype)
+        masks = masks.clone()  # those of the caller stay sharp
+        masks[index] = torch.where(mask == IGNORE, mask, strongest)
+    return images, masks
+
+
+def gaussian_blur(images: Tensor, kernel: int, sigma: Tensor) -> Tensor:
+    """Blur (N, C, H, W) images by Gaussians of `sigma` (N,) in pixels; borders are mirrored.
+
+    What torchvision's gaussian_blur does for one sigma, for all images of a batch at once. A
+    kernel of `kernel` pixels (odd) must be smaller than twice the image.
+    """
+    n, channels, height, width = images.shape
+    distance = torch.arange(kernel, device=images.device) - kernel // 2
+    weights = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)
+    weights = weights / weights.sum(dim=1, keepdim=True)  # (N, kernel)
+    weights = weights.repeat_interleave(channels, dim=0)  # a row for each plane
+    planes = images.reshape(1, n * channels, height, width)
+    margin = kernel // 2
+    planes = F.pad(planes, (margin, margin, margin, margin), mode="reflect")
+    planes = F.conv2d(planes, weights[:, None, :, None], groups=n * channels)
+    planes = F.conv2d(planes, weights[:, None, None, :], groups=n * channels)
+    return planes.reshape(n, channels, height, width)
+
+
+def jitter_some(images: Tensor, config: dict) -> None:
+    """Change brightness, contrast, saturation and hue of some images of a batch, in place."""
+    from torchvision.transforms import v2  # takes a second to import
+
+    brightness, contrast, saturation, hue = config["jitter_strength"]
+    colour_jitter = v2.ColorJitter(brightness, contrast, saturation, hue)
+    for i in choose(images, config["jitter"]).tolist():
+        images[i, :3] = colour_jitter(images[i, :3])  # alpha, the fourth channel, is no colour

@@ -1,8 +1,6 @@
-"""What every script shares: errors in one line, whole files, the identity of the training code.
+"""Share what every script needs: one-line errors, whole files, the digest of the code."""
 
-Imported before torch: libgomp reads its variables when torch loads it.
-"""
-
+import ast
 import contextlib
 import errno
 import hashlib
@@ -12,17 +10,22 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Two trainings on the same cores share them evenly only if their threads stay where they are and
-# spin but briefly while they wait. Nowhere else: a pool's workers, or those who drive the GPUs of
-# one machine, would all stay on the first core.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-computes = Path(sys.argv[0]).name in ("train.py", "evaluate.py")
-if computes and "OMP_NUM_THREADS" not in os.environ and not Path("/dev/nvidia0").exists():
-    os.environ.setdefault("OMP_PROC_BIND", "true")
-
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("training", "validation", "testing")
-TRAINING_CODE = ("train.py", "model.py", "losses.py", "augment.py", "data.py")
+CODE_OF_SCORES = (
+    "augment.py",
+    "config.py",
+    "data.py",
+    "evaluate.py",
+    "images.py",
+    "losses.py",
+    "machine.py",
+    "metrics.py",
+    "model.py",
+    "runs.py",
+    "schedule.py",
+    "train.py",
+)
 
 
 class UserError(Exception):
@@ -30,9 +33,10 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a `UserError` or an unusable file is printed in one line, exit code 2."""
-    # All else is a bug and keeps its trace. torchrun ends all processes when one ends: all but
-    # rank 0 wait, since most errors are the same everywhere or follow from the first.
+    """Call `main`; print a `UserError` or an unusable file in one line and exit with code 2.
+
+    Every other exception is a mistake in the code and keeps its traceback.
+    """
     try:
         main()
     except KeyboardInterrupt:
@@ -41,18 +45,29 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # as in: python evaluate.py … | head
         os._exit(141)
     except Exception as error:
-        time.sleep(5 if os.environ.get("RANK", "0") != "0" else 0)
-        if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
-            error = UserError(f"{error.filename or 'disk'}: {error.strerror}")
-        if not isinstance(error, UserError):
+        if os.environ.get("RANK", "0") != "0":
+            # torchrun ends all processes as soon as one ends. Most errors are the same in each, or
+            # follow from the first one's: give it time to print.
+            time.sleep(5)
+        if isinstance(error, UserError):
+            message = str(error)
+        elif isinstance(error, OSError) and error.filename:
+            message = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            message = f"disk: {error.strerror}"
+        else:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
 @contextlib.contextmanager
 def reading(source: object, advice: str = "replace it") -> Iterator[None]:
-    """Turn whatever goes wrong while `source` is read into a UserError that names it."""
+    """Turn whatever goes wrong while `source` is read into a UserError that names it.
+
+    Only for the reading of files and values: a mistake in code that is called in here would lose
+    its traceback.
+    """
     try:
         yield
     except UserError:
@@ -64,7 +79,7 @@ def reading(source: object, advice: str = "replace it") -> Iterator[None]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; its folder is made if need be."""
+    """Write a file whole or not at all; make its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -73,7 +88,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:  # a full disk is reported without a name
+    except OSError as error:  # the error of a full disk does not name the file
         partial.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}); make room") from None
 
@@ -86,6 +101,16 @@ def require(values: dict, kinds: dict[str, type]) -> None:
 
 
 def code_digest() -> str:
-    """Twelve hexadecimal digits that change with the code that decides what a run learns."""
-    code = b"".join((ROOT / name).read_bytes() for name in TRAINING_CODE)
-    return hashlib.sha256(code).hexdigest()[:12]
+    """Compute twelve hexadecimal digits that change with the code that decides scores.
+
+    Comments, docstrings and layout do not count.
+    """
+    digest = hashlib.sha256()
+    for name in CODE_OF_SCORES:
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            has_body = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            if has_body and ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()[:12]

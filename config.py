@@ -11,34 +11,45 @@ import json
 import sys
 from pathlib import Path
 
-from common import ROOT, UserError, reading, run, write_atomically
-
 import yaml
 
-DEFAULT, ALLOWED = ROOT / "configs/default.yaml", ROOT / "configs/allowed.yaml"
+from common import ROOT, UserError, reading, run, write_atomically
+
+DEFAULT = ROOT / "configs/default.yaml"
+ALLOWED = ROOT / "configs/allowed.yaml"
+UNFINISHED = 3  # the exit code by which make learns that there is something to train
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
-    """Read the keys of a YAML file on top of those of its `base`."""
+    """Read the keys of a YAML file on top of the keys of its `base`.
+
+    `above` are the files that led here, each the base of the one before. UserError if the file
+    cannot be read, or its bases go round in a circle.
+    """
     path = path.resolve()
+    if path in above:
+        raise UserError(f"{path}: base: leads back to this file; remove one `base`")
     with reading(path, "a config holds 'key: value' lines, as configs/default.yaml does"):
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         base = values.pop("base", None)
-        # default.yaml is below everything anyway; on top of other files it would undo them
-        if base is None or (path.parent / base).resolve() == DEFAULT:
-            return values
-        if path in above:
-            raise UserError(f"{path}: base: leads back to this file; remove one `base`")
-        return read_yaml(path.parent / base, (*above, path)) | values
+        base_path = path.parent / base if base else DEFAULT
+    # default.yaml is below everything anyway; on top of other files it would undo them.
+    if base_path.resolve() == DEFAULT:
+        return values
+    merged = read_yaml(base_path, (*above, path))
+    merged.update(values)
+    return merged
 
 
 def convert(value: object, example: object) -> object:
     """Return a value as the type of an example; ValueError if it is of another one."""
     if isinstance(example, list) and example and not isinstance(example[0], list):
-        return [convert(v, e) for v, e in zip(value, example, strict=True)]  # of one length
+        if len(value) != len(example):
+            raise ValueError
+        return [convert(v, e) for v, e in zip(value, example, strict=True)]
     if isinstance(example, float) and type(value) in (int, str):
         value = float(value)  # YAML reads 1 as a whole number, and 1e-3 as text
-    if type(value) is not type(example) or value != value:
+    if type(value) is not type(example) or value != value:  # NaN differs from itself
         raise ValueError
     return value
 
@@ -53,35 +64,66 @@ def check_value(source: str, key: str, value: object, default: dict, allowed: di
     except (TypeError, ValueError):
         example = json.dumps(default[key])
         raise UserError(f"{source}: {key}: {value!r}; write it as in '{key}: {example}'") from None
-    low, high, choices = (allowed.get(key, {}).get(limit) for limit in ("from", "to", "one_of"))
-    for v in converted if isinstance(converted, list) else [converted]:
-        if (choices and v not in choices) or (low is not None and not low <= v <= high):
-            said = choices or f"{low} to {high}"
-            raise UserError(f"{source}: {key}: is {value}; allowed: {said}")
+    check_range(source, key, converted, allowed.get(key, {}))
     return converted
+
+
+def check_range(source: str, key: str, value: object, limits: dict) -> None:
+    """Raise UserError unless a value, or each value of a list, is within the limits of its key.
+
+    `limits` is {}, {one_of: [...]} or {from: lowest, to: highest}.
+    """
+    values = value if isinstance(value, list) else [value]
+    for v in values:
+        if "one_of" in limits and v not in limits["one_of"]:
+            raise UserError(f"{source}: {key}: is {v}; allowed: {limits['one_of']}")
+        if "from" in limits and not limits["from"] <= v <= limits["to"]:
+            bounds = f"{limits['from']} to {limits['to']}"
+            raise UserError(f"{source}: {key}: is {v}; allowed: {bounds}")
+
+
+def parse_override(text: str) -> dict:
+    """Parse a "key=value" string, the value in YAML, to {key: value}; UserError if it is none."""
+    key, equals, value = text.partition("=")
+    advice = "give key=value, as in --set batch_size=16"
+    with reading(f"--set {text}", advice):
+        if not equals:
+            raise ValueError("there is no =")
+        return {key: yaml.safe_load(value)}
 
 
 def load_config(paths: list[Path], overrides: list[str] = ()) -> dict:
     """Resolve a config: a value for every key of configs/default.yaml, of the type it has there.
 
     Later `paths` win; the first names the experiment unless `name` is set. `overrides` are
-    "key=value" strings, the values in YAML, and win over the files. UserError if a file cannot be
-    read, or a key is unknown, of the wrong type or out of range.
+    "key=value" strings and win over the files. UserError if a file cannot be read, or a key is
+    unknown, of the wrong type or out of range.
     """
-    default, allowed = read_yaml(DEFAULT), read_yaml(ALLOWED)
-    layers = [(str(path), read_yaml(Path(path))) for path in paths]
+    layers = []  # of (source for messages, its keys)
+    for path in paths:
+        layers.append((str(path), read_yaml(Path(path))))
     for text in overrides:
-        key, _, value = text.partition("=")
-        with reading(f"--set {text}", "give key=value, as in --set batch_size=16"):
-            layers.append((f"--set {text}", {key: yaml.safe_load(value)}))
+        layers.append((f"--set {text}", parse_override(text)))
+
+    default = read_yaml(DEFAULT)
+    allowed = read_yaml(ALLOWED)
     config = dict(default)
+    group_is_given = False
     for source, values in layers:
+        if "images" in values:
+            # It describes other data: a group that was given before does not fit them.
+            config["group"] = default["group"]
+            group_is_given = False
+        if "group" in values:
+            group_is_given = True
         for key, value in values.items():
             config[key] = check_value(source, key, value, default, allowed)
-    if "{split}" not in config["images"] and not any("group" in values for _, values in layers):
+    if "{split}" not in config["images"] and not group_is_given:
+        # Images of one video in two splits would make every score look better than it is.
         fix = "say what in a name stays together: '^[^_]+' (all before the first _), '' (nothing)"
-        raise UserError(f"group: the splits are chosen at random; {fix}")
-    config["name"] = config["name"] or (Path(paths[0]).stem if paths else "default")
+        raise UserError(f"group: the splits are drawn at random; {fix}")
+    if not config["name"]:
+        config["name"] = Path(paths[0]).stem if paths else "default"
     return config
 
 
@@ -92,26 +134,71 @@ def dump(config: dict) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add --config and --set, the same for every script that takes a config."""
-    files = {"type": Path, "nargs": "+", "default": [], "metavar": "FILE"}
-    parser.add_argument("--config", required=required, help="later files win", **files)
-    pairs = {"nargs": "+", "default": [], "metavar": "KEY=VALUE", "action": "extend"}
-    parser.add_argument("--set", dest="overrides", **pairs)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        nargs="+",
+        default=[],
+        required=required,
+        metavar="FILE",
+        help="YAML files; later ones win",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="KEY=VALUE",
+        help="values that win over the files",
+    )
+
+
+def note_overridden(paths: list[Path]) -> None:
+    """Print which values of a file are overridden by the file that follows it."""
+    for i in range(1, len(paths)):
+        before = read_yaml(paths[i - 1])
+        after = read_yaml(paths[i])
+        lost = []
+        for key, value in before.items():
+            if key in after and after[key] != value:
+                lost.append(f"{key}: {value}")
+        if lost:
+            text = ", ".join(lost)
+            print(f"note: {paths[i]} overrides {text} of {paths[i - 1]}", file=sys.stderr)
+
+
+def is_finished(run_dir: Path, config: dict, stamp: Path | None) -> bool:
+    """Tell whether a run directory holds a finished run of a config, newer than a stamp file."""
+    summary = run_dir / "summary.json"
+    if not summary.exists() or not (run_dir / "config.yaml").exists():
+        return False
+    if stamp is not None and stamp.stat().st_mtime_ns > summary.stat().st_mtime_ns:
+        return False
+    return load_config([run_dir / "config.yaml"]) == config
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print the resolved config.")
     add_arguments(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write it there, if it changed")
+    parser.add_argument(
+        "--finished",
+        type=Path,
+        metavar="RUN_DIR",
+        help=f"exit with {UNFINISHED} unless a finished run of this config is there",
+    )
+    parser.add_argument("--since", type=Path, metavar="FILE", help="a finished run is newer")
     args = parser.parse_args()
-    text = dump(load_config(args.config, args.overrides))
-    if not args.out:
+    config = load_config(args.config, args.overrides)
+    text = dump(config)
+    if args.out is None:
         sys.stdout.write(text)
     elif not args.out.exists() or args.out.read_text(encoding="utf-8") != text:
-        for first, last in zip(args.config, args.config[1:], strict=False):
-            was, now = read_yaml(first), read_yaml(last)
-            if lost := [f"{key}: {was[key]}" for key in now if was.get(key, now[key]) != now[key]]:
-                print(f"note: {last} overrides {', '.join(lost)} of {first}", file=sys.stderr)
+        note_overridden(args.config)
         write_atomically(args.out, text.encode())
+    if args.finished is not None and not is_finished(args.finished, config, args.since):
+        sys.exit(UNFINISHED)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,32 @@
-"""Losses on logits (N, C, H, W) against masks (N, H, W); all in float32 whatever autocast does.
+"""Compute losses of logits (N, C, H, W) against masks (N, H, W), in float32.
 
-A loss is a function of logits and mask in `LOSSES`; `loss: {name: weight}` in a config uses it.
+A loss is a function of logits and mask. Its name in `LOSSES` is what a config uses:
+`loss: {cross_entropy: 1.0, dice_per_class: 1.0}`.
 """
-
-from common import UserError
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import UserError
 from metrics import IGNORE
 
 
 def cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     """Average the negative log-likelihood of the true class over the pixels; in [0, inf)."""
-    counted = (mask != IGNORE).sum().clamp(min=1)  # all ignored: a loss of 0, not 0/0
-    return F.cross_entropy(logits, mask.long(), ignore_index=IGNORE, reduction="sum") / counted
+    total = F.cross_entropy(logits, mask.long(), ignore_index=IGNORE, reduction="sum")
+    counted = (mask != IGNORE).sum().clamp(min=1)  # if all are ignored: a loss of 0, not 0/0
+    return total / counted
 
 
 def _probabilities_and_target(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over classes and one-hot mask, both (N, C, H*W) float32, 0 where ignored."""
-    classes, mask = torch.arange(logits.shape[1], device=mask.device), mask.flatten(1)[:, None]
-    target = (mask == classes[:, None]).to(logits.dtype)
-    return logits.flatten(2).softmax(dim=1) * (mask != IGNORE), target
+    """Compute softmax and one-hot mask, both (N, C, H*W) float32, 0 where pixels are ignored."""
+    mask = mask.flatten(1)[:, None]  # (N, 1, H*W)
+    classes = torch.arange(logits.shape[1], device=mask.device)[:, None]  # (C, 1)
+    target = (mask == classes).to(logits.dtype)
+    probabilities = logits.flatten(2).softmax(dim=1)
+    counted = mask != IGNORE
+    return probabilities * counted, target
 
 
 def dice_pooled(logits: Tensor, mask: Tensor) -> Tensor:
@@ -30,11 +34,12 @@ def dice_pooled(logits: Tensor, mask: Tensor) -> Tensor:
 
     1 − mean_n 2·Σ_ck p·t / (Σ_ck p + Σ_ck t), with softmax p and one-hot t (the soft Dice of
     Sudre et al. 2017, arXiv:1707.03237, without class weights). Since Σ_c p = Σ_c t = 1 at every
-    pixel it equals 1 − the mean probability of the true class: a class of few pixels weighs next
-    to nothing, which is how classes die under it.
+    pixel it equals 1 − the mean probability of the true class. A class of few pixels hardly
+    counts in it, so that a network can do without it.
     """
     p, t = _probabilities_and_target(logits, mask)
-    overlap, total = (p * t).sum(dim=(1, 2)), (p + t).sum(dim=(1, 2))
+    overlap = (p * t).sum(dim=(1, 2))
+    total = (p + t).sum(dim=(1, 2))
     dice = torch.where(total > 0, 2 * overlap / total.clamp(min=1e-12), 1.0)
     return 1 - dice.mean()
 
@@ -47,11 +52,13 @@ def dice_per_class(logits: Tensor, mask: Tensor) -> Tensor:
     left out: its Dice is 0 for every prediction but an exact zero and would give no direction.
     """
     p, t = _probabilities_and_target(logits, mask)
-    overlap, total, true = (p * t).sum(dim=(0, 2)), (p + t).sum(dim=(0, 2)), t.sum(dim=(0, 2))
-    present = true > 0
+    overlap = (p * t).sum(dim=(0, 2))
+    total = (p + t).sum(dim=(0, 2))
+    present = t.sum(dim=(0, 2)) > 0
     dice = torch.where(present, 2 * overlap / total.clamp(min=1e-12), 0.0)
-    # No class present: a loss of 0. A tensor decides, since an `if` would make a GPU wait.
-    return present.any().to(dice) - dice.sum() / present.sum().clamp(min=1)
+    # Without any class the loss is 0. A tensor decides that, since an `if` would make a GPU wait.
+    any_present = present.any().to(dice)
+    return any_present - dice.sum() / present.sum().clamp(min=1)
 
 
 LOSSES = {
@@ -61,12 +68,20 @@ LOSSES = {
 }
 
 
+def check_loss(weights: dict[str, float]) -> None:
+    """Raise UserError unless each key of a config's `loss` is in `LOSSES`, its value a number."""
+    known = ", ".join(LOSSES)
+    if not weights:
+        raise UserError(f"loss: names no loss; give at least one of {known}, with its weight")
+    for name, weight in weights.items():
+        if name not in LOSSES:
+            raise UserError(f"loss: there is no loss '{name}'; known: {known}")
+        if not isinstance(weight, (int, float)):
+            raise UserError(f"loss: {name}: {weight!r} is no weight; give a number, as in 1.0")
+
+
 def weighted_loss(logits: Tensor, mask: Tensor, weights: dict[str, float]) -> Tensor:
-    """Add up losses by weight, name in `LOSSES` → weight; UserError if a name is unknown."""
-    for name, weight in weights.items() or [("nothing", None)]:
-        if name not in LOSSES or not isinstance(weight, (int, float)):
-            known = ", ".join(LOSSES)
-            raise UserError(f"loss: {name}: {weight} is no loss with its weight; known: {known}")
+    """Add up losses: `weights` gives the weight of each name in `LOSSES`; a scalar."""
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return sum(weight * LOSSES[name](logits, mask) for name, weight in weights.items())

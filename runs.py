@@ -1,7 +1,8 @@
-"""The files of a run: its lock, checkpoints, history, TensorBoard events and summary."""
+"""Write and read the files of a run: its lock, history, checkpoint to go on from, summary."""
 
 import contextlib
 import fcntl
+import io
 import json
 import platform
 import resource
@@ -10,22 +11,47 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from common import ROOT, UserError, reading, write_atomically
+from machine import name_device
 
 import torch
-import yaml
-from matplotlib.figure import Figure
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
 
+from common import ROOT, UserError, reading, require, write_atomically
 from config import dump
-from data import Split, evenly
-from figures import colourise, grid, legend_of, save
-from model import read_checkpoint, save_checkpoint
+from data import evenly
+from model import count_parameters, read_checkpoint
 
-TEXTS = yaml.safe_load((ROOT / "docs/texts.yaml").read_text(encoding="utf-8"))
-PICTURES = 4  # validation images in TensorBoard and predictions.png
+if TYPE_CHECKING:  # takes seconds to import
+    from torch.utils.tensorboard import SummaryWriter
+
+# What a run writes before its first last.pt, and what it or other scripts add later.
+FIRST_FILES = {"config.yaml", "environment.json", "best.pt", "predictions.png", "metrics.jsonl"}
+LATER_FILES = {"last.pt", "summary.json", "testing.json", "testing.npz", "doctor.png"}
+LATER_FILES.update(("on-afo.json", "on-scenes.json"))
+LONG = 300  # seconds of training that are not discarded unless the user asks for it
+SHOWN = 4  # validation images in TensorBoard and predictions.png
+SCORES = {  # what every epoch has of either split, and of which type
+    "loss": float,
+    "mean_iou": (float, type(None)),
+    "mean_iou_foreground": (float, type(None)),
+    "per_class_iou": dict,
+    "dead_classes": list,
+}
+ADVICE_NEVER_PREDICTED = (
+    "what brings a class back that is never predicted, the surest first: "
+    "a last decoder stage wider than `classes`, upsampling_init: bilinear, "
+    "loss: {cross_entropy: 1, dice_per_class: 1}, a lower learning_rate"
+)
+
+
+def default_folder(config: dict) -> Path:
+    """Name the folder of a run, as make does: runs/<data>/<profile>/<experiment>/seed<n>."""
+    seed = f"seed{config['seed']}"
+    return Path("runs", Path(config["data"]).name, config["profile"], config["name"], seed)
 
 
 @contextlib.contextmanager
@@ -40,60 +66,109 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def resume_run(run_dir: Path, about: dict, parts: dict, resume: bool, overwrite: bool) -> list:
-    """Decide whether a run starts over or goes on after its last finished epoch.
+# ---- to go on or to start over
 
-    `resume` goes on with a run of the `config` and `data_digest` in `about`, and loads the states
-    of `parts` (model, optimizer, scheduler) from last.pt; else `overwrite` starts over. Returns the
-    epochs so far, none if it starts over. UserError if a run can be neither resumed nor replaced.
+
+def find_checkpoint(
+    run_dir: Path, config: dict, data_digest: str, resume: bool, overwrite: bool
+) -> dict | None:
+    """Return the checkpoint that a run goes on from, or None if it starts over.
+
+    `resume` goes on with a run of the same config and data. A run of another config is replaced
+    if it is short (`LONG`) or with `overwrite`. UserError if a run would be lost unasked.
     """
+    files = set()
+    for path in run_dir.glob("*"):
+        if path.name != "lock" and path.suffix != ".partial" and "tfevents" not in path.name:
+            files.add(path.name)
+    if not files:
+        return None
+    if "config.yaml" not in files or not files <= FIRST_FILES | LATER_FILES:
+        raise UserError(f"{run_dir}: holds other files than a run's; give another --run-dir")
     path = run_dir / "last.pt"
-    why = "which --resume goes on with" if path.exists() else "without last.pt to go on from"
-    there = {file.name for file in run_dir.glob("*")} - {"lock", "config.yaml.partial"}
-    if there and "config.yaml" not in there:
-        raise UserError(f"{run_dir}: holds other files than a run; give another --run-dir")
-    if all(name in ("config.yaml", "environment.json") or "tfevents" in name for name in there):
-        return []  # nothing that could be lost
-    if resume and path.exists():
-        last = read_checkpoint(path, torch.device("cpu"))
-        with reading(path, "train into another --run-dir"):
-            changed = [k for k, v in about["config"].items() if last["config"][k] != v]
-            changed += ["files of the data"] * (last["data_digest"] != about["data_digest"])
-            if not changed:
-                for name, part in parts.items():
-                    part.load_state_dict(last[name])
-                return last["history"]
-        why = f"made with another {', '.join(changed)}"
-    if not overwrite:
-        raise UserError(f"{run_dir}: there is a run {why}; --overwrite discards it")
-    print(f"{run_dir}: starting over, there was a run {why}")
-    return []
+    if not path.exists():
+        if files <= FIRST_FILES or overwrite:
+            return None  # killed in its first epoch: nothing is lost
+        raise UserError(f"{run_dir}: a run without last.pt to go on from; --overwrite discards it")
+    if not resume:
+        if overwrite:
+            return None
+        raise UserError(f"{run_dir}: there is a run; --resume goes on with it, --overwrite not")
+
+    last = read_checkpoint(path, torch.device("cpu"))
+    with reading(path, "train into another --run-dir"):
+        require(last, {"history": list, "data_digest": str, "code": str})
+        seconds = last["history"][-1]["train_seconds"]
+    changed = list_changes(last, config, data_digest)
+    if not changed:
+        return last
+    if seconds > LONG and not overwrite:
+        raise UserError(
+            f"{run_dir}: holds {seconds / 60:.0f} minutes of training with another {changed}; "
+            "make … OVERWRITE=1 (--overwrite) discards it, RUNS=… (--run-dir) trains elsewhere"
+        )
+    print(f"{run_dir}: starting over, the run there was made with another {changed}")
+    return None
 
 
-def start_run(
-    run_dir: Path, config: dict, history: list, device: torch.device, dtype: torch.dtype, world: int
-) -> SummaryWriter:
-    """Empty the folder of a new run, write config and machine; returns a writer of events."""
-    for path in run_dir.iterdir() if not history else ():
-        if path.name != "lock":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    options = {"shell": True, "cwd": ROOT, "capture_output": True, "text": True}
-    commit = subprocess.run("git describe --always --dirty", **options).stdout.strip() or "unknown"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases
-    name = capabilities.get("cpu_name", platform.machine())
-    if device.type != "cpu":
-        name = getattr(torch.get_device_module(device), "get_device_name", device.__str__)()
-    machine = {"commit": commit, "python": platform.python_version(), "torch": torch.__version__}
-    machine |= {"device": name, "precision": str(dtype).removeprefix("torch.")}
-    machine |= {"threads": torch.get_num_threads(), "processes": world}
+def list_changes(last: dict, config: dict, data_digest: str) -> str:
+    """List what keeps a run from going on: the keys that changed, and the data; "" if nothing."""
+    changed = [key for key in config if config[key] != last["config"][key]]
+    more_epochs = config["epochs"] >= len(last["history"])
+    if "epochs" in changed and config["schedule"] == "constant" and more_epochs:
+        changed.remove("epochs")  # the epochs so far are the same, however many follow
+    if last["data_digest"] != data_digest:
+        changed.append("files of the data")
+    return ", ".join(changed)
+
+
+# ---- what is written at the start
+
+
+def start_run(run_dir: Path, config: dict, environment: dict, done: int) -> "SummaryWriter":
+    """Write config and environment of a run; returns a writer of TensorBoard events.
+
+    A new run (`done` is 0 epochs) starts in an empty folder.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    if done == 0:
+        for path in run_dir.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
     write_atomically(run_dir / "config.yaml", dump(config).encode())
-    write_atomically(run_dir / "environment.json", json.dumps(machine, indent=2).encode())
-    done = f", resuming after epoch {len(history)}" if history else ""
-    print(f"{run_dir}: training in {machine['precision']}, {name}{done}", flush=True)
-    writer = SummaryWriter(run_dir, purge_step=len(history) + 1)  # drops epochs to be repeated
-    both = {k: ["Multiline", [f"{k}/training", f"{k}/validation"]] for k in ("mean_iou", "loss")}
-    writer.add_custom_scalars({"training and validation": both})
+    write_atomically(run_dir / "environment.json", json.dumps(environment, indent=2).encode())
+    resuming = f", resuming after epoch {done}" if done > 0 else ""
+    machine = f"{environment['precision']}, {environment['device']}"
+    print(f"{run_dir}: training in {machine}{resuming}", flush=True)
+    writer = SummaryWriter(run_dir, purge_step=done + 1)  # drops epochs that are repeated
+    layout = {}
+    for key in ("mean_iou", "loss"):
+        layout[key] = ["Multiline", [f"{key}/training", f"{key}/validation"]]
+    writer.add_custom_scalars({"training and validation": layout})
     return writer
+
+
+def describe_environment(device: torch.device, dtype: torch.dtype, processes: int) -> dict:
+    """Describe code, versions and machine of a run, as environment.json keeps them."""
+    command = ["git", "describe", "--always", "--dirty"]
+    commit = ""
+    with contextlib.suppress(OSError):  # there is no git
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {
+        "commit": commit or "unknown",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": name_device(device),
+        "precision": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+    }
+
+
+# ---- what is written after an epoch
 
 
 def best_of(history: list[dict]) -> dict:
@@ -101,65 +176,136 @@ def best_of(history: list[dict]) -> dict:
     return max(history, key=lambda entry: entry["validation"]["mean_iou"])
 
 
-def show_predictions(validation: Split, predictions: Tensor, config: dict) -> Figure:
-    """Draw image, truth and prediction of a few validation images."""
-    rows, classes = [], config["classes"]
-    for i in evenly(len(predictions), PICTURES):
-        image = validation.images[i, :3].expand(3, -1, -1)
-        truth, prediction = (colourise(m[i], classes) for m in (validation.masks, predictions))
-        rows.append([("image", image), ("truth", truth), ("prediction", prediction)])
-    return grid(rows, legend_of(config))
+def draw_predictions(images: Tensor, masks: Tensor, predictions: Tensor, classes: dict) -> Tensor:
+    """Draw image, truth and prediction of a few images side by side, (3, height, width) uint8.
+
+    From (N, channels, H, W) images, (N, H, W) masks and predicted classes, all uint8.
+    """
+    from figures import colourise
+
+    rows = []
+    for i in evenly(len(images), SHOWN):
+        image = images[i, :3].expand(3, -1, -1).cpu()
+        truth = colourise(masks[i].cpu(), classes)
+        prediction = colourise(predictions[i], classes)
+        tiles = [F.pad(tile, (2, 2, 2, 2), value=128) for tile in (image, truth, prediction)]
+        rows.append(torch.cat(tiles, dim=2))
+    return torch.cat(rows, dim=1)
 
 
-def write_epoch(
-    run_dir: Path, about: dict, parts: dict, history: list, figure: Figure, writer: SummaryWriter
-) -> None:
-    """Log and print an epoch; write metrics.jsonl, last.pt and, if it is the best, best.pt."""
-    config, entry, best = about["config"], history[-1], history[-1] is best_of(history)
-    epoch, training, validation = (entry[key] for key in ("epoch", "training", "validation"))
-    tags = {key: entry[key] for key in ("learning_rate", "images_per_s")}
+def write_picture(path: Path, picture: Tensor) -> None:
+    """Write a (3, height, width) uint8 picture as a PNG."""
+    file = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
+    write_atomically(path, file.getvalue())
+
+
+def log_epoch(writer: "SummaryWriter", entry: dict, picture: Tensor) -> None:
+    """Show an epoch in TensorBoard: its numbers and the picture of `draw_predictions`."""
+    scalars = {"learning_rate": entry["learning_rate"], "images_per_s": entry["images_per_s"]}
     for split in ("training", "validation"):
-        tags |= {f"{key}/{split}": entry[split][key] for key in ("loss", "mean_iou")}
-        tags |= {f"iou_{split}/{name}": v for name, v in entry[split]["per_class_iou"].items()}
-    for tag, value in tags.items():
-        if value is not None:  # an absent class, or crops without a labelled pixel
-            writer.add_scalar(tag, value, epoch)
-    writer.add_figure("image | truth | prediction", figure, epoch)
+        scalars[f"loss/{split}"] = entry[split]["loss"]
+        scalars[f"mean_iou/{split}"] = entry[split]["mean_iou"]
+        for name, value in entry[split]["per_class_iou"].items():
+            scalars[f"iou_{split}/{name}"] = value
+    for tag, value in scalars.items():
+        if value is not None:  # a class that is absent, or crops without a labelled pixel
+            writer.add_scalar(tag, value, entry["epoch"])
+    writer.add_image("image | truth | prediction", picture, entry["epoch"])
     writer.flush()
-    state = {name: part.state_dict() for name, part in parts.items()}
-    if best:
-        save_checkpoint(run_dir / "best.pt", about | {"model": state["model"], "epoch": epoch})
-        save(figure, run_dir / "predictions.png")
-    lines = "".join(json.dumps(entry) + "\n" for entry in history)
-    write_atomically(run_dir / "metrics.jsonl", lines.encode())
-    # Last of all: a run that is killed before repeats the epoch.
-    save_checkpoint(run_dir / "last.pt", about | state | {"history": history})
-    loss, iou = (f"{training[k] or 0:.4f} / {validation[k]:.4f}" for k in ("loss", "mean_iou"))
-    dead = validation["dead_classes"]
-    said = f"{config['name']} epoch {epoch}/{config['epochs']}  loss {loss}  mean IoU {iou}  "
-    said += f"(training / validation)  {entry['images_per_s']:.0f} images/s{'  best' * best}"
-    print(said + (f"  dead: {', '.join(dead)}" if dead else ""), flush=True)
-    if dead and epoch in (1, config["epochs"]):
-        print(TEXTS["dead_class_fix"])
+
+
+def write_history(run_dir: Path, history: list[dict]) -> None:
+    """Write metrics.jsonl, a line for each epoch."""
+    text = "".join(json.dumps(entry) + "\n" for entry in history)
+    write_atomically(run_dir / "metrics.jsonl", text.encode())
+
+
+def read_history(path: Path, advice: str) -> list[dict]:
+    """Read the epochs of a metrics.jsonl; UserError, with advice, if it is damaged."""
+    with reading(path, advice):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if not lines:
+            raise ValueError("it is empty")
+        history = [json.loads(line) for line in lines]
+        for entry in history:
+            require(entry["training"], SCORES)
+            require(entry["validation"], SCORES)
+    return history
+
+
+def print_epoch(config: dict, entry: dict, is_best: bool) -> None:
+    """Print the line of an epoch, and advice if a class is never predicted."""
+    epoch, epochs = entry["epoch"], config["epochs"]
+    training, validation = entry["training"], entry["validation"]
+    line = (
+        f"{config['name']} epoch {epoch}/{epochs}  "
+        f"loss {training['loss']:.4f} / {validation['loss']:.4f}  "
+        f"mean IoU {training['mean_iou'] or 0:.4f} / {validation['mean_iou']:.4f}  "
+        f"(training / validation)  {entry['images_per_s']:.0f} images/s"
+    )
+    if is_best:
+        line += "  best"
+    never = ", ".join(validation["dead_classes"])
+    if never:
+        line += f"  never predicted: {never}"
+    print(line, flush=True)
+    if never and epoch in (1, epochs):
+        print(ADVICE_NEVER_PREDICTED, flush=True)
+
+
+# ---- what is written at the end
+
+
+def finish(
+    run_dir: Path, config: dict, history: list[dict], code: str, data_digest: str, model: nn.Module
+) -> None:
+    """Leave a run as it is that has nothing left to train; write its summary if it has none."""
+    path = run_dir / "summary.json"
+    if path.exists():
+        path.touch()  # make learns that the run is newer than the data
+    else:
+        write_summary(run_dir, config, history, code, data_digest, model)
 
 
 def write_summary(
-    run_dir: Path, about: dict, history: list[dict], parameters: int, writer: SummaryWriter
+    run_dir: Path, config: dict, history: list[dict], code: str, data_digest: str, model: nn.Module
 ) -> None:
-    """Write summary.json and TensorBoard's HParams; the costs are those of the whole run."""
-    config, best = about["config"], best_of(history)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, else KiB
-    summary = {key: config[key] for key in ("name", "seed", "profile")}
-    summary |= {key: history[-1][key] for key in ("images_seen", "train_seconds")}
-    summary |= {"best_epoch": best["epoch"], "parameters": parameters, "code": about["code"]}
-    summary |= {"peak_memory_mib": peak / (2**20 if sys.platform == "darwin" else 2**10)}
-    summary |= {"digest": about["data_digest"]} | {k: best[k] for k in ("training", "validation")}
-    simple = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.items()}
-    means = {split: best[split]["mean_iou"] for split in ("validation", "training")}
-    reached = {f"result/{s}_mean_iou": mean for s, mean in means.items() if mean is not None}
-    # In the run's own folder; a step behind the last epoch, so that resuming replaces it.
-    writer.add_hparams(simple, reached, run_name=".", global_step=config["epochs"] + 1)
-    writer.close()
+    """Write summary.json: the scores of the best epoch, and what the whole run cost."""
+    best = best_of(history)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    summary = {
+        "name": config["name"],
+        "seed": config["seed"],
+        "profile": config["profile"],
+        "images_seen": history[-1]["images_seen"],
+        "train_seconds": history[-1]["train_seconds"],
+        "best_epoch": best["epoch"],
+        "parameters": count_parameters(model),
+        "code": code,
+        "peak_memory_mib": peak / unit,
+        "digest": data_digest,
+        "training": best["training"],
+        "validation": best["validation"],
+    }
     write_atomically(run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    advice = f"next: python evaluate.py {run_dir / 'best.pt'}"
-    print(f"best epoch {best['epoch']}, validation mean IoU {means['validation']:.4f}; {advice}")
+    mean_iou = best["validation"]["mean_iou"]
+    print(f"best epoch {best['epoch']}, validation mean IoU {mean_iou:.4f}", end="; ")
+    print(f"next: python evaluate.py {run_dir / 'best.pt'}")
+
+
+def log_summary(writer: "SummaryWriter", config: dict, history: list[dict]) -> None:
+    """Show config and best scores in TensorBoard's HParams, and close the writer."""
+    hyperparameters = {}
+    for key, value in config.items():
+        hyperparameters[key] = value if isinstance(value, (int, float, str)) else str(value)
+    best = best_of(history)
+    scores = {}
+    for split in ("validation", "training"):
+        if best[split]["mean_iou"] is not None:
+            scores[f"result/{split}_mean_iou"] = best[split]["mean_iou"]
+    # In the run's own folder, and a step behind the last epoch, so that resuming replaces it.
+    step = config["epochs"] + 1
+    writer.add_hparams(hyperparameters, scores, run_name=".", global_step=step)
+    writer.close()

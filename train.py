@@ -11,84 +11,124 @@ machine, also in a run that was killed and resumed.
 import argparse
 import contextlib
 import copy
-import hashlib
 import math
 import os
 import time
 from pathlib import Path
 
-from common import UserError, code_digest, reading, run
+from machine import fits, keep_memory, pick_device, pick_precision
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 from tqdm import tqdm
 
 import runs
-from augment import augment, take_batch
+from augment import check_sizes, get_batch
+from common import UserError, code_digest, run
 from config import add_arguments, load_config
-from data import Split, limit, load_split
+from data import load_data
 from evaluate import evaluate
-from losses import weighted_loss
-from metrics import IGNORE, confusion_matrices, scores
-from model import build_model, count_parameters, keep_memory, pick_device, pick_precision
+from losses import check_loss, weighted_loss
+from metrics import confusion_matrices, scores
+from model import bilinear_start_applies, build_model, save_checkpoint
+from schedule import derive_seed, epoch_order, make_scheduler
 
 
 def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overwrite: bool) -> None:
     """Train the model of a config into a run directory.
 
-    Writes config.yaml, environment.json, metrics.jsonl (a line an epoch), TensorBoard events,
-    last.pt (to resume from), best.pt (highest validation mean IoU) with predictions.png and, at
-    the very end, summary.json. For `resume` and `overwrite` see `runs.resume_run`. UserError if
-    data or config are bad, or a loss is not finite.
+    Writes config.yaml, environment.json, metrics.jsonl (a line for each epoch), TensorBoard
+    events, best.pt (highest validation mean IoU) with predictions.png, last.pt (to resume from)
+    and, at the very end, summary.json. For `resume` and `overwrite` see `runs.find_checkpoint`.
+    UserError if data or config cannot be used, or the loss is not finite.
     """
-    # The number of this process and of all; rank 0 writes the files.
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    dtype, seed = pick_precision(device, config["precision"]), config["seed"]
-    epochs, batch_size, classes = config["epochs"], config["batch_size"], list(config["classes"])
+    rank, world = 0, 1  # the number of this process, and of all; rank 0 writes the files
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+    stream = "step" if rank == 0 else f"step of rank {rank}"  # of random numbers
+    hide_bar = None if rank == 0 else True  # None: tqdm shows its bar in a terminal only
+    seed = config["seed"]
+    classes = list(config["classes"])
+    check_loss(config["loss"])
+    if world > 1 and (config["batch_size"] % world != 0 or config["last_batch"] == "keep"):
+        raise UserError(f"batch_size, last_batch: {world} processes need a multiple, and drop")
 
-    # ---- data: resident as uint8, on the device
+    # ---- 1. data: resident as uint8
     training, validation = load_data(config)
-    images, masks = training.images.to(device), training.masks.to(device)
-    per_epoch = config["images_per_epoch"] or len(images)
-    if config["last_batch"] == "drop" and per_epoch > batch_size:
-        per_epoch -= per_epoch % batch_size
-    steps = math.ceil(per_epoch / batch_size)  # per epoch
+    images, masks = training.images, training.masks
+    if fits(device, images.numel() + masks.numel()):
+        images, masks = images.to(device), masks.to(device)
+    data_digest = f"{training.digest} {validation.digest}"
+    val_images = validation.images[rank::world]  # the share of this process
+    val_masks = validation.masks[rank::world]
+    batch_size = config["batch_size"]
+    images_per_epoch = config["images_per_epoch"] or len(images)
+    if config["last_batch"] == "drop" and images_per_epoch > batch_size:
+        images_per_epoch -= images_per_epoch % batch_size
+    steps_per_epoch = math.ceil(images_per_epoch / batch_size)
 
-    # ---- model, optimizer, learning-rate schedule
+    # ---- 2. model
     torch.manual_seed(seed)
+    dtype = pick_precision(device, config["precision"])
     model = build_model(config).to(device, memory_format=torch.channels_last)
-    try_batch(model, images, masks, config, min(2, per_epoch % batch_size or batch_size))
-    optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"], fused=True)
-    scheduler = make_scheduler(optimizer, config["schedule"], steps * epochs, config["warm_up"])
+    smallest_batch = images_per_epoch % batch_size or batch_size
+    check_sizes(config, images.shape[2], images.shape[3], model.stride, smallest_batch)
+    try_batch(model, images, masks, device, config)
+    if config["upsampling_init"] == "bilinear" and not bilinear_start_applies(model) and rank == 0:
+        print("note: upsampling_init: bilinear does nothing for a last stage wider than classes")
 
-    # ---- start over, or go on after the last finished epoch; `about` is in every checkpoint
-    about = {"config": config, "data_digest": training.digest, "code": code_digest()}
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    history = runs.resume_run(run_dir, about, parts, resume, overwrite)  # an entry an epoch
+    # ---- 3. optimizer and schedule of the learning rate
+    optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"], fused=True)
+    steps = steps_per_epoch * config["epochs"]
+    scheduler = make_scheduler(optimizer, config["schedule"], steps, config["warm_up"])
+
+    # ---- 4. start over, or go on after the last finished epoch
+    last = None
+    if rank == 0:
+        last = runs.find_checkpoint(run_dir, config, data_digest, resume, overwrite)
+    if world > 1:  # the others may run on machines that do not have the files
+        shared = [last]
+        dist.broadcast_object_list(shared)
+        last = shared[0]
+    code = code_digest()
+    history = []  # an entry for each epoch
+    if last is not None:
+        history = last["history"]
+        model.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        scheduler.load_state_dict(last["scheduler"])
+        if code != last["code"]:
+            code = "mixed" if len(history) < config["epochs"] else last["code"]
+    if len(history) == config["epochs"]:  # nothing is left to train
+        if rank == 0:
+            runs.finish(run_dir, config, history, code, training.digest, model)
+        return
     net = model
     if world > 1:
         if device.type == "cuda":  # there is none for CPUs
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         net = DistributedDataParallel(model)
     if rank == 0:
-        writer = runs.start_run(run_dir, config, history, device, dtype, world)
+        environment = runs.describe_environment(device, dtype, world)
+        if code == "mixed":
+            environment["commit"] += ", begun by other code"
+        writer = runs.start_run(run_dir, config, environment, done=len(history))
 
-    for epoch in range(len(history), epochs):
-        # ---- train
+    # ---- 5. the loop
+    for epoch in range(len(history), config["epochs"]):
+        title = f"{config['name']} epoch {epoch + 1}/{config['epochs']}"
         started = time.perf_counter()
         model.train()
         loss_sum = torch.zeros((), device=device)
         matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
-        batches = epoch_order(epoch, per_epoch, len(images), seed).split(batch_size)
-        title, first_step = f"{config['name']} epoch {epoch + 1}/{epochs}", epoch * steps
-        bar = tqdm(batches, title, disable=rank > 0 or None)  # None: a bar in a terminal only
-        for step, index in enumerate(bar, first_step):
-            torch.manual_seed(derive_seed(seed, f"step of rank {rank}" if rank else "step", step))
-            index = index[rank % len(index) :: world]  # this process's share, never empty
-            batch, mask = augment(*take_batch(images, masks, index, config), config)
+        order = epoch_order(epoch, images_per_epoch, len(images), seed).to(images.device)
+        bar = tqdm(order.split(batch_size), title, disable=hide_bar)
+        for step, index in enumerate(bar, start=epoch * steps_per_epoch):
+            torch.manual_seed(derive_seed(seed, stream, step))
+            index = index[rank::world]  # the share of this process
+            batch, mask = get_batch(images, masks, index, device, config)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = net(batch)
             loss = weighted_loss(logits, mask, config["loss"])
@@ -99,79 +139,89 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
             loss_sum += loss.detach() * len(index)
             matrix += confusion_matrices(logits.argmax(dim=1), mask, len(classes)).sum(dim=0)
         if world > 1:
-            dist.all_reduce(loss_sum), dist.all_reduce(matrix)
-        train_loss = loss_sum.item() / per_epoch  # waits for the device, so the clock is right
+            dist.all_reduce(loss_sum)
+            dist.all_reduce(matrix)
+        train_loss = loss_sum.item() / images_per_epoch  # waits for the device: the clock is right
         seconds = time.perf_counter() - started
 
-        # ---- validate
-        pixels = validation.images, validation.masks
-        matrices, val_loss, predictions = evaluate(model, *pixels, config, dtype)
+        if world > 1:  # batch norm has seen other images in each process
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+        matrices, val_loss, predictions = evaluate(model, val_images, val_masks, config, dtype)
+        val_matrix = matrices.sum(dim=0)
+        if world > 1:
+            val_loss = add_up(val_matrix, val_loss, len(val_images))
         if not math.isfinite(train_loss + val_loss):
-            found = f"{train_loss} in training and {val_loss} in validation"
-            raise UserError(f"{run_dir}: {title}: the loss is {found}; lower learning_rate")
+            values = f"{train_loss} in training and {val_loss} in validation"
+            raise UserError(f"{run_dir}: {title}: the loss is {values}; lower learning_rate")
         entry = {
             "epoch": epoch + 1,
-            "images_seen": (epoch + 1) * per_epoch,
+            "images_seen": (epoch + 1) * images_per_epoch,
             "train_seconds": seconds + (history[-1]["train_seconds"] if history else 0),
-            "images_per_s": per_epoch / seconds,
+            "images_per_s": images_per_epoch / seconds,
             "learning_rate": scheduler.get_last_lr()[0],
             "training": {"loss": train_loss, **scores(matrix, classes)},
-            "validation": {"loss": val_loss, **scores(matrices.sum(dim=0), classes)},
+            "validation": {"loss": val_loss, **scores(val_matrix, classes)},
         }
         history.append(entry)
 
         if rank == 0:
-            figure = runs.show_predictions(validation, predictions, config)
-            runs.write_epoch(run_dir, about, parts, history, figure, writer)
+            is_best = entry is runs.best_of(history)
+            picture = runs.draw_predictions(val_images, val_masks, predictions, config["classes"])
+            if is_best:
+                best = {
+                    "config": config,
+                    "data_digest": data_digest,
+                    "code": code,
+                    "epoch": entry["epoch"],
+                    "model": model.state_dict(),
+                }
+                save_checkpoint(run_dir / "best.pt", best)
+                runs.write_picture(run_dir / "predictions.png", picture)
+            runs.write_history(run_dir, history)
+            last = {
+                "config": config,
+                "data_digest": data_digest,
+                "code": code,
+                "history": history,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+            }
+            # After all other files: a run that is killed before this line repeats the epoch.
+            save_checkpoint(run_dir / "last.pt", last)
+            runs.log_epoch(writer, entry, picture)
+            runs.print_epoch(config, entry, is_best)
 
     if rank == 0:
-        runs.write_summary(run_dir, about, history, count_parameters(model), writer)
+        runs.write_summary(run_dir, config, history, code, training.digest, model)
+        runs.log_summary(writer, config, history)
 
 
-def load_data(config: dict) -> tuple[Split, Split]:
-    """Load training and validation split, limited as the config says; UserError if none is left."""
-    training = limit(load_split(config, "training"), config["limit_groups"], config["limit_images"])
-    validation = limit(load_split(config, "validation"), 0, config["limit_validation"])
-    for name, split in (("training", training), ("validation", validation)):
-        if all((mask == IGNORE).all() for mask in split.masks):  # the first that is not ends it
-            raise UserError(f"{config['data']}: ignore: leaves no pixel of the {name} split")
-    return training, validation
+def try_batch(
+    model: nn.Module, images: Tensor, masks: Tensor, device: torch.device, config: dict
+) -> None:
+    """Try two images on a copy of the model: a mistake shows before an old run is discarded."""
+    always = dict(config)
+    for key in ("blur", "jitter"):
+        if config[key] > 0:
+            always[key] = 1.0
+    index = torch.zeros(2, dtype=torch.int64, device=images.device)
+    batch, mask = get_batch(images, masks, index, device, always)
+    with torch.no_grad():
+        logits = copy.deepcopy(model).train()(batch)
+        weighted_loss(logits, mask, config["loss"])
 
 
-def try_batch(model: nn.Module, images: Tensor, masks: Tensor, config: dict, size: int) -> None:
-    """Try a small batch on a copy of the model; UserError if the config cannot be used with it."""
-    always = {key: 1.0 for key in ("blur", "jitter") if config[key] > 0}
-    with reading("the config", "change the key that this is about"), torch.no_grad():
-        index = torch.arange(size) % len(images)
-        batch, mask = augment(*take_batch(images, masks, index, config), config | always)
-        weighted_loss(copy.deepcopy(model).train()(batch), mask, config["loss"])
+def add_up(matrix: Tensor, loss: float, images: int) -> float:
+    """Add up the confusion matrices of all processes, in place; returns their mean loss.
 
-
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, schedule: str, steps: int, warm_up: float
-) -> LRScheduler:
-    """Make the schedule of learning rate and Adam's first beta, stepped after every batch."""
-    if schedule == "constant":
-        return ConstantLR(optimizer, factor=1.0)
-    # One step more, since the rate is noted after the last one.
-    return OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], steps + 1, pct_start=warm_up)
-
-
-def derive_seed(seed: int, stream: str, index: int) -> int:
-    """Derive an independent 32-bit seed for each item of each random stream of each run."""
-    # Hashed, since the CPU's generator looks at the low 32 bits of a seed alone.
-    digest = hashlib.sha256(f"{seed} {stream} {index}".encode()).digest()
-    return int.from_bytes(digest[:4], "big")
-
-
-def epoch_order(epoch: int, per_epoch: int, total: int, seed: int) -> Tensor:
-    """Order the images of an epoch, (per_epoch,) int64: one shuffled pass after another."""
-    start, stop = epoch * per_epoch, (epoch + 1) * per_epoch
-    passes = []
-    for number in range(start // total, (stop - 1) // total + 1):
-        generator = torch.Generator().manual_seed(derive_seed(seed, "pass", number))
-        passes.append(torch.randperm(total, generator=generator))
-    return torch.cat(passes)[start % total :][:per_epoch]
+    `loss` is the mean of the `images` of this process.
+    """
+    sums = torch.tensor([loss * images, images], dtype=torch.float64)
+    dist.all_reduce(matrix)
+    dist.all_reduce(sums)
+    return (sums[0] / sums[1]).item()
 
 
 def main() -> None:
@@ -183,17 +233,28 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="discard the run that is there")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
     args = parser.parse_args()
-    data = [f"data={args.data!r}"] if args.data else []
-    config = load_config(args.config, args.overrides + data)
-    where = (Path(config["data"]).name, config["profile"], config["name"], f"seed{config['seed']}")
-    run_dir = args.run_dir or Path("runs", *where)
+    overrides = list(args.overrides)
+    if args.data:
+        overrides.append(f"data={args.data!r}")
+    config = load_config(args.config, overrides)
+    run_dir = args.run_dir
+    if run_dir is None:
+        data_name = Path(config["data"]).name
+        run_dir = Path(
+            "runs", data_name, config["profile"], config["name"], f"seed{config['seed']}"
+        )
     device = pick_device(args.device)
     keep_memory()
+
+    # Several processes: torchrun starts them and sets RANK and LOCAL_RANK.
+    rank = int(os.environ.get("RANK", 0))
     if dist.is_torchelastic_launched():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    with contextlib.nullcontext() if int(os.environ.get("RANK", 0)) else runs.locked(run_dir):
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend)
+    lock = runs.locked(run_dir) if rank == 0 else contextlib.nullcontext()
+    with lock:
         train(config, run_dir, device, args.resume, args.overwrite)
     if dist.is_initialized():
         dist.destroy_process_group()

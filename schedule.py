@@ -1,0 +1,44 @@
+"""Decide what every step sees: the learning rate, the order of the images, the random numbers."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, schedule: str, steps: int, warm_up: float
+) -> LRScheduler:
+    """Make the schedule of the learning rate, to be stepped after every batch.
+
+    "one_cycle" also moves Adam's first beta, from 0.95 down to 0.85 and up again.
+    """
+    if schedule == "constant":
+        return ConstantLR(optimizer, factor=1.0)
+    total = steps + 1  # one more, since the rate is noted after the last step
+    if warm_up * total == 1:
+        warm_up /= 2  # a rise of exactly one step makes PyTorch divide by zero; so none
+    return OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], total, pct_start=warm_up)
+
+
+def derive_seed(seed: int, stream: str, index: int) -> int:
+    """Derive an independent 32-bit seed for each item of each random stream of each run."""
+    # Hashed, since the CPU's generator looks at the low 32 bits of a seed only.
+    digest = hashlib.sha256(f"{seed} {stream} {index}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def epoch_order(epoch: int, images_per_epoch: int, total: int, seed: int) -> Tensor:
+    """Order the images of an epoch, (images_per_epoch,) int64.
+
+    The epochs go round the data: one shuffled pass follows another, wherever an epoch ends.
+    """
+    start = epoch * images_per_epoch
+    stop = start + images_per_epoch
+    first_pass, last_pass = start // total, (stop - 1) // total
+    passes = []
+    for number in range(first_pass, last_pass + 1):
+        generator = torch.Generator().manual_seed(derive_seed(seed, "pass", number))
+        passes.append(torch.randperm(total, generator=generator))
+    return torch.cat(passes)[start % total :][:images_per_epoch]
