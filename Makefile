@@ -1,28 +1,24 @@
 # Every step of the lab as a target. A finished run is not trained again unless its config changed.
 # Start with `make help`.
 
-DATA        ?= generated
-PROFILE     ?= quick
-SEEDS       ?= 0
-DEVICE      ?= auto
-SET         ?=
-OVERWRITE   ?=
-AFO_ARCHIVE ?=
-IMAGES      ?=
-OUT         ?= predictions
-CHECKPOINT  ?= weights/best.pt
-PYTHON      ?= python3
-PIP_OPTIONS ?=
+# Variables without a value here: SET, OVERWRITE, AFO_ARCHIVE, IMAGES, MASKS, RUN, PIP_OPTIONS.
+DATA       ?= generated
+PROFILE    ?= quick
+SEEDS      ?= 0
+DEVICE     ?= auto
+OUT        ?= predictions
+CHECKPOINT ?= weights/best.pt
+PYTHON     ?= python3
 
 PY     := .venv/bin/python
 MODELS := initial modified tuned best
 # Any experiment in configs/ can be trained by its name: a new file there is a new target.
 NAMED   := $(filter-out afo allowed default quick weights,$(patsubst configs/%.yaml,%,$(wildcard configs/*.yaml)))
 names   = $(sort $(patsubst configs/$(1)/%.yaml,%,$(wildcard configs/$(1)/*.yaml)))
-OVERFIT := $(call names,overfit)
-TUNE    := $(call names,tune)
-AUGMENT := $(call names,augment)
-HEADS   := $(call names,heads)
+OVERFIT  := $(call names,overfit)
+TUNE     := $(call names,tune)
+AUGMENT  := $(call names,augment)
+HEADS    := $(call names,heads)
 SPEEDRUN := $(foreach seed,0 1 2,runs/speedrun/seed$(seed)/on-afo.json)
 
 # DATA=my.yaml: a config that says where your data lie. It wins over those of the experiments.
@@ -43,7 +39,7 @@ overlay = $(if $(filter quick,$(PROFILE)),$(call quick,$(1)))
 
 .DEFAULT_GOAL := help
 .SECONDARY:
-.PHONY: help setup data check predict report overfit tune augment heads final weights publish results tensorboard doctor bench \
+.PHONY: help setup data describe check predict report overfit tune augment heads final weights publish results tensorboard doctor bench \
         speedrun torture test lint clean clean-runs FORCE $(NAMED:%=train-%)
 
 help:  ## list the targets
@@ -68,6 +64,8 @@ data/scenes: | .venv/installed
 data/afo: | .venv/installed
 	$(PY) data.py download --out $@ $(if $(AFO_ARCHIVE),--archive $(AFO_ARCHIVE))
 
+describe: | .venv/installed  ## look at the folders IMAGES and MASKS and write a config of them to OUT=my.yaml
+	@$(PY) data.py describe --images '$(IMAGES)' --masks '$(MASKS)' $(if $(filter file,$(origin OUT)),,--out $(OUT))
 check: | $(DATA_DIR) .venv/installed  ## list all problems of the data, and show samples with their masks
 	$(PY) data.py check $(if $(OWN),--config $(OWN),$(DATA_DIR)) --picture report/check-$(DATA_NAME).png
 
@@ -80,11 +78,9 @@ $(STAMP): FORCE | $(DATA_DIR) .venv/installed
 $(RUNS)/%/summary.json: $(STAMP) FORCE
 	@$(PY) config.py --out $(@D).yaml --config configs/$(*D).yaml $(call overlay,$(*D)) $(OWN) \
 	  --set name=$(notdir $(*D)) seed=$(patsubst seed%,%,$(*F)) \
-	  $(if $(OWN)$(shell grep -s '^data:' configs/$(*D).yaml),,data=$(DATA_DIR)) $(SET) --finished $(@D) --since $(STAMP) || \
-	  { test $$? -eq 3 && $(PY) train.py --config $(@D).yaml --run-dir $(@D) --resume $(if $(OVERWRITE),--overwrite) --device $(DEVICE); }
+	  $(if $(OWN)$(shell grep -s '^data:' configs/$(*D).yaml),,data=$(DATA_DIR)) $(SET) $(if $(OVERWRITE),,--since $(STAMP)) --finished $(if $(OVERWRITE),none,$(@D)) || \
+	  { test $$? -eq 3 && $(PY) train.py --config $(@D).yaml --run-dir $(@D) $(if $(OVERWRITE),--overwrite,--resume) --device $(DEVICE); }
 FORCE:
-
-# The test split of the run's own data, and other test splits.
 test_run = @$(PY) evaluate.py $(@D)/best.pt --device $(DEVICE) --json $@ $(1) > /dev/null
 $(RUNS)/%/testing.json: $(RUNS)/%/summary.json
 	$(call test_run,--predictions $(@D)/testing.npz)
@@ -103,7 +99,7 @@ final: $(call files,testing,final)  ## tuned with vertical flips and twice the e
 $(NAMED:%=train-%) overfit tune augment heads final:
 	@$(PY) evaluate.py $^
 
-# Named in one command with -j, the report waits for the experiments.
+# With -j, the report waits for the experiments named beside it.
 report: $(call files,testing,$(MODELS)) | $(filter overfit tune augment heads final,$(MAKECMDGOALS))  ## train and test the four models, write report/, print the comparison table
 	@$(PY) report.py --runs $(RUNS) --out report
 	@$(PY) evaluate.py $^
@@ -115,29 +111,23 @@ weights: | data/afo data/scenes  ## train the shipped weights again: 21,600 gene
 
 publish: | $(filter-out publish results,$(MAKECMDGOALS))  ## add the finished runs below RUNS to results/runs.jsonl, which git keeps
 	@$(PY) -m tools.publish --runs $(RUNS)
-
 results: | .venv/installed $(filter-out results,$(MAKECMDGOALS))  ## write RESULTS.md and the tables of README.md from results/ alone
 	@$(PY) report.py --published
 
 predict: | .venv/installed  ## predict IMAGES="a.png folder/" into OUT, with CHECKPOINT (default: the weights shipped)
 	@$(PY) predict.py --checkpoint $(CHECKPOINT) --out $(OUT) --device $(DEVICE) -- $(IMAGES)
-
 tensorboard: | .venv/installed  ## look at the runs in a browser
 	$(PY) -m tensorboard.main --logdir runs
-
 doctor: | .venv/installed  ## say what is wrong with the run RUN=runs/... and what to try
 	@$(PY) -m tools.doctor $(or $(RUN),$(error RUN is missing: make doctor RUN=runs/generated/quick/tuned/seed0)) --device $(DEVICE)
 
 bench: | $(DATA_DIR) .venv/installed  ## measure training speed beside a textbook loop, in one run
 	$(PY) -m tools.bench --data $(DATA_DIR) --device $(DEVICE)
-
 speedrun: | data/afo data/scenes  ## a minute of training on generated flights to a mean IoU of 0.995 on the real test split, three seeds
 	@$(MAKE) --no-print-directory DATA=configs/data/scenes.yaml RUNS=runs $(SPEEDRUN)
 	@$(PY) evaluate.py $(SPEEDRUN) --goal 0.995
-
 torture: | .venv/installed  ## kill training 50 times at random moments, compare with a run left alone
 	$(PY) tests/torture.py
-
 test: | .venv/installed  ## run the tests
 	$(PY) -m pytest
 lint: | .venv/installed  ## check style

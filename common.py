@@ -20,8 +20,12 @@ CODE_OF_SCORES = (
     "images.py",
     "losses.py",
     "machine.py",
+    "masks.py",
     "metrics.py",
     "model.py",
+    "pairs.py",
+    "patterns.py",
+    "processes.py",
     "runs.py",
     "schedule.py",
     "train.py",
@@ -33,7 +37,7 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; print a `UserError` or an unusable file in one line and exit with code 2.
+    """Call `main`; print a `UserError` or a full disk in one line and exit with code 2.
 
     Every other exception is a mistake in the code and keeps its traceback.
     """
@@ -51,8 +55,6 @@ def run(main: Callable[[], None]) -> None:
             time.sleep(5)
         if isinstance(error, UserError):
             message = str(error)
-        elif isinstance(error, OSError) and error.filename:
-            message = f"{error.filename}: {error.strerror}"
         elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
             message = f"disk: {error.strerror}"
         else:

@@ -20,6 +20,17 @@ ALLOWED = ROOT / "configs/allowed.yaml"
 UNFINISHED = 3  # the exit code by which make learns that there is something to train
 
 
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Read YAML as yaml.safe_load does, but refuse a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"{key} stands twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
     """Read the keys of a YAML file on top of the keys of its `base`.
 
@@ -30,7 +41,7 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
     if path in above:
         raise UserError(f"{path}: base: leads back to this file; remove one `base`")
     with reading(path, "a config holds 'key: value' lines, as configs/default.yaml does"):
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader) or {}
         base = values.pop("base", None)
         base_path = path.parent / base if base else DEFAULT
     # default.yaml is below everything anyway; on top of other files it would undo them.
@@ -44,6 +55,10 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
 def convert(value: object, example: object) -> object:
     """Return a value as the type of an example; ValueError if it is of another one."""
     if isinstance(example, list) and example and not isinstance(example[0], list):
+        if type(value) is not list:
+            raise ValueError
+        if isinstance(example[0], str):  # names, of any number
+            return [convert(v, example[0]) for v in value]
         if len(value) != len(example):
             raise ValueError
         return [convert(v, e) for v, e in zip(value, example, strict=True)]
@@ -57,8 +72,9 @@ def convert(value: object, example: object) -> object:
 def check_value(source: str, key: str, value: object, default: dict, allowed: dict) -> object:
     """Return the value of a key as the type it has in default.yaml; UserError if it is none."""
     if key not in default:
-        close = difflib.get_close_matches(str(key), default, n=1, cutoff=0)
-        raise UserError(f"{source}: unknown key '{key}'; did you mean '{close[0]}'?")
+        close = difflib.get_close_matches(str(key), default, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else "configs/default.yaml has all keys"
+        raise UserError(f"{source}: unknown key '{key}'; {hint}")
     try:
         converted = convert(value, default[key])
     except (TypeError, ValueError):
@@ -108,23 +124,32 @@ def load_config(paths: list[Path], overrides: list[str] = ()) -> dict:
     default = read_yaml(DEFAULT)
     allowed = read_yaml(ALLOWED)
     config = dict(default)
-    group_is_given = False
     for source, values in layers:
-        if "images" in values:
-            # It describes other data: a group that was given before does not fit them.
-            config["group"] = default["group"]
-            group_is_given = False
-        if "group" in values:
-            group_is_given = True
         for key, value in values.items():
             config[key] = check_value(source, key, value, default, allowed)
-    if "{split}" not in config["images"] and not group_is_given:
-        # Images of one video in two splits would make every score look better than it is.
-        fix = "say what in a name stays together: '^[^_]+' (all before the first _), '' (nothing)"
-        raise UserError(f"group: the splits are drawn at random; {fix}")
+    config["group"] = pick_group(config, layers)
     if not config["name"]:
         config["name"] = Path(paths[0]).stem if paths else "default"
     return config
+
+
+def pick_group(config: dict, layers: list[tuple[str, dict]]) -> str:
+    """Pick the `group` that belongs to the `images` of a config.
+
+    A file with `images` describes other data: a group that was given before it does not fit them.
+    UserError if splits are drawn at random and nobody said what stays together: images of one video
+    in two splits would make every score look better than it is.
+    """
+    group = None
+    for _, values in layers:
+        if "images" in values:
+            group = None
+        if "group" in values:
+            group = config["group"]
+    if group is None and "{split}" not in config["images"]:
+        fix = "say what in a name stays together: '^[^_]+' (all before the first _), '' (nothing)"
+        raise UserError(f"group: the splits are drawn at random; {fix}")
+    return group or ""
 
 
 def dump(config: dict) -> str:
@@ -155,17 +180,14 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
 
 
 def note_overridden(paths: list[Path]) -> None:
-    """Print which values of a file are overridden by the file that follows it."""
-    for i in range(1, len(paths)):
-        before = read_yaml(paths[i - 1])
-        after = read_yaml(paths[i])
-        lost = []
-        for key, value in before.items():
-            if key in after and after[key] != value:
-                lost.append(f"{key}: {value}")
-        if lost:
-            text = ", ".join(lost)
-            print(f"note: {paths[i]} overrides {text} of {paths[i - 1]}", file=sys.stderr)
+    """Print which values of earlier files each file overrides."""
+    given = {}  # key → (value, the file that gave it last)
+    for path in paths:
+        for key, value in read_yaml(path).items():
+            before, source = given.get(key, (value, path))
+            if before != value:
+                print(f"note: {path} overrides {key}: {before} of {source}", file=sys.stderr)
+            given[key] = (value, path)
 
 
 def is_finished(run_dir: Path, config: dict, stamp: Path | None) -> bool:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from common import ROOT, UserError, reading, require, write_atomically
 from config import dump
 from data import evenly
+from figures import colourise
+from masks import class_colours
 from model import count_parameters, read_checkpoint
 
 if TYPE_CHECKING:  # takes seconds to import
@@ -57,8 +59,10 @@ def default_folder(config: dict) -> Path:
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the lock of a run directory; UserError if another process trains there."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / "lock", "w") as lock:
+    with reading(run_dir, "give another --run-dir"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / "lock", "w")  # noqa: SIM115 (closed below)
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -176,18 +180,17 @@ def best_of(history: list[dict]) -> dict:
     return max(history, key=lambda entry: entry["validation"]["mean_iou"])
 
 
-def draw_predictions(images: Tensor, masks: Tensor, predictions: Tensor, classes: dict) -> Tensor:
+def draw_predictions(images: Tensor, masks: Tensor, predictions: Tensor, config: dict) -> Tensor:
     """Draw image, truth and prediction of a few images side by side, (3, height, width) uint8.
 
     From (N, channels, H, W) images, (N, H, W) masks and predicted classes, all uint8.
     """
-    from figures import colourise
-
+    colours = class_colours(config)
     rows = []
     for i in evenly(len(images), SHOWN):
         image = images[i, :3].expand(3, -1, -1).cpu()
-        truth = colourise(masks[i].cpu(), classes)
-        prediction = colourise(predictions[i], classes)
+        truth = colourise(masks[i].cpu(), colours)
+        prediction = colourise(predictions[i], colours)
         tiles = [F.pad(tile, (2, 2, 2, 2), value=128) for tile in (image, truth, prediction)]
         rows.append(torch.cat(tiles, dim=2))
     return torch.cat(rows, dim=1)

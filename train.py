@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import processes
 import runs
 from augment import check_sizes, get_batch
 from common import UserError, code_digest, run
@@ -53,7 +54,10 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
     classes = list(config["classes"])
     check_loss(config["loss"])
     if world > 1 and (config["batch_size"] % world != 0 or config["last_batch"] == "keep"):
-        raise UserError(f"batch_size, last_batch: {world} processes need a multiple, and drop")
+        raise UserError(
+            f"batch_size, last_batch: {world} processes share every batch evenly; "
+            f"set batch_size to a multiple of {world} and last_batch: drop"
+        )
 
     # ---- 1. data: resident as uint8
     training, validation = load_data(config)
@@ -77,30 +81,29 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
     check_sizes(config, images.shape[2], images.shape[3], model.stride, smallest_batch)
     try_batch(model, images, masks, device, config)
     if config["upsampling_init"] == "bilinear" and not bilinear_start_applies(model) and rank == 0:
-        print("note: upsampling_init: bilinear does nothing for a last stage wider than classes")
+        print("note: upsampling_init: bilinear needs skip: pooled and [classes, …] as last stage")
 
     # ---- 3. optimizer and schedule of the learning rate
+    # Another optimizer goes here. Its state is in last.pt: train into a new folder after a change.
+    # The schedule one_cycle also moves Adam's first beta, or the momentum of SGD.
     optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"], fused=True)
     steps = steps_per_epoch * config["epochs"]
     scheduler = make_scheduler(optimizer, config["schedule"], steps, config["warm_up"])
 
     # ---- 4. start over, or go on after the last finished epoch
-    last = None
+    resumed = None
     if rank == 0:
-        last = runs.find_checkpoint(run_dir, config, data_digest, resume, overwrite)
-    if world > 1:  # the others may run on machines that do not have the files
-        shared = [last]
-        dist.broadcast_object_list(shared)
-        last = shared[0]
+        resumed = runs.find_checkpoint(run_dir, config, data_digest, resume, overwrite)
+    resumed = processes.send_to_all(resumed)
     code = code_digest()
     history = []  # an entry for each epoch
-    if last is not None:
-        history = last["history"]
-        model.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
-        scheduler.load_state_dict(last["scheduler"])
-        if code != last["code"]:
-            code = "mixed" if len(history) < config["epochs"] else last["code"]
+    if resumed is not None:
+        history = resumed["history"]
+        model.load_state_dict(resumed["model"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        scheduler.load_state_dict(resumed["scheduler"])
+        if code != resumed["code"]:
+            code = "mixed" if len(history) < config["epochs"] else resumed["code"]
     if len(history) == config["epochs"]:  # nothing is left to train
         if rank == 0:
             runs.finish(run_dir, config, history, code, training.digest, model)
@@ -138,19 +141,15 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
             scheduler.step()
             loss_sum += loss.detach() * len(index)
             matrix += confusion_matrices(logits.argmax(dim=1), mask, len(classes)).sum(dim=0)
-        if world > 1:
-            dist.all_reduce(loss_sum)
-            dist.all_reduce(matrix)
+        matrix = processes.total(matrix)
+        loss_sum = processes.total(loss_sum)
         train_loss = loss_sum.item() / images_per_epoch  # waits for the device: the clock is right
         seconds = time.perf_counter() - started
 
-        if world > 1:  # batch norm has seen other images in each process
-            for buffer in model.buffers():
-                dist.broadcast(buffer, src=0)
+        processes.share_buffers(model)
         matrices, val_loss, predictions = evaluate(model, val_images, val_masks, config, dtype)
-        val_matrix = matrices.sum(dim=0)
-        if world > 1:
-            val_loss = add_up(val_matrix, val_loss, len(val_images))
+        val_matrix = processes.total(matrices.sum(dim=0))
+        val_loss = processes.mean(val_loss, len(val_images))
         if not math.isfinite(train_loss + val_loss):
             values = f"{train_loss} in training and {val_loss} in validation"
             raise UserError(f"{run_dir}: {title}: the loss is {values}; lower learning_rate")
@@ -167,7 +166,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
 
         if rank == 0:
             is_best = entry is runs.best_of(history)
-            picture = runs.draw_predictions(val_images, val_masks, predictions, config["classes"])
+            picture = runs.draw_predictions(val_images, val_masks, predictions, config)
             if is_best:
                 best = {
                     "config": config,
@@ -179,7 +178,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
                 save_checkpoint(run_dir / "best.pt", best)
                 runs.write_picture(run_dir / "predictions.png", picture)
             runs.write_history(run_dir, history)
-            last = {
+            checkpoint = {
                 "config": config,
                 "data_digest": data_digest,
                 "code": code,
@@ -189,7 +188,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
                 "scheduler": scheduler.state_dict(),
             }
             # After all other files: a run that is killed before this line repeats the epoch.
-            save_checkpoint(run_dir / "last.pt", last)
+            save_checkpoint(run_dir / "last.pt", checkpoint)
             runs.log_epoch(writer, entry, picture)
             runs.print_epoch(config, entry, is_best)
 
@@ -213,17 +212,6 @@ def try_batch(
         weighted_loss(logits, mask, config["loss"])
 
 
-def add_up(matrix: Tensor, loss: float, images: int) -> float:
-    """Add up the confusion matrices of all processes, in place; returns their mean loss.
-
-    `loss` is the mean of the `images` of this process.
-    """
-    sums = torch.tensor([loss * images, images], dtype=torch.float64)
-    dist.all_reduce(matrix)
-    dist.all_reduce(sums)
-    return (sums[0] / sums[1]).item()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
@@ -237,12 +225,7 @@ def main() -> None:
     if args.data:
         overrides.append(f"data={args.data!r}")
     config = load_config(args.config, overrides)
-    run_dir = args.run_dir
-    if run_dir is None:
-        data_name = Path(config["data"]).name
-        run_dir = Path(
-            "runs", data_name, config["profile"], config["name"], f"seed{config['seed']}"
-        )
+    run_dir = args.run_dir or runs.default_folder(config)
     device = pick_device(args.device)
     keep_memory()
 

@@ -1,6 +1,6 @@
 """Tests of config.py and common.run: layers, the errors people make, and damaged files."""
 
-import os
+import errno
 from pathlib import Path
 
 import pytest
@@ -56,6 +56,9 @@ def test_default_as_base_undoes_nothing_through_a_link(tmp_path: Path) -> None:
         ("blur_kernel: 4", "blur_kernel: is 4"),
         ("skip: half", "skip: is half; allowed: ['pooled', 'full']"),
         ("images: a/*.png\nmasks: b/*.png", "group: the splits are drawn at random"),
+        ("classes: {a: [0, 0, 0], a: [1, 1, 1]}", "a stands twice"),
+        ("split_folders: train", "split_folders: 'train'"),
+        ("focal: 1", "unknown key 'focal'; configs/default.yaml has all keys"),
         ("- a list", "cannot be read"),
         ("a: [", "cannot be read"),
         ("base: none.yaml", "none.yaml: cannot be read"),
@@ -94,11 +97,15 @@ def test_lab_protocol_flips_in_three_models_only() -> None:
 def test_overrides_are_named(tmp_path: Path, call) -> None:
     mine, out = tmp_path / "mine.yaml", tmp_path / "out.yaml"
     mine.write_text("epochs: 30\ncrop: 48\n")
-    files = ("--config", mine, ROOT / "configs/quick.yaml", "--out", out)
+    last = tmp_path / "last.yaml"
+    last.write_text("last_batch: keep\nepochs: 7\n")
+    files = ("--config", mine, ROOT / "configs/quick.yaml", last, "--out", out)
     code, printed, note = call(main, *files)
-    assert (code, printed) == (0, "") and note.startswith("note: ")
-    assert "epochs: 30" in note and "crop" not in note  # the same in both
-    assert load_config([out]) == load_config(list(files[1:3]))
+    assert (code, printed) == (0, "")
+    assert f"quick.yaml overrides epochs: 30 of {mine}" in note
+    assert f"{last} overrides epochs: 3 of" in note
+    assert note.count("note: ") == 2  # crop is the same in both
+    assert load_config([out]) == load_config(list(files[1:4]))
     assert call(main, *files) == (0, "", "")  # unchanged: said once
 
 
@@ -120,10 +127,13 @@ def test_finished_run_of_the_same_values_is_known(tmp_path: Path, call) -> None:
     assert (tmp_path / "run.yaml").read_text() != text
 
 
-def test_errors_of_files_are_one_line_and_others_keep_their_trace(call) -> None:
-    assert call(Path("no/file").read_text)[2] == "error: no/file: No such file or directory\n"
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        call(lambda: os.close(-1))
+def test_full_disk_is_one_line_and_other_errors_keep_their_trace(call) -> None:
+    def fill_disk() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert call(fill_disk)[2] == "error: disk: No space left on device\n"
+    with pytest.raises(FileNotFoundError):  # a student's own code may open files
+        call(Path("no/file").read_text)
 
 
 def test_damaged_config_is_one_line(tmp_path: Path) -> None:

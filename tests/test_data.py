@@ -1,8 +1,9 @@
-"""Tests of data.py: pairs, splits, groups and the cache."""
+"""Tests of data.py, pairs.py and patterns.py: pairs, splits, groups and the cache."""
 
 import fcntl
 import json
 import os
+import re
 import shutil
 import threading
 from hashlib import sha256
@@ -99,11 +100,28 @@ def test_random_splits_share_no_group(pond: dict) -> None:
     assert all(split.images.shape[2:] == (16, 12) for split in splits.values())
 
 
+def test_two_images_are_too_few(pond: dict) -> None:
+    for path in Path(pond["data"]).glob("day[1-8]*"):
+        path.unlink()
+    with pytest.raises(UserError, match="has 2 images, too few for three splits, which need at"):
+        d.load_split(dict(pond, group=""), "validation")
+
+
+def test_second_of_two_folders_is_the_test_split_too(root: Path, capsys) -> None:
+    config = config_for(root, split_folders=["training", "validation"])
+    validation = d.load_split(config, "validation")
+    assert capsys.readouterr().err == ""
+    testing = d.load_split(config, "testing")
+    assert testing.digest == validation.digest
+    assert "the folder validation stands in for the test split too" in capsys.readouterr().err
+
+
 def test_too_few_groups_are_refused(pond: dict) -> None:
     for path in Path(pond["data"]).glob("day[2-8]*"):
         path.unlink()
     with pytest.raises(
-        UserError, match="too few groups for three splits; add images, or set group"
+        UserError,
+        match=r"has 2 groups of its 4 images, too few for three splits.*; add images, or set group",
     ):
         d.load_split(pond, "training")
 
@@ -120,6 +138,97 @@ def test_limits_are_evenly_spaced(dataset: Path) -> None:
     assert d.limit(split) is split  # not copied
     assert d.evenly(10, 4) == [0, 3, 6, 9]
     assert d.evenly(3, 0) == d.evenly(3, 9) == [0, 1, 2]
+
+
+# ---- patterns
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+@pytest.mark.parametrize(
+    ("files", "images", "masks"),
+    [
+        (["i/1.jpg", "i/2.JPG", "i/3.png", "m/1.PNG", "m/2.png", "m/3.png"], "i/*", "m/*.png"),
+        (["i/1.jpg", "i/2.JPEG", "i/3.gif", "m/1.png", "m/2.png"], "i/*.{jpg,jpeg}", "m/*.*"),
+        (["1.tif", "1_mask.tif", "2.tif", "2_mask.tif"], "*.tif", "*_mask.tif"),
+        (["1_image.tif", "1.tif", "2_image.tif", "2.tif"], "*_image.tif", "*.tif"),
+        (["a/1.tif", "a/1_m.tif", "b/1.tif", "b/1_m.tif"], "*/*.tif", "*/*_m.tif"),
+        (["a/b/1.tif", "a/b/1_m.tif", "2.tif", "2_m.tif"], "**/*.tif", "**/*_m.tif"),
+        (["a/image.png", "a/mask.png", "b/image.png", "b/mask.png"], "*/image.png", "*/mask.png"),
+        (["my [v1]/é (x).jpg", "m/é (x).png"], "my [v1]/*.jpg", "m/*.png"),
+    ],
+)
+def test_patterns_find_pairs(tmp_path: Path, files: list, images: str, masks: str) -> None:
+    touch(
+        tmp_path, *files, "i/Thumbs.db", "i/.1.jpg", "i/folder.jpg/x", ".cache/1.tif", "i/.DS_Store"
+    )
+    config = config_for(tmp_path, images="{split}/" + images, masks="{split}/" + masks)
+    config["split_folders"] = [".", ".", "."]
+    pairs, problems = d.find_pairs(config, "training")
+    assert problems == []
+    paired = {path.relative_to(tmp_path).as_posix() for p in pairs for path in (p.image, p.mask)}
+    assert paired == {name for name in files if not name.endswith("gif")}
+    assert len({pair.name for pair in pairs}) == len(pairs)
+
+
+def test_nested_names_hold_their_folders(tmp_path: Path) -> None:
+    for patient in "abc":
+        touch(tmp_path, f"{patient}/1.tif", f"{patient}/2.tif")
+        touch(tmp_path, f"{patient}/1_m.tif", f"{patient}/2_m.tif")
+    (tmp_path / "c/back").symlink_to(tmp_path)  # is followed, but not round in a circle
+    (tmp_path / "d").symlink_to(tmp_path / "a")
+    config = config_for(tmp_path, images="*/*.tif", masks="*/*_m.tif", group="^[^/]+")
+    pairs = []
+    for split in SPLITS:
+        pairs += d.find_pairs(config, split)[0]
+    assert sorted(pair.name for pair in pairs) == [f"{p}/{i}" for p in "abcd" for i in (1, 2)]
+    assert {pair.group for pair in pairs} == set("abcd")
+    deep = dict(config, images="**/*.tif", masks="**/*_m.tif", data=str(tmp_path / "c"))
+    assert d.find_pairs(deep, "training")[1] == []
+
+
+def test_home_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    touch(tmp_path, *[f"set/{kind}/{i}.png" for kind in "im" for i in range(3)])
+    config = config_for(tmp_path, data="~/set", images="i/*", masks="m/*", group="")
+    assert d.find_pairs(config, "testing")[0][0].image.parent == tmp_path / "set/i"
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (["i/1.JPEG"], r"m/1.png: has no image .*i/1.jpg \(there is 1.JPEG\); add it"),
+        (["i/img_01.jpg"], r"has no image .*i/1.jpg \(there is img_01.jpg\)"),
+        (["i/2.jpg"], r"m/1.png: has no image .*i/1.jpg; add it"),
+        (["i/0.jpg", "i/0.JPG"], r"i/0.jpg: has the name of .*i/0.JPG for a pair"),
+    ],
+)
+def test_near_misses_are_named(tmp_path: Path, files: list, says: str) -> None:
+    touch(tmp_path, *files, "i/0.jpg", "m/0.png", "m/1.png")
+    config = config_for(tmp_path, images="i/*.jpg", masks="m/*.png", group="")
+    problems = d.find_pairs(config, "training")[1]
+    assert any(re.search(says, problem) for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        ("j/*.png", "no such folder 'j'; .* has i, m"),
+        ("i/*.[jJ]pg", r"no such files; .*/i has 2 \.jpg, 1 \.heic; only \* and {jpg,png} have"),
+        ("*.jpg", r"no such files; .* has i, m; \*\*/ before the name of a file looks"),
+        ("i\\*.jpg", "write / between folders"),
+    ],
+)
+def test_empty_pattern_says_what_is_there(tmp_path: Path, images: str, says: str) -> None:
+    touch(tmp_path, "i/0.jpg", "i/1.jpg", "i/2.heic", "m/0.png")
+    config = config_for(tmp_path, images=images, masks="m/*.png", group="")
+    [problem] = d.find_pairs(config, "training")[1]
+    assert re.search(says, problem), problem
 
 
 # ---- the cache
@@ -213,7 +322,9 @@ def test_data_in_a_read_only_folder(root: Path, tmp_path: Path, monkeypatch) -> 
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"images": "photos"}, "images: is 'photos'; give a path below `data` with one"),
+        ({"images": "photos"}, "images: is 'photos'; give a path below `data` with a"),
+        ({"images": "*/*.png"}, "images, masks: have 2 and 1 wildcards; give both the same number"),
+        ({"images": "a/*", "masks": "a/*"}, "images, masks: both are 'a/\\*'; give each its own"),
         ({"masks": "/photos/*.png"}, "masks: is '/photos"),
         ({"classes": {"a": [0, 0, 0]}}, "classes: there are 1; give 2 to 254"),
         ({"classes": {"a": [0, 0, 0], 7: [1, 1, 1]}}, "classes: 7: is no text"),
@@ -221,8 +332,19 @@ def test_data_in_a_read_only_folder(root: Path, tmp_path: Path, monkeypatch) -> 
         ({"classes": {"a": [0, 0, 0], "b": "red"}}, "classes: b: is red; give"),
         ({"ignore": [255, 0, 0]}, r"classes, ignore: \[255, 0, 0\] stands twice"),
         ({"ignore": [255]}, r"ignore: is \[255\]; give \[red, green, blue\]"),
-        ({"mask_format": "indices", "ignore": [256]}, "ignore: is .* give one index"),
-        ({"mask_format": "indices", "ignore": [3]}, r"classes, ignore: \[3\] stands twice"),
+        (
+            {"classes": {"a": [0, 0, 0], "b": [[1, 1, 1], 2]}},
+            "classes: b: is .* or a list of",
+        ),
+        ({"classes": {"a": [0, 0, 0], "b": [[1, 1, 1], [0, 0, 0]]}}, r"\[0, 0, 0\] stands twice"),
+        ({"ignore": [[255, 0, 0], [1, 2, 3]]}, r"classes, ignore: \[255, 0, 0\] stands twice"),
+        ({"mask_format": "indices", "ignore": [-1]}, "ignore: is .* give indices"),
+        ({"mask_format": "indices", "ignore": [3, 3]}, r"classes, ignore: \[3\] stands twice"),
+        ({"mask_format": "indices", "mask_tolerance": 9}, "mask_tolerance: fits colours alone"),
+        ({"other_values": "cat"}, "other_values: is 'cat'; give a class of background, square"),
+        ({"split_folders": ["a"]}, "split_folders: is .*; give two or three folders"),
+        ({"value_range": [4095, 0]}, "value_range: is .*; give the lower value first"),
+        ({"value_range": [0, 1.5]}, r"value_range: is .*; give \[\], or \[lowest, highest\]"),
         ({"resize": [4]}, "resize"),
         ({"group": "("}, "group"),
         ({"data": "nowhere"}, r"nowhere/.*: no such folder; run make data"),
@@ -251,3 +373,16 @@ def test_split_of_ignored_pixels_is_refused(pond: dict) -> None:
         Image.new("RGB", Image.open(mask).size, (9, 9, 9)).save(mask)
     with pytest.raises(UserError, match="ignore: leaves no pixel of the training split"):
         d.load_data(dict(pond, ignore=[9, 9, 9]))
+
+
+def test_class_that_no_training_mask_has_is_refused(pond: dict, capsys) -> None:
+    frogs = dict(pond, classes={**POND, "frog": [1, 1, 1]})
+    with pytest.raises(UserError, match="no pixel of the training masks is frog; correct"):
+        d.load_data(frogs)
+    training, _ = d.load_data(dict(frogs, limit_images=2))
+    assert len(training.names) == 2
+    assert "the chosen training masks have no frog" in capsys.readouterr().err
+    # 255, which is the lily, as an error might advise.
+    hidden = dict(pond, mask_format="indices", ignore=[255])
+    with pytest.raises(UserError, match=r"is lily; .*\(if 255 is its colour, remove ignore"):
+        d.load_data(hidden)

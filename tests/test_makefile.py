@@ -141,7 +141,9 @@ def test_only_overwrite_discards_a_run(project: Path) -> None:
     target = "runs/generated/quick/tuned/seed0/summary.json"
     first = make(project, target).stdout
     assert "--resume" in first and "--overwrite" not in first
-    assert "--overwrite" in make(project, target, "SET=seed=5", "OVERWRITE=1").stdout
+    assert "trained" not in make(project, target).stdout
+    again = make(project, target, "OVERWRITE=1").stdout
+    assert "--overwrite" in again and "--resume" not in again
 
 
 def test_clean_keeps_runs(project: Path) -> None:

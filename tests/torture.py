@@ -28,7 +28,7 @@ def start(data: Path, run_dir: Path, seed: int) -> subprocess.Popen:
     values = dict(RANDOM)
     values["epochs"] = 6
     values["seed"] = seed
-    command = [sys.executable, "train.py", "--config", "configs/best.yaml", "--resume"]
+    command = [sys.executable, "train.py", "--config", "configs/tuned.yaml", "--resume"]
     command += ["--run-dir", str(run_dir), "--set"]
     command += tiny(data, **values)
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -91,7 +91,7 @@ def main() -> None:
                     # Mostly after the imports, which take most of so short a run.
                     wait_for_a_moment(process, rng.uniform(0.4, 1.05) * whole)
                 else:
-                    wait_for_a_write(process, killed, number=rng.randint(1, 12))
+                    wait_for_a_write(process, killed, number=rng.randint(1, 5))
                 if process.poll() is None:
                     process.kill()
                     process.wait()

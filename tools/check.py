@@ -1,68 +1,236 @@
-"""List every problem of a data set, with counts, sizes and class shares of its splits.
+"""List every problem of a data set, and describe its splits.
 
-python data.py check [DIR] [--config FILE] [--set key=value] [--picture FILE.png]
+    python data.py check [DIR] [--config FILE] [--set key=value] [--picture FILE.png]
+
+Prints a table of pairs, groups, sizes and class shares, then notes, which may be meant, and
+problems, which must be fixed. Of many files with the same problem three are named. Without --config
+the data have the layout of the Artificial Flying Objects.
 """
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
-
-from common import SPLITS, UserError
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from config import add_arguments, load_config
-from data import Pair, evenly, find_pairs, read_pair
+from common import ROOT, SPLITS, UserError
+from config import add_arguments as add_config_arguments
+from config import load_config
+from data import evenly, in_parallel
 from figures import grid, legend_of, overlay, save, thumbnail
+from images import count_near, is_turned, read_pair
+from masks import class_colours, missing_classes_problem
 from metrics import IGNORE
+from pairs import Pair, check_data_keys, data_root, find_pairs, find_unread, stand_in_note
+
+SAMPLES = 6  # pairs of each split in the picture
+MOST_ALIKE = 3  # unusable files that are named if all have the same mistake
 
 
-def examine(pair: Pair, config: dict) -> tuple[torch.Tensor, str, str]:
-    """Read a pair: pixels by mask value (256,), size, and the digest of the image's pixels."""
-    image, mask = read_pair(pair.image, pair.mask, config | {"resize": []})
-    digest = sha256(image.numpy().tobytes()).hexdigest()
-    return mask.flatten().bincount(minlength=256), f"{mask.shape[1]}×{mask.shape[0]}", digest
+class Examined(NamedTuple):
+    """What is known of a pair that was read."""
+
+    counts: Tensor  # (256,) int64: pixels by their value in the mask
+    size: str  # of the files, as in 640×480
+    digest: str  # of the image's pixels
+    is_plain: bool  # the image is of a single colour
+    is_turned: bool  # the image was turned upright by its EXIF data, the mask was not
+    n_near: int  # pixels of the mask that have a class through `mask_tolerance` alone
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+class Checked(NamedTuple):
+    """What is known of a split."""
+
+    pairs: list[Pair]
+    readable: list[Pair]
+    sizes: list[str]
+    counts: Tensor  # (256,) int64: pixels by their value in the mask
+    problems: list[str]
+    unusable: list[str]  # problems of single files
+    notes: list[str]
+
+
+# ---- reading
+
+
+def examine(pair: Pair, config: dict) -> Examined:
+    """Read a pair in its own size."""
+    image, mask = read_pair(pair.image, pair.mask, dict(config, resize=[]))
+    pixels = image.flatten(1)
+    return Examined(
+        counts=mask.flatten().bincount(minlength=256),
+        size=f"{mask.shape[1]}×{mask.shape[0]}",
+        digest=sha256(image.numpy().tobytes()).hexdigest(),
+        is_plain=bool((pixels == pixels[:, :1]).all()),
+        is_turned=is_turned(pair.image) and not is_turned(pair.mask),
+        n_near=count_near(pair.mask, config) if config["mask_tolerance"] else 0,
+    )
+
+
+def check_split(config: dict, split: str, seen: dict[str, tuple[Path, str]]) -> Checked:
+    """Read all pairs of a split and list their problems.
+
+    `seen` has the images of the splits before, digest → (path, split), and gets the images of this
+    one.
+    """
+    pairs, problems = find_pairs(config, split)
+    readable = []
+    examined_pairs = []
+    unusable = []
+    results = in_parallel(examine, pairs, config)
+    for pair, future in tqdm(results, f"checking {split}", len(pairs), disable=None):
+        try:
+            examined = future.result()
+        except UserError as error:
+            unusable.append(str(error))
+            continue
+        readable.append(pair)
+        examined_pairs.append(examined)
+        first_path, first_split = seen.setdefault(examined.digest, (pair.image, split))
+        if first_split != split and not examined.is_plain:
+            problems.append(f"{pair.image}: is also in {first_split} ({first_path}); keep one")
+    counts = torch.zeros(256, dtype=torch.int64)
+    for examined in examined_pairs:
+        counts += examined.counts
+    sizes = sorted({examined.size for examined in examined_pairs})
+    if len(sizes) > 1 and not config["resize"]:
+        advice = "set resize: [height, width]; crops are cut after it"
+        problems.append(f"{split}: images of {len(sizes)} sizes; {advice}")
+    notes = find_unread(config, split)
+    notes += describe_exceptions(split, readable, examined_pairs)
+    if readable:
+        missing = [name for i, name in enumerate(config["classes"]) if counts[i] == 0]
+        if missing and split == "training":
+            problems.append(f"{data_root(config)}: {missing_classes_problem(missing, config)}")
+        elif missing:
+            names = ", ".join(missing)
+            notes.append(f"{split}: no mask has {names}; scores of this split say nothing of it")
+    return Checked(pairs, readable, sizes, counts, problems, unusable, notes)
+
+
+def describe_exceptions(split: str, pairs: list[Pair], examined_pairs: list[Examined]) -> list[str]:
+    """Write notes on images of a single colour, turned images and masks with a tolerance."""
+    plain = []
+    turned = []
+    n_near = 0
+    n_pixels = 0
+    for pair, examined in zip(pairs, examined_pairs, strict=True):
+        if examined.is_plain:
+            plain.append(pair.image)
+        if examined.is_turned:
+            turned.append(pair.image)
+        n_near += examined.n_near
+        n_pixels += int(examined.counts.sum())
+    notes = []
+    if plain:
+        text = f"{len(plain)} images are of a single colour (empty slices?), as {plain[0]} is"
+        notes.append(f"{split}: {text}")
+    if turned:
+        text = f"EXIF data turn {len(turned)} images upright, as {turned[0]}, but not their masks"
+        notes.append(f"{split}: {text}; check in the picture that these masks are upright")
+    if n_near:
+        share = n_near / n_pixels
+        text = f"gives {n_near} pixels ({share:.2%}) the nearest class"
+        notes.append(f"{split}: mask_tolerance {text}")
+    return notes
+
+
+def shorten_alike(errors: list[str]) -> list[str]:
+    """Keep a few of the errors that give the same advice, and say how many more there are."""
+    alike: dict[str, list[str]] = {}  # by advice
+    for error in errors:
+        advice = error.partition("; ")[2]
+        alike.setdefault(advice, []).append(error)
+    kept = []
+    for group in alike.values():
+        kept += group[:MOST_ALIKE]
+        if len(group) > MOST_ALIKE:
+            kept[-1] += f" (and {len(group) - MOST_ALIKE} more files like this)"
+    return kept
+
+
+# ---- table and picture
+
+
+def format_line(
+    split: str, pairs: object, groups: object, sizes: str, shares: list[str], names: list[str]
+) -> str:
+    """Align the cells of a line of the table; the columns of shares are as wide as their names."""
+    line = f"{split:<12}{pairs:>7}{groups:>8}  {sizes:<12}"
+    for name, share in zip(names, shares, strict=True):
+        line += f"  {share:>{max(10, len(name))}}"
+    return line
+
+
+def describe(split: str, checked: Checked, names: list[str]) -> str:
+    """Write the line of a split: numbers, up to two sizes, shares of the pixels."""
+    groups = {pair.group for pair in checked.pairs}
+    values = list(range(len(names) - 1))
+    values.append(IGNORE)
+    pixels = checked.counts.sum().clamp(min=1)
+    shares = [f"{checked.counts[value] / pixels:.4f}" for value in values]
+    sizes = ", ".join(checked.sizes[:2])
+    return format_line(split, len(checked.pairs), len(groups), sizes, shares, names)
+
+
+def draw_samples(pairs: list[Pair], config: dict) -> list[tuple[str, Tensor]]:
+    """Draw a few pairs, evenly spaced: their names, and their masks over their images."""
+    pictures = []
+    for i in evenly(len(pairs), SAMPLES):
+        image, mask = read_pair(pairs[i].image, pairs[i].mask, config)
+        pictures.append((pairs[i].name, thumbnail(overlay(image, mask, class_colours(config)))))
+    return pictures
+
+
+# ---- the command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `python data.py check`."""
     parser.add_argument("data", nargs="?", metavar="DIR", help="short for --set data=DIR")
-    add_arguments(parser, required=False)
+    add_config_arguments(parser, required=False)
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw samples, a row a split")
-    args = parser.parse_args()
-    config = load_config(args.config, args.overrides + [f"data={args.data!r}"] * bool(args.data))
-    classes, problems, rows, seen = config["classes"], [], [], {}
-    line = "{:<12}{:>7}{:>8}  {:<12}" + "{:>12}" * (len(classes) + 1)
-    print(line.format("split", "pairs", "groups", "size", *classes, "ignored"))
+
+
+def main(args: argparse.Namespace) -> None:
+    paths = args.config or [ROOT / "configs/afo.yaml"]
+    overrides = list(args.overrides)
+    if args.data:
+        overrides.append(f"data={args.data!r}")
+    config = load_config(paths, overrides)
+    check_data_keys(config)
+    columns = [*config["classes"], "ignored"]
+
+    print(format_line("split", "pairs", "groups", "size", columns, columns))
+    problems = []
+    unusable = []
+    notes = []
+    rows = []
+    seen = {}
+    stand_in = stand_in_note(config)
+    if stand_in:
+        notes.append(stand_in)
     for split in SPLITS:
-        pairs, unpaired = find_pairs(config, split)
-        problems += unpaired
-        good, pixels = {}, torch.zeros(256, dtype=torch.int64)  # good: pair → size
-        with ThreadPoolExecutor() as pool:
-            futures = {pool.submit(examine, pair, config): pair for pair in pairs}
-            for future, pair in tqdm(futures.items(), f"checking {split}", disable=None):
-                try:
-                    counts, good[pair], digest = future.result()
-                    pixels += counts
-                    first, where = seen.setdefault(digest, (pair.image, split))
-                    if where != split:
-                        problems.append(f"{pair.image}: is also in {where} ({first}); keep one")
-                except UserError as error:
-                    problems.append(str(error))
-        sizes = sorted({*good.values()})
-        if len(sizes) > 1 and not config["resize"]:
-            problems.append(f"{split}: images of {len(sizes)} sizes; set resize: [height, width]")
-        shares = (pixels / pixels.sum().clamp(min=1))[[*range(len(classes)), IGNORE]]
-        cells = len(pairs), len({pair.group for pair in pairs}), ", ".join(sizes[:2])
-        print(line.format(split, *cells, *(f"{share:.4f}" for share in shares)))
-        chosen = [[*good][i] for i in evenly(len(good), 6)] if args.picture else []
-        laid = (overlay(*read_pair(pair.image, pair.mask, config), classes) for pair in chosen)
-        rows.append([(pair.name, thumbnail(p)) for pair, p in zip(chosen, laid, strict=True)])
+        if stand_in and split == "testing":
+            continue  # the same files as validation
+        checked = check_split(config, split, seen)
+        problems += checked.problems
+        unusable += checked.unusable
+        notes += checked.notes
+        print(describe(split, checked, columns))
+        if args.picture:
+            rows.append(draw_samples(checked.readable, config))
     if any(rows):
-        save(grid(rows, legend_of(config)), args.picture)
-    problems = list(dict.fromkeys(problems))  # random splits have the same ones
-    print("".join(f"problem: {problem}\n" for problem in problems), end="")
+        save(grid(rows, legend_of(dict(config, classes=class_colours(config)))), args.picture)
+
+    # The three splits of one folder have the same ones.
+    for note in dict.fromkeys(notes):
+        print(f"note: {note}")
+    problems = list(dict.fromkeys(problems)) + shorten_alike(unusable)
+    for problem in problems:
+        print(f"problem: {problem}")
     if problems:
         raise UserError(f"{config['data']}: {len(problems)} problem(s), listed above; fix them")

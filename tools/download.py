@@ -1,8 +1,8 @@
-"""Fetch the Artificial Flying Objects data set, or read a local copy, into a folder.
+"""Download the Artificial Flying Objects data set, or read a local copy of it.
 
     python data.py download --out data/afo [--archive FILE.zip]
 
-Only PNGs of the known layout are taken from the archive, and they are written once their content
+Only PNGs of the known layout are taken from the archive, and they are written only if their content
 has a digest of `DIGESTS`: nothing else can be installed.
 """
 
@@ -12,10 +12,10 @@ import re
 import zipfile
 from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 from urllib.request import urlopen
 
 from common import UserError, reading
-
 from tools.generate import new_folder
 
 REPOSITORY = "https://github.com/aksoyeren/ArtificialFlyingObjects"
@@ -25,7 +25,25 @@ DIGESTS = {  # training/validation/testing pairs: the full set, and half of the 
     "b0a28cd560703cae8f233943237d6a813bd30487b743174dfc95a17af5a0b148": "10,817/2,241/1,138 pairs",
 }
 MEMBER = re.compile(r"(?s)(?:.*/)?((?:training|validation|testing)/(?:gt_)?image/\w+\.png)", re.A)
-MAX_FILE = 1 << 14  # bytes of one PNG, or it is not read; the real ones have at most 1,472
+MAX_FILE_BYTES = 1 << 14  # a larger file is not read; the real PNGs have at most 1,472
+TIMEOUT = 30  # seconds without a byte
+
+
+def read_pngs(archive: Path | BinaryIO) -> dict[str, bytes]:
+    """Read the PNGs of the known layout from a zip: path below the data folder → content."""
+    pngs = {}
+    with zipfile.ZipFile(archive) as opened:
+        for info in opened.infolist():
+            match = MEMBER.fullmatch(info.filename)
+            if match and info.file_size <= MAX_FILE_BYTES:
+                pngs[match[1]] = opened.read(info)
+    return pngs
+
+
+def digest_of(pngs: dict[str, bytes]) -> str:
+    """Compute the SHA-256 of the lines that sha256sum would print for the files, sorted by path."""
+    lines = [f"{sha256(png).hexdigest()}  {name}\n" for name, png in sorted(pngs.items())]
+    return sha256("".join(lines).encode()).hexdigest()
 
 
 def download(out: Path, archive: Path | None = None) -> str:
@@ -38,24 +56,24 @@ def download(out: Path, archive: Path | None = None) -> str:
         with reading(source, "get it again, or give a local copy: AFO_ARCHIVE=file.zip"):
             if archive is None:
                 print(f"fetching {URL} (28 MB)", flush=True)
-                archive = io.BytesIO(urlopen(URL, timeout=30).read())  # seconds without a byte
-            with zipfile.ZipFile(archive) as opened:
-                small = [info for info in opened.infolist() if info.file_size <= MAX_FILE]
-                matches = {info: MEMBER.fullmatch(info.filename) for info in small}
-                pngs = {match[1]: opened.read(info) for info, match in matches.items() if match}
-        lines = [f"{sha256(png).hexdigest()}  {name}\n" for name, png in sorted(pngs.items())]
-        digest = sha256("".join(lines).encode()).hexdigest()
+                archive = io.BytesIO(urlopen(URL, timeout=TIMEOUT).read())
+            pngs = read_pngs(archive)
+        digest = digest_of(pngs)
         if digest not in DIGESTS:
-            raise UserError(f"{source}: holds other files, {digest}; use the original")
+            raise UserError(f"{source}: holds other files (SHA-256 {digest}); use the original")
         for name, png in pngs.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(png)
     return digest
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `python data.py download`."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--archive", type=Path, metavar="FILE", help="a local zip, not the network")
-    args = parser.parse_args()
-    print(f"{args.out}: SHA-256 {download(args.out, args.archive)}")
+    local = "read this zip instead of the network"
+    parser.add_argument("--archive", type=Path, metavar="FILE", help=local)
+
+
+def main(args: argparse.Namespace) -> None:
+    digest = download(args.out, args.archive)
+    print(f"{args.out}: {DIGESTS[digest]}, SHA-256 {digest}")

@@ -1,0 +1,225 @@
+"""Read images and masks from files: the one reader of each.
+
+Every image of the project comes from `read_image`, every mask from `read_mask`. What Pillow would
+drop without a word (pages, bands, bits) is refused here. masks.py says which class a pixel is.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from common import UserError, reading
+from masks import NO_CLASS, label, refuse_strays
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels → Pillow's name for such an image
+READABLE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # at most 8 bits a channel
+PAGED_FORMATS = ("TIFF", "GIF", "PNG", "WEBP")  # other formats hold previews as further pages
+
+# Tags of EXIF and of TIFF files.
+ORIENTATION = 0x0112
+BITS_PER_SAMPLE = 258
+SAMPLES_PER_PIXEL = 277
+
+
+# ---- files
+
+
+def open_image(path: Path) -> tuple[Image.Image, int]:
+    """Open an image file, whose pixels are not decoded yet; also returns its bits a channel.
+
+    UserError if it has several pages, or bands that Pillow would drop.
+    """
+    image = Image.open(path)
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1 and image.format in PAGED_FORMATS:
+        advice = "save each as a file (docs/data.md shows how)"
+        raise UserError(f"{path}: has {pages} pages, and one image a file is read; {advice}")
+    bits = 8
+    if image.format == "PNG":
+        with open(path, "rb") as file:
+            bits = file.read(25)[24]  # Pillow shows 16-bit colours as 8 bits
+    elif image.format == "TIFF":
+        bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))
+        bands = image.tag_v2.get(SAMPLES_PER_PIXEL, 1)
+        if bands > len(image.getbands()):
+            raise UserError(f"{path}: has {bands} bands of {bits} bits; save 1, 3 or 4 of them")
+    elif image.mode.startswith(("I", "F")):
+        bits = 16 if "16" in image.mode else 32
+    return image, bits
+
+
+def is_turned(path: Path) -> bool:
+    """Tell whether the EXIF data of an image file say that it must be turned or mirrored."""
+    with reading(path):
+        return Image.open(path).getexif().get(ORIENTATION, 1) in range(2, 9)
+
+
+def read_deep(path: Path, image: Image.Image, bits: int) -> np.ndarray:
+    """Read the integers of an image with more than 8 bits, (H, W) or (H, W, 3).
+
+    UserError unless it is grey, or RGB of 16 bits.
+    """
+    if image.mode.startswith("I"):
+        return np.asarray(image)
+    if image.mode == "RGB" and bits == 16:
+        # Pillow keeps the high byte of a number. It keeps the low one if it is told that the two
+        # bytes stand in the other order.
+        high = np.array(image, np.uint16)
+        image = Image.open(path)
+        image.tile = [swap_bytes(tile) for tile in image.tile]
+        return high * 256 + np.asarray(image)
+    kind = "floating-point numbers" if image.mode == "F" else f"{len(image.getbands())} bands"
+    raise UserError(f"{path}: has {kind} of {bits} bits; save 8 bits, or 16 as grey or RGB")
+
+
+def swap_bytes(tile: tuple) -> tuple:
+    """Swap the order of bytes, B (high first), L or N (this machine's), in a tile of an image."""
+    codec, extents, offset, args = tile
+    is_text = isinstance(args, str)
+    mode = args if is_text else args[0]  # as in "RGB;16B"
+    order = mode[-1]
+    if order == "N":
+        order = "L" if sys.byteorder == "little" else "B"
+    swapped = mode[:-1] + ("L" if order == "B" else "B")
+    parts = (codec, extents, offset, swapped if is_text else (swapped, *args[1:]))
+    return parts if type(tile) is tuple else type(tile)(*parts)  # Pillow 11 named its fields
+
+
+# ---- images
+
+
+def read_image(
+    path: Path, channels: int | None = None, value_range: list[int] | None = None
+) -> np.ndarray:
+    """Read an image as (H, W, channels) uint8 in 0…255, turned upright as its EXIF data says.
+
+    Transparent pixels become white unless `channels` is 4, which keeps the alpha channel. None
+    keeps the channels of the file; a palette image then gives its indices. `value_range`, [low,
+    high], is what becomes 0 and 255 in files of 16 bits.
+
+    UserError if the file cannot be read, or has more than 8 bits and there is no `value_range`.
+    """
+    path = Path(path)
+    with reading(path):  # the file is decoded here as well
+        image, bits = open_image(path)
+        if bits > 8:
+            image = scale_to_8_bits(path, image, bits, value_range)
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "CMYK":
+            image = image.convert("RGB")
+    if image.mode not in READABLE_MODES:
+        raise UserError(f"{path}: has pixels of mode {image.mode}; save it as 8-bit RGB")
+    if channels in (1, 3) and image.has_transparency_data:
+        # Programs leave any colour where nothing is visible.
+        image = image.convert("RGBA")
+        if image.getextrema()[3][1] > 0:  # broken programs write images without a visible pixel
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+    if channels is not None and image.mode != MODES[channels]:
+        # Pillow converts every readable mode to RGBA without loss.
+        image = image.convert("RGBA").convert(MODES[channels])
+    return np.atleast_3d(np.array(image, np.uint8))
+
+
+def scale_to_8_bits(
+    path: Path, image: Image.Image, bits: int, value_range: list[int] | None
+) -> Image.Image:
+    """Scale an image so that a range of its values becomes 0…255, rounded; the rest is cut off."""
+    values = read_deep(path, image, bits)
+    if not value_range:
+        highest = int(values.max())
+        likely = 2 ** max(8, highest.bit_length()) - 1  # the highest number of so many bits
+        text = f"has {bits} bits a channel and values up to {highest}"
+        raise UserError(f"{path}: {text}; set value_range: [0, {likely}]")
+    low, high = value_range
+    scaled = (values.astype(np.float32) - low) * (255 / (high - low))
+    result = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
+    result.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
+    return result
+
+
+# ---- masks
+
+
+def read_values(path: Path, mask_format: str) -> np.ndarray:
+    """Read what the pixels of a mask hold: (H, W, 3) integers for colours, else (H, W, 1).
+
+    UserError if the file cannot be read, holds fractions, or holds colours in place of indices.
+    """
+    with reading(path):
+        image, bits = open_image(path)
+        is_deep = image.mode.startswith(("I", "F"))
+        if bits > 8 and not is_deep:
+            raise UserError(f"{path}: holds colours of {bits} bits; save masks with 8 bits")
+        image = ImageOps.exif_transpose(image)
+        if is_deep:
+            values = np.array(image)
+        elif mask_format == "colours":
+            # The colour counts, however transparent it is.
+            values = np.array(image.convert("RGB" if image.mode == "CMYK" else "RGBA"))[..., :3]
+        else:
+            values = np.array(image, np.uint8)
+    values = np.atleast_3d(values)
+    if values.dtype.kind == "f":
+        if not (np.isfinite(values) & (values == values.round())).all():
+            text = "holds fractions, as probabilities or smoothed masks do"
+            raise UserError(f"{path}: {text}; save class indices as whole numbers")
+        values = values.astype(np.int64)
+    if mask_format == "colours":
+        return np.broadcast_to(values, (*values.shape[:2], 3))
+    # Grey may be written as three equal channels.
+    if values.shape[2] >= 3 and (values[..., :3] != values[..., :1]).any():
+        raise UserError(f"{path}: holds colours; set mask_format: colours, and `classes`")
+    return values[..., :1]
+
+
+def read_mask(path: Path, config: dict) -> np.ndarray:
+    """Read a mask as (H, W) uint8 class indices, IGNORE where the pixel counts nowhere.
+
+    UserError if the file cannot be read or a pixel holds a value that is no class.
+    """
+    values = read_values(path, config["mask_format"])
+    mask, _ = label(values, config)
+    strays = mask == NO_CLASS
+    if strays.any():
+        refuse_strays(path, values, strays, config)
+    return mask
+
+
+def count_near(path: Path, config: dict) -> int:
+    """Count the pixels of a mask that have a class through `mask_tolerance` alone."""
+    _, n_near = label(read_values(path, config["mask_format"]), config)
+    return n_near
+
+
+# ---- pairs
+
+
+def read_pair(image_path: Path, mask_path: Path, config: dict) -> tuple[Tensor, Tensor]:
+    """Read an image (channels, H, W) and its mask (H, W), both uint8, resized if `resize` is set.
+
+    UserError if a file cannot be read or the two differ in size.
+    """
+    pixels = read_image(image_path, config["in_channels"], config["value_range"])
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    mask = torch.from_numpy(read_mask(mask_path, config))
+    if image.shape[1:] != mask.shape:
+        mask_size = f"{mask.shape[1]}×{mask.shape[0]}"
+        image_size = f"{image.shape[2]}×{image.shape[1]}"
+        text = f"is {mask_size} pixels but its image is {image_size}"
+        advice = "give both the same size"
+        if is_turned(image_path) and not is_turned(mask_path):
+            text += ", turned upright by its EXIF data"
+            advice = "turn the mask upright too, or save the image without EXIF data"
+        raise UserError(f"{mask_path}: {text}; {advice}")
+    if config["resize"]:
+        size = config["resize"]
+        image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+        # The mean of two classes is no class, so the mask takes the nearest pixel.
+        mask = F.interpolate(mask[None, None], size, mode="nearest-exact")[0, 0]
+    return image, mask

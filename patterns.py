@@ -1,0 +1,150 @@
+"""Find the files that a pattern such as 'photos/*.jpg' describes.
+
+A * matches any text within one name, and **/ any folders. {jpg,png} lists alternatives. The ending
+of a file matches in any case, and a pattern without an ending, as 'photos/*', finds images of any
+kind. Every other character is meant as it stands. Links to folders are followed.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+# The endings that a bare * stands for.
+ENDINGS = ("png", "jpg", "jpeg", "bmp", "gif", "tif", "tiff", "webp")
+# Endings of other images; `data.py check` says that such files are left out.
+CAMERA_ENDINGS = ("heic", "heif", "dng", "cr2", "cr3", "nef", "arw")
+OTHER_ENDINGS = (*CAMERA_ENDINGS, "jp2", "jxl", "avif", "psd", "svg", "dcm", "nii", "czi", "svs")
+STARS = re.compile(r"\*+")
+WILDCARD = re.compile(r"\*+|\{[^{}/]*,[^{}/]*\}")  # * or {jpg,png}
+
+
+class File(NamedTuple):
+    """A file that matches a pattern."""
+
+    path: Path
+    matches: tuple[str, ...]  # what each wildcard of the pattern stands for
+    name: str
+
+
+# ---- patterns
+
+
+def parts_of(pattern: str) -> list[str]:
+    """Split a pattern into the names of folders and of the file, which gets an ending.
+
+    'photos/*' and 'photos/*.*' are ['photos', '*.{png,jpg,…}'].
+    """
+    parts = [part for part in pattern.split("/") if part not in ("", ".")]
+    name = parts.pop()
+    if name.endswith("*"):
+        name = name.removesuffix(".*") + ".{" + ",".join(ENDINGS) + "}"
+    return [*parts, name]
+
+
+def expression_of(part: str) -> str:
+    """Translate a name with wildcards to a regular expression with a group for each *."""
+    expression = ""
+    end = 0
+    for wildcard in WILDCARD.finditer(part):
+        expression += re.escape(part[end : wildcard.start()])
+        end = wildcard.end()
+        if wildcard[0].startswith("*"):
+            expression += "(.*)"
+        else:
+            choices = [re.escape(choice) for choice in wildcard[0][1:-1].split(",")]
+            expression += "(?:" + "|".join(choices) + ")"
+    return expression + re.escape(part[end:])
+
+
+def file_expression(name: str) -> re.Pattern:
+    """Translate the last part of a pattern, the name of a file, to a regular expression."""
+    stem, dot, ending = name.rpartition(".")
+    if not dot:
+        return re.compile(expression_of(name))
+    return re.compile(expression_of(stem) + "(?i:" + expression_of(dot + ending) + ")")
+
+
+def count_stars(pattern: str) -> int:
+    """Count the wildcards of a pattern that stand for a part of the name of a pair."""
+    return len(STARS.findall("/".join(parts_of(pattern))))
+
+
+def fill(pattern: str, matches: tuple[str, ...]) -> str:
+    """Put what the stars of another pattern match in place of the stars of this one."""
+    pieces = STARS.split("/".join(parts_of(pattern)))
+    filled = pieces[0]
+    for text, piece in zip(matches, pieces[1:], strict=True):
+        filled += text + piece
+    return os.path.normpath(filled)  # **/ may stand for no folder
+
+
+def specificity(pattern: str) -> int:
+    """Count the characters of a pattern that are no wildcards."""
+    return len(WILDCARD.sub("", pattern))
+
+
+# ---- files
+
+
+def list_folder(folder: Path) -> tuple[list[str], list[str]]:
+    """List the names of the files and of the folders in a folder, sorted, without hidden ones."""
+    files = []
+    folders = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):  # macOS leaves such files behind
+                continue
+            if entry.is_dir():  # a link to a folder is one
+                folders.append(entry.name)
+            elif entry.is_file():
+                files.append(entry.name)
+    return sorted(files), sorted(folders)
+
+
+def folders_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield a folder and all folders below it, except links back to a folder that they are in."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    yield folder
+    for name in list_folder(folder)[1]:
+        yield from folders_below(folder / name, (*above, real))
+
+
+def find_folders(root: Path, parts: list[str]) -> list[tuple[Path, tuple[str, ...]]]:
+    """Find the folders that the parts of a pattern lead to, and what their wildcards match."""
+    places = [(root, ())] if root.is_dir() else []
+    for part in parts:
+        reached = []
+        for folder, matches in places:
+            if part == "**":
+                for below in folders_below(folder):
+                    text = "" if below == folder else below.relative_to(folder).as_posix()
+                    reached.append((below, (*matches, text)))
+            elif WILDCARD.search(part):
+                expression = re.compile(expression_of(part))
+                for name in list_folder(folder)[1]:
+                    match = expression.fullmatch(name)
+                    if match:
+                        reached.append((folder / name, (*matches, *match.groups())))
+            elif (folder / part).is_dir():
+                reached.append((folder / part, matches))
+        places = reached
+    return places
+
+
+def find_files(root: Path, pattern: str) -> list[File]:
+    """Find the files of a pattern below a folder."""
+    parts = parts_of(pattern)
+    expression = file_expression(parts[-1])
+    found = []
+    for folder, matches in find_folders(root, parts[:-1]):
+        for file_name in list_folder(folder)[0]:
+            match = expression.fullmatch(file_name)
+            if match:
+                texts = (*matches, *match.groups())
+                name = "/".join(text for text in texts if text)
+                found.append(File(folder / file_name, texts, name))
+    return found

@@ -1,0 +1,147 @@
+"""Tests of tools/check.py and of the commands of data.py."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+
+
+@pytest.fixture
+def root(dataset: Path, tmp_path: Path) -> Path:
+    """Copy the data set, to change it."""
+    return shutil.copytree(dataset, tmp_path / "set", ignore=shutil.ignore_patterns(".cache"))
+
+
+def test_table_and_picture_of_good_data(dataset: Path, tmp_path: Path, call) -> None:
+    code, out, _ = call(data.main, "check", dataset, "--picture", tmp_path / "good.png")
+    assert code == 0 and "problem" not in out
+    assert Image.open(tmp_path / "good.png").width > 500
+    split, pairs, groups, size, *shares = out.splitlines()[1].split()
+    masks = []
+    for path in (dataset / "training/gt_image").iterdir():
+        masks.append(np.asarray(Image.open(path)))
+    pixels = np.stack(masks)
+    assert (split, int(pairs), size) == ("training", len(masks), "32×32")
+    assert int(groups) == 3  # its flights, since configs/afo.yaml is read without --config
+    expected = [(pixels.max(axis=3) == 0).mean()]
+    for channel in range(3):
+        expected.append((pixels[..., channel] > 0).mean())
+    expected.append(0)  # no pixel is ignored
+    assert [float(share) for share in shares] == pytest.approx(expected, abs=6e-5)
+
+
+def test_every_problem_is_listed(root: Path, call) -> None:
+    missing_mask, damaged, copied, *_ = sorted((root / "training/image").iterdir())
+    missing_images = sorted((root / "validation/gt_image").iterdir())[:2]
+    for mask in missing_images:
+        (root / "validation/image" / mask.name.removeprefix("gt_")).unlink()
+    (root / "training/gt_image" / f"gt_{missing_mask.name}").unlink()
+    damaged.write_bytes(b"no image")
+    Image.new("RGB", (9, 9)).save(sorted((root / "testing/image").iterdir())[0])
+    copy = "999999_square_red_000001.png"  # a name that no split has
+    shutil.copy(copied, root / "testing/image" / copy)
+    shutil.copy(root / f"training/gt_image/gt_{copied.name}", root / f"testing/gt_image/gt_{copy}")
+
+    code, out, error = call(data.main, "check", root)
+    assert code == 2 and error.endswith("6 problem(s), listed above; fix them\n")
+    assert out.count("problem: ") == 6
+    for text in (
+        f"{missing_mask}: has no mask",
+        f"{missing_images[0]}: has no image",
+        f"{missing_images[1]}: has no image",
+        f"{damaged}: cannot be read",
+        "but its image is 9×9",
+        f"{copy}: is also in training ({copied})",
+    ):
+        assert out.count(text) == 1, text
+
+
+def test_a_config_says_where_the_data_are(dataset: Path, tmp_path: Path, call) -> None:
+    (tmp_path / "own.yaml").write_text(
+        f"data: {dataset}\n"
+        "images: training/image/*.png\n"
+        "masks: training/gt_image/gt_*.png\n"
+        'group: "^.{1,6}"\n'
+    )
+    code, out, _ = call(data.main, "check", "--config", tmp_path / "own.yaml")
+    groups = [line.split()[2] for line in out.splitlines()[1:4]]
+    assert groups == ["1", "1", "1"]
+    # Each flight has one kind of object.
+    assert code == 2 and "classes: no pixel of the training masks is" in out
+
+
+def test_unknown_command_is_named(call) -> None:
+    code, _, error = call(data.main, "fetch")
+    assert code == 2 and "'generate', 'download', 'check'" in error
+
+
+@pytest.fixture
+def cells(tmp_path: Path) -> Path:
+    """Write a config and a data set of twelve small images and masks of two classes."""
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        for kind in ("images", "masks"):
+            (tmp_path / kind).mkdir(exist_ok=True)
+        mask = np.zeros((16, 16), np.uint8)
+        mask[2:8, 3:9] = 255
+        pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"images/{i}.png")
+        Image.fromarray(mask).save(tmp_path / f"masks/{i}.png")
+    (tmp_path / "cells.yaml").write_text(
+        f"data: {tmp_path}\nimages: images/*\nmasks: masks/*.png\ngroup: ''\n"
+        "classes: {ground: [0, 0, 0], a rather long name: [255, 255, 255]}\n"
+    )
+    return tmp_path / "cells.yaml"
+
+
+def test_notes_are_no_problems(cells: Path, call) -> None:
+    folder = cells.parent
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    for i in range(12):
+        path = folder / f"images/{i}.png"
+        Image.open(path).save(path, exif=exif)
+    for i in range(0, 12, 2):
+        Image.new("RGB", (16, 16)).save(folder / f"images/{i}.png")
+        Image.new("L", (16, 16)).save(folder / f"masks/{i}.png")
+    (folder / "images/x.HEIC").touch()
+    code, out, _ = call(data.main, "check", "--config", cells)
+    assert code == 0 and "problem: " not in out
+    assert out.count("images are of a single colour (empty slices?)") == 3
+    assert re.search(r"EXIF data turn \d images upright.* but not their masks", out)
+    assert f"note: {folder}/images: 1 .heic left out" in out
+    heading, line = out.splitlines()[:2]
+    assert len(heading) == len(line) and "  a rather long name  " in heading
+
+
+def test_tolerance_is_counted_and_empty_splits_are_noted(cells: Path, call) -> None:
+    for i in range(12):
+        path = cells.parent / f"masks/{i}.png"
+        mask = np.array(Image.open(path)) // 255 * 250
+        Image.fromarray(mask).save(path)
+    code, out, _ = call(data.main, "check", "--config", cells)
+    assert code == 2 and out.count("problem: ") == 3 and "(and 9 more files like this)" in out
+    code, out, _ = call(data.main, "check", "--config", cells, "--set", "mask_tolerance=9")
+    assert code == 0 and "validation: mask_tolerance gives 72 pixels (14.06%) the nearest" in out
+
+
+def test_class_missing_in_a_split(cells: Path, call) -> None:
+    code, out, _ = call(
+        data.main, "check", "--config", cells, "--set", "mask_format=indices", "ignore=[255]"
+    )
+    assert code == 2
+    assert "note: validation: no mask has a rather long name" in out
+    assert "problem" in out and "no pixel of the training masks is a rather long name" in out
+
+
+def test_two_split_folders(root: Path, call) -> None:
+    shutil.rmtree(root / "testing")
+    options = ("--set", "split_folders=[training, validation, validation]")
+    code, out, _ = call(data.main, "check", root, *options)
+    assert code == 0 and "is also in" not in out
+    assert out.count("note: split_folders: the folder validation stands in for the test") == 1

@@ -1,0 +1,342 @@
+"""Look at images and their masks, and write a config that is ready to train.
+
+    python data.py describe --images photos --masks labels [--out my.yaml]
+
+Each line of the config has its reason as a comment. What could not be decided is printed, and
+stands above the lines.
+"""
+
+import argparse
+import colorsys
+import shlex
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import yaml
+
+from common import SPLITS, UserError, write_atomically
+from data import evenly
+from images import read_image
+from tools.meaning import (
+    Examined,
+    Masks,
+    Meaning,
+    Value,
+    collect,
+    colour_of,
+    examine_all,
+    find_meaning,
+    object_side,
+    read_class_names,
+)
+from tools.pairing import Layout, find_layout, propose_group
+
+LOOKED_AT = 12  # images, to see whether they are grey or transparent
+SMALLEST_CROP = 64
+LARGEST_CROP = 256
+CROP_OF_PHOTOGRAPHS = 224  # where everything is an object
+LARGE_IMAGE = 1024
+COLUMN = 44  # where comments begin
+
+
+class Line(NamedTuple):
+    """A line of a config, and its reason."""
+
+    text: str
+    reason: str = ""
+
+
+def percent(share: float) -> str:
+    """Write a share as a percentage with two digits that count."""
+    return f"{100 * share:.2g} %"
+
+
+def quote(text: str) -> str:
+    """Write a text as YAML, in quotes where it needs them."""
+    dumped = yaml.safe_dump([text], default_flow_style=True, allow_unicode=True, width=100000)
+    return dumped.strip()[1:-1]
+
+
+# ---- decisions, one a function
+
+
+def describe_files(layout: Layout, notes: list[str]) -> list[Line]:
+    """Say where images and masks lie, and in which splits."""
+    root = layout.root
+    if root.is_relative_to(Path.cwd()):
+        root = root.relative_to(Path.cwd())
+    lines = [
+        Line(f"data: {quote(str(root))}", "relative paths start where make is called"),
+        Line(f"images: {quote(layout.images)}", f"{len(layout.pairs)} pairs"),
+        Line(f"masks: {quote(layout.masks)}", "the * is what an image and its mask share"),
+    ]
+    if layout.split_folders:
+        folders = ", ".join(quote(folder) for folder in layout.split_folders)
+        reason = "folders of training, validation, testing"
+        if len(layout.split_folders) == 2:
+            reason = "the second is validation and testing"
+            notes.append(f"split_folders: only {folders}; a third folder would test better")
+        lines.append(Line(f"split_folders: [{folders}]", reason))
+    if layout.alone:
+        first = layout.alone[0]
+        number = len(layout.alone)
+        notes.append(f"{number} files have no partner, as {first}: add it, or remove them")
+    if layout.unused:
+        first = layout.unused[0]
+        notes.append(f"{len(layout.unused)} files are in no pair, as {first}")
+    for mask in layout.other_masks:
+        notes.append(f"masks: {mask} fits as well; to take its kind, give a pattern with --masks")
+    return lines
+
+
+def describe_group(layout: Layout, notes: list[str]) -> list[Line]:
+    """Propose what stays together when splits are drawn: the images of a video or a patient."""
+    expression, reason = propose_group(layout.names)
+    if expression:
+        notes.append(f"group: {reason}; set '' if such images are independent")
+        return [Line(f"group: {quote(expression)}", reason)]
+    if not layout.split_folders:
+        if len(layout.pairs) < len(SPLITS):
+            notes.append(f"{len(layout.pairs)} pairs: three splits need at least three")
+        name = layout.names[0]
+        notes.append(f"group: which images, as {name}, are of one video or patient is not known")
+    return [Line('group: ""', reason)]
+
+
+def describe_format(meaning: Meaning, masks: Masks) -> list[Line]:
+    """Say how pixels of masks hold their class."""
+    lines = [Line(f"mask_format: {meaning.mask_format}", meaning.reason)]
+    if meaning.tolerance:
+        listed = sum(masks.values[number].share for number in meaning.classes)
+        reason = f"smoothed or JPEG: {percent(1 - listed)} of the pixels take the nearest class"
+        lines.append(Line(f"mask_tolerance: {meaning.tolerance}", reason))
+    if meaning.ignored:
+        values = meaning.ignored
+        if meaning.mask_format == "colours":
+            values = colour_of(masks, meaning.ignored[0])
+        shares = sum(masks.values[n].share for n in meaning.ignored if n in masks.values)
+        reason = f"{percent(shares)} of the pixels: {meaning.ignore_reason}"
+        lines.append(Line(f"ignore: {values}", reason))
+    return lines
+
+
+def picture_colour(index: int, number_of_classes: int) -> list[int]:
+    """Choose a colour for pictures: black for the background, else one of as many hues."""
+    if index == 0:
+        return [0, 0, 0]
+    channels = colorsys.hsv_to_rgb((index - 1) / number_of_classes, 1, 1)
+    return [round(255 * channel) for channel in channels]
+
+
+def describe_classes(meaning: Meaning, masks: Masks, names: list[str]) -> list[Line]:
+    """List the classes with their shares. Their names are to be edited."""
+    what = "rename them; colours are for pictures"
+    if meaning.mask_format == "colours":
+        what = "rename them; the colours are in the masks"
+    lines = [Line("classes:", what)]
+    number_of_classes = len(meaning.classes)
+    for index, number in enumerate(meaning.classes):
+        name = "background" if index == 0 else f"class_{index}"
+        if masks.kind != "colours" and number < len(names):
+            name = names[number]
+        colour = colour_of(masks, number)
+        if meaning.mask_format == "indices" and masks.kind != "palette":
+            colour = picture_colour(index, number_of_classes)
+        value = masks.values.get(number, Value(0, 0, 0))
+        masks_with_it = f"{value.n_masks} of {masks.n_masks} masks"
+        reason = f"{percent(value.share)} of the pixels, in {masks_with_it}"
+        if meaning.mask_format == "indices" or masks.kind == "palette":
+            reason = f"{number}: {reason}"
+        lines.append(Line(f"  {quote(name)}: {colour}", reason))
+    if meaning.numbers_objects:
+        share = 1 - masks.values[meaning.classes[0]].share
+        lines.append(Line("  object: [255, 255, 255]", f"{percent(share)} of the pixels"))
+        lines.append(Line("other_values: object", "every other value is an object"))
+    return lines
+
+
+def note_doubts(meaning: Meaning, masks: Masks, is_drawn: bool, notes: list[str]) -> None:
+    """Say which values may mean something else."""
+    values = masks.values
+    first = meaning.classes[0]
+    last = meaning.classes[-1]
+    shares = [values[number].share for number in meaning.classes]
+    unlabelled = None
+    if meaning.mask_format == "indices" and len(shares) > 2 and shares[0] == min(shares):
+        unlabelled = first
+    elif meaning.mask_format == "indices" and len(shares) > 4:
+        unlabelled = last
+    if unlabelled is not None:
+        text = f"if {unlabelled} marks pixels without a label, set ignore: [{unlabelled}]"
+        notes.append(f"classes: {text} and remove its class")
+    if shares[0] < 0.5:
+        notes.append("classes: the first counts as background, but others cover most of the pixels")
+    rare = [number for number in meaning.classes if values[number].n_masks < len(SPLITS)]
+    if rare and is_drawn:
+        text = f"{len(rare)} of {len(shares)} are in one or two masks"
+        notes.append(f"classes: {text}; the training split may get none of them")
+    n_scattered = sum(values[number].n_masks < masks.n_masks / 2 for number in meaning.classes[1:])
+    if masks.kind == "grey" and n_scattered > 2:
+        text = "if the values number objects, keep two classes"
+        notes.append(f"classes: {text} and set other_values to the second")
+    for number in meaning.ignored:
+        if number in values:
+            text = "is taken for pixels without a label; if it is a class, list it as one"
+            value = number if meaning.mask_format == "indices" else colour_of(masks, number)
+            notes.append(f"ignore: {value} {text}")
+
+
+def describe_images(examined: list[Examined], notes: list[str]) -> list[Line]:
+    """Say how many channels and bits the images have."""
+    lines = []
+    value_range = []
+    deep = [pair for pair in examined if pair.bits > 8]
+    if deep:
+        bits = max(pair.bits for pair in deep)
+        highest = max(pair.highest for pair in deep)
+        likely_bits = max(10, highest.bit_length() + highest.bit_length() % 2)  # 10, 12, 14 or 16
+        value_range = [0, 2**likely_bits - 1]
+        reason = f"{bits} bits a channel, the highest value is {highest}"
+        lines.append(Line(f"value_range: {value_range}", reason))
+    modes = Counter(pair.mode for pair in examined)
+    kinds = ", ".join(f"{number} {mode}" for mode, number in modes.most_common())
+    reason = f"kinds of pixels: {kinds}"
+    channels = 3
+    is_grey, opacities = look_at_pixels(examined, value_range)
+    if is_grey:
+        channels = 1
+        reason += "; without colours"
+    elif len(opacities) > 1:
+        channels = 4
+        reason += "; some pixels are transparent"
+    elif opacities == {0}:
+        notes.append("in_channels: every pixel is transparent, so transparency is not used")
+    lines.append(Line(f"in_channels: {channels}", reason))
+    turned = sum(pair.is_turned for pair in examined)
+    if turned:
+        text = "are turned upright by their EXIF data; so must their masks be"
+        notes.append(f"{turned} images {text}")
+    return lines
+
+
+def look_at_pixels(examined: list[Examined], value_range: list[int]) -> tuple[bool, set[int]]:
+    """Tell whether a few of the images are grey; also list the values of their alpha channel."""
+    is_grey = True
+    opacities = set()
+    for i in evenly(len(examined), LOOKED_AT):
+        pixels = read_image(examined[i].image, 4, value_range)
+        is_grey = is_grey and bool((pixels[..., :3] == pixels[..., :1]).all())
+        opacities.update(np.unique(pixels[..., 3]).tolist())
+    return is_grey, opacities
+
+
+def describe_sizes(
+    examined: list[Examined], meaning: Meaning, masks: Masks, notes: list[str]
+) -> list[Line]:
+    """Choose `resize`, `crop` and `crop_on_objects` by the sizes of images and of objects."""
+    heights = [pair.size[0] for pair in examined]
+    widths = [pair.size[1] for pair in examined]
+    height = int(np.median(heights))
+    width = int(np.median(widths))
+    background = masks.values[meaning.classes[0]].share
+    side, is_photograph = object_side(meaning, masks)
+    sizes = len({pair.size for pair in examined})
+    factor = 1.0
+    if not is_photograph and 1.5 * side > LARGEST_CROP:
+        factor = LARGEST_CROP / (2 * side)
+    lines = []
+    if sizes > 1 or factor < 1:
+        reason = f"{sizes} sizes, the median is {width}×{height}"
+        if factor < 1:
+            reason = f"objects of {side:.0f} pixels are large; images are {width}×{height}"
+        height = round_to_16(height * factor)
+        width = round_to_16(width * factor)
+        lines.append(Line(f"resize: [{height}, {width}]", reason))
+        if sizes > 1:
+            notes.append("resize: images of other proportions are distorted")
+    if is_photograph:
+        crop = CROP_OF_PHOTOGRAPHS
+        reason = f"everything is an object: {percent(1 - background)} is no background"
+        if max(height, width) > LARGE_IMAGE:
+            notes.append(f"crop: {crop} pixels are little of {width}×{height}; `resize` shows more")
+    else:
+        crop = max(SMALLEST_CROP, round_to_16(1.5 * side * factor))
+        reason = f"objects are about {side * factor:.0f} pixels wide"
+    if crop >= min(height, width):
+        crop = 0
+        reason = f"whole images of {width}×{height}"
+    lines.append(Line(f"crop: {crop}", reason))
+    if crop > 0:
+        on_objects = 0.0 if is_photograph else 1.0
+        reason = "crops anywhere" if is_photograph else f"{percent(background)} is background"
+        lines.append(Line(f"crop_on_objects: {on_objects}", reason))
+    return lines
+
+
+def round_to_16(side: float) -> int:
+    """Round a side up to a multiple of 16 pixels: four times halved, it stays whole."""
+    return max(16, -(-round(side) // 16) * 16)
+
+
+def describe_depth(meaning: Meaning, masks: Masks) -> list[Line]:
+    """Offer a deeper model where what stands around an object says what it is."""
+    if not object_side(meaning, masks)[1]:
+        return []
+    return [
+        Line("# For `best` on photographs: a stage more sees more of the surroundings (slower)."),
+        Line("# encoder: [[16, 3], [32, 3], [64, 3], [128, 3], [256, 3]]"),
+        Line("# decoder: [[256, 3], [128, 3], [64, 3], [32, 3], [16, 3], [16, 3]]"),
+    ]
+
+
+# ---- the config
+
+
+def write_config(lines: list[Line], notes: list[str], args: argparse.Namespace) -> str:
+    """Write the config: what could not be decided, then each line with its reason."""
+    command = ["python", "data.py", "describe", "--images", args.images, "--masks", args.masks]
+    text = f"# Written by: {shlex.join(command)}\n"
+    for note in notes:
+        text += f"# To decide: {note}\n"
+    for line in lines:
+        if line.reason:
+            text += f"{line.text:<{COLUMN}}  # {line.reason}\n"
+        else:
+            text += f"{line.text}\n"
+    return text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `python data.py describe`."""
+    what = "a folder, or a pattern in quotes"
+    parser.add_argument("--images", required=True, metavar="PATH", help=what)
+    parser.add_argument("--masks", required=True, metavar="PATH", help=f"{what}; may be the same")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a new file to write it to")
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.out and args.out.exists():
+        raise UserError(f"{args.out}: exists already; give another --out, or remove it")
+    layout = find_layout(args.images, args.masks)
+    examined, notes = examine_all(layout.pairs)
+    masks = collect(examined)
+    meaning = find_meaning(examined, masks)
+    names = read_class_names(layout.root)
+    lines = describe_files(layout, notes)
+    lines += describe_group(layout, notes)
+    lines += describe_format(meaning, masks)
+    lines += describe_classes(meaning, masks, names)
+    lines += describe_images(examined, notes)
+    lines += describe_sizes(examined, meaning, masks, notes)
+    lines += describe_depth(meaning, masks)
+    note_doubts(meaning, masks, not layout.split_folders, notes)
+    text = write_config(lines, notes, args)
+    if args.out is None:
+        print(text, end="")
+        return
+    write_atomically(args.out, text.encode())
+    for note in notes:
+        print(f"to decide: {note}")
+    print(f"wrote {args.out}; rename the classes in it, then: make check DATA={args.out}")
