@@ -3,6 +3,7 @@
     python data.py generate --out data/generated [--sequences 300 60 60] [--frames K] [--seed 0]
     python data.py download --out data/afo [--archive FILE.zip]
     python data.py check [DIR] [--config FILE] [--picture FILE.png]
+    python data.py describe --images FOLDER --masks FOLDER [--out my.yaml]
 
 The keys from `data` to `in_channels` in configs/default.yaml say where the files lie, what masks
 hold and how splits are made. pairs.py finds the files, images.py reads them.

@@ -5,8 +5,7 @@ does, does not load it.
 """
 
 import io
-from collections.abc import Collection
-from itertools import zip_longest
+from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import write_atomically
+from masks import class_colours
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,16 +23,13 @@ if TYPE_CHECKING:
 GREY = [128, 128, 128]  # pixels that are ignored
 SIDE = 160  # pixels of a picture in a grid
 DPI = 110
-HIGHEST = 1.0  # no score is higher, so no error bar or band ends above it
 
-# Colour (Okabe and Ito 2008: the colour-blind can tell them apart), line style and marker.
-STYLES = {
-    "initial": ("#E69F00", "-", "o"),
-    "modified": ("#56B4E9", "--", "s"),
-    "tuned": ("#CC79A7", "-.", "^"),
-    "best": ("#000000", ":", "D"),
-}
-OTHER_STYLES = [  # for names without their own, in turn
+# Colours (Okabe and Ito 2008: the colour-blind can tell them apart), line styles and markers.
+LOOKS = [
+    ("#E69F00", "-", "o"),
+    ("#56B4E9", "--", "s"),
+    ("#CC79A7", "-.", "^"),
+    ("#000000", ":", "D"),
     ("#009E73", "-", "v"),
     ("#0072B2", "--", "P"),
     ("#D55E00", "-.", "X"),
@@ -73,7 +70,7 @@ def thumbnail(picture: Tensor) -> Tensor:
 
 def legend_of(config: dict) -> dict[str, list[int]]:
     """List the colours of masks in pictures by name: the classes, and ignored pixels if any."""
-    legend = dict(config["classes"])
+    legend = class_colours(config)
     if config["ignore"]:
         legend["ignored"] = GREY
     return legend
@@ -127,19 +124,6 @@ def grid(rows: list[list[tuple[str, Tensor]]], legend: dict[str, list[int]]) -> 
     return figure
 
 
-def looks_of(names: Collection[str]) -> dict[str, tuple[str, str, str]]:
-    """Choose colour, line style and marker of each name.
-
-    A model has its own look. The others get, in turn, looks that no model of the figure has.
-    """
-    looks = {name: STYLES[name] for name in names if name in STYLES}
-    free = OTHER_STYLES + [style for name, style in STYLES.items() if name not in looks]
-    unnamed = [name for name in names if name not in STYLES]
-    for i, name in enumerate(unnamed):
-        looks[name] = free[i % len(free)]
-    return looks
-
-
 def curves(
     path: Path, panels: dict[str, dict[str, list[list[float | None]]]], epoch: str = "epoch"
 ) -> None:
@@ -147,15 +131,14 @@ def curves(
     figure, axes = new_figure(max(7.5, 3.7 * len(panels)), 3.6, len(panels))
     handles = {}
     for ax, (label, lines) in zip(axes, panels.items(), strict=True):
-        looks = looks_of(lines)
-        for name, runs in lines.items():
-            colour, line_style, marker = looks[name]
+        for (name, runs), look in zip(lines.items(), cycle(LOOKS), strict=False):
+            colour, line_style, marker = look
             # (epochs, runs): None, and epochs that a run lacks, become holes in the line.
             values = np.array(list(zip_longest(*runs)), float)
             epochs = np.arange(1, len(values) + 1)
             mean, low, high = values.mean(axis=1), values.min(axis=1), values.max(axis=1)
-            look = {"color": colour, "linestyle": line_style, "marker": marker, "ms": 5}
-            [handles[name]] = ax.plot(epochs, mean, label=name, **look)
+            style = {"color": colour, "linestyle": line_style, "marker": marker, "ms": 5}
+            [handles[name]] = ax.plot(epochs, mean, label=name, **style)
             if len(runs) > 1:
                 ax.fill_between(epochs, low, high, color=colour, alpha=0.2)
         lowest, highest = ax.dataLim.intervaly
@@ -184,38 +167,6 @@ def confusion(path: Path, matrices: dict[str, np.ndarray], classes: list[str]) -
         ax.set_xticks(range(len(classes)), classes, rotation=35, ha="right")
     label = "true class (% of its pixels)"
     axes[0].set(yticks=range(len(classes)), yticklabels=classes, ylabel=label)
-    save(figure, path)
-
-
-def error_bars(values: np.ndarray) -> np.ndarray | None:
-    """Give the lengths of error bars for (runs, columns) scores: (2, columns), below and above.
-
-    A bar is one sample standard deviation long, but ends at the highest score there is. None: one
-    run has no standard deviation.
-    """
-    if len(values) < 2:
-        return None
-    std = values.std(axis=0, ddof=1)
-    room = HIGHEST - values.mean(axis=0)
-    return np.stack([std, np.fmin(std, np.maximum(room, 0))])
-
-
-def dots(path: Path, models: dict[str, list[dict[str, float | None]]]) -> None:
-    """Draw test scores, mean ± standard deviation: model → runs (seeds) → name → score."""
-    first_run = next(iter(models.values()))[0]
-    columns = list(first_run)
-    figure, (ax,) = new_figure(max(7.5, 1.7 * len(columns)), 3.6)
-    looks = looks_of(models)
-    for i, (name, runs) in enumerate(models.items()):
-        values = np.array([list(run.values()) for run in runs], float)  # None: no dot
-        offset = (i - (len(models) - 1) / 2) * 0.8 / len(models)
-        x = np.arange(len(columns)) + offset
-        colour, _, marker = looks[name]
-        look = {"fmt": marker, "color": colour, "ms": 6, "capsize": 4, "label": name}
-        ax.errorbar(x, values.mean(axis=0), error_bars(values), **look)
-    ax.set(xticks=range(len(columns)), xticklabels=columns, ylabel="test score")
-    ax.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=len(models))
     save(figure, path)
 
 

@@ -5,8 +5,11 @@
 
 The first writes report.md, report.html (one file that needs no other) and figures/ into OUT. The
 second reads results/runs.jsonl alone and writes RESULTS.md, the tables of README.md and docs/*.md
-and results/figures/. The headings of both pages, and the functions that write what stands below
-them, are listed in report_page.py.
+and results/figures/.
+
+To add a sentence with a number: report_page.py lists the sections of both pages in SECTIONS.
+A section is written by its function section_X (report_models.py, report_sweeps.py, report_lab.py).
+Its numbers come from `Run` in report_runs.py: rows run.test and run.validation (keys: evaluate.py).
 """
 
 import argparse
@@ -17,23 +20,23 @@ from pathlib import Path
 from markdown import markdown as convert
 
 from common import ROOT, UserError, run, write_atomically
+from report_models import table
 from report_page import (
-    PROFILES,
+    STUDIES,
     SECTIONS,
     definitions,
     in_short,
-    join,
     machines,
     what_is_missing,
     write_section,
 )
 from report_runs import MODELS, Run, Study, find_runs, read_published, sort_runs
-from table import COLUMNS, align, comparison_table, markdown, tabulate
+from table import COLUMNS, comparison_table, markdown
 
 # ---- the report of a folder
 
 
-def report_page(study: Study, unfinished: list[str]) -> str:
+def page_of_folder(study: Study, unfinished: list[str]) -> str:
     """Write the page of `make report`."""
     runs = [member for members in study.runs.values() for member in members]
     seeds = ", ".join(str(seed) for seed in sorted({member.seed for member in runs}))
@@ -48,8 +51,8 @@ def report_page(study: Study, unfinished: list[str]) -> str:
         in_short([study]),
     ]
     parts += [write_section(section, [study]) for section in SECTIONS]
-    parts += [definitions([study]), machines(runs), what_is_missing([study], unfinished)]
-    return join(parts)
+    parts += [definitions(study.group), machines(runs), what_is_missing([study], unfinished)]
+    return "\n\n".join(part for part in parts if part is not None) + "\n"
 
 
 def to_html(text: str, folder: Path) -> str:
@@ -75,7 +78,7 @@ def write_report(root: Path, out: Path) -> None:
         why = f" ({unfinished[0]})" if unfinished else ""
         raise UserError(f"{root}: holds no finished run; `make report` makes some{why}")
     study = sort_runs(runs, out / "figures", "figures")
-    text = report_page(study, unfinished)
+    text = page_of_folder(study, unfinished)
     write_atomically(out / "report.md", text.encode())
     write_atomically(out / "report.html", to_html(text, out).encode())
     print(f"{out / 'report.html'}: {len(runs)} runs of {len(study.runs)} experiments")
@@ -95,30 +98,20 @@ def scores_of_weights(runs: list[Run]) -> list[list[str]]:
     return [heading, cells]
 
 
-def fenced(text: str) -> str:
-    return f"```\n{text}\n```"
-
-
-def tables_of_readme(runs: list[Run], studies: list[Study]) -> dict[str, str]:
-    """Make the tables that README.md and docs/*.md may show: name → Markdown."""
-    models = []
-    by_model = {}
+def models_on_generated(runs: list[Run]) -> str:
+    """Tabulate the models that were trained and tested on generated images, for README.md."""
+    rows = {}
     for name in MODELS:
-        for member in runs:
-            if member.data == "generated" and member.experiment == name:
-                row = without_code(member.test)
-                models.append(row)
-                by_model.setdefault(name, []).append(row)
-    speedrun = [without_code(r.on_afo) for r in runs if r.experiment == "speedrun"]
-    headings = ("parameters", "mean IoU", "accuracy", "lab IoU")
-    columns = {heading: COLUMNS[heading] for heading in headings}
-    return {
-        "make report": fenced(comparison_table(models)),
-        "models": markdown(tabulate(by_model, columns)),
-        "questions": in_short(studies).removeprefix("## In short\n\n"),
-        "weights": fenced(align(scores_of_weights(runs))),
-        "make speedrun": fenced(comparison_table(speedrun)),
-    }
+        tests = [run.test for run in runs if run.data == "generated" and run.experiment == name]
+        if tests:
+            rows[name] = tests
+    return table(rows, ["parameters", "mean IoU", "accuracy", "lab IoU"])
+
+
+def speedrun_table(runs: list[Run]) -> str:
+    """Format the table that `make speedrun` prints."""
+    rows = [without_code(run.on_afo) for run in runs if run.experiment == "speedrun"]
+    return f"```\n{comparison_table(rows)}\n```"
 
 
 def without_code(row: dict) -> dict:
@@ -141,10 +134,9 @@ def fill_tables(page: str, tables: dict[str, str], source: str) -> str:
     return re.sub(r"<!-- table: (.*?) -->\n.*?<!-- end -->", fill, page, flags=re.DOTALL)
 
 
-def results_page(runs: list[Run], studies: list[Study]) -> str:
+def page_of_published(runs: list[Run], studies: list[Study]) -> str:
     """Write RESULTS.md."""
     test = next(member.test for member in runs if member.test and member.data == "afo")
-    speedrun = [without_code(r.on_afo) for r in runs if r.experiment == "speedrun"]
     parts = [
         "# Results",
         "A student lab of 2021 asked what makes a small U-Net good. We asked again, with its own"
@@ -172,31 +164,31 @@ def results_page(runs: list[Run], studies: list[Study]) -> str:
         "    make weights\n    python evaluate.py weights/best.pt --data data/afo",
         "## One minute of training",
         "`speedrun` trains `best` on generated flights until it scores 0.995 on the real images.",
-        fenced(comparison_table(speedrun)),
+        speedrun_table(runs),
         "## Three things to try",
         '- `make train-tuned DATA=afo SEEDS="3 4 5"`: do your seeds lose a class?\n'
         '- `make train-tuned RUNS=runs/random SET="upsampling_init=random"`: train without the even'
         " start of the last layer, then look for stripes in `predictions.png`.\n"
         "- `python evaluate.py weights/best.pt --data data/generated`: does the shipped model know"
         " the generated images as well?",
-        definitions(studies),
+        definitions(studies[0].group),
         machines(runs),
         what_is_missing(studies, []),
     ]
-    return join(parts)
+    return "\n\n".join(part for part in parts if part is not None) + "\n"
 
 
 def write_published(out: Path) -> None:
     """Write RESULTS.md, its figures and the tables of other pages from results/runs.jsonl."""
     runs = read_published()
     studies = []
-    for profile in PROFILES:
-        members = [r for r in runs if r.data == "afo" and r.profile == profile]
-        link = f"results/figures/{profile}"
+    for data, profile in STUDIES:
+        members = [r for r in runs if r.data == data and r.profile == profile]
+        link = f"results/figures/{data}-{profile}"
         if members:
             studies.append(sort_runs(members, out / link, link))
-    write_atomically(out / "RESULTS.md", results_page(runs, studies).encode())
-    tables = tables_of_readme(runs, studies)
+    write_atomically(out / "RESULTS.md", page_of_published(runs, studies).encode())
+    tables = {"models": models_on_generated(runs), "make speedrun": speedrun_table(runs)}
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         page = path.read_text(encoding="utf-8")
         name = path.relative_to(ROOT)

@@ -9,18 +9,20 @@ import yaml
 
 from common import ROOT, UserError, reading, require
 from runs import read_history
-from table import LAB, ROW, differences, read_results
+from table import LAB, ROW, read_results
 
 PUBLISHED = ROOT / "results/runs.jsonl"  # a run a line; tools/publish.py writes it
 LAB_MODELS = ("initial", "modified", "tuned")
 MODELS = (*LAB_MODELS, "best")
 UNTESTED = ("tune", "overfit", "heads")  # these look at validation, and never at the test split
 SWEEPS = ("augment", *UNTESTED)  # folders of experiments that have a section of their own
+KEPT = ("data", "profile", "experiment", "seed", "config", "machine")  # of a published run
+KEPT += ("validation", "test", "on_afo", "on_scenes", "history")
 TESTS = {"test": "testing.json", "on_afo": "on-afo.json", "on_scenes": "on-scenes.json"}
 
 MACHINE = {"commit": str, "device": str, "precision": str, "threads": int, "torch": str}
 CONFIG = {"name": str, "seed": int, "profile": str, "data": str, "classes": dict}
-CONFIG_OF_REPORT = {"epochs": int, "batch_size": int, "images_per_epoch": int, "limit_images": int}
+CONFIG.update({"batch_size": int, "images_per_epoch": int, "limit_images": int})
 COST = {"images_seen": int, "train_seconds": float}
 TEST = {"images": int, "groups": int, "interval": (list, type(None)), "confusion_matrix": list}
 
@@ -45,6 +47,16 @@ class Run:
     @property
     def label(self) -> str:
         return f"`{self.experiment}`, seed {self.seed}"
+
+    @property
+    def name(self) -> str:
+        """Give the experiment without its folder: "flip-0.3"."""
+        return self.experiment.split("/")[-1]
+
+    @property
+    def folder_name(self) -> str:
+        """Give the folder of the experiment: "augment"; or its name if it is in none."""
+        return self.experiment.split("/")[0]
 
 
 Runs = dict[str, list[Run]]  # experiment → its runs by seed
@@ -87,7 +99,6 @@ def read_folder(folder: Path, root: Path) -> Run:
     with reading(folder / "config.yaml", advice):
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         require(config, CONFIG)
-        require(config, CONFIG_OF_REPORT)
     with reading(folder / "environment.json", advice):
         machine = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
         require(machine, MACHINE)
@@ -133,25 +144,15 @@ def shorten(value: object) -> object:
 
 
 def to_line(run: Run) -> str:
-    """Write a run as one line of JSON."""
-    validation = dict(run.validation or {})
+    """Write a run as one line of JSON, without what it lacks."""
+    kept = {}
+    for key in KEPT:
+        value = shorten(getattr(run, key))
+        if value not in (None, {}, []):
+            kept[key] = value
     for key in ("training", "validation"):  # scores of the best epoch, which the history has too
-        validation.pop(key, None)
-    kept = {
-        "data": run.data,
-        "profile": run.profile,
-        "experiment": run.experiment,
-        "seed": run.seed,
-        "config": run.config,
-        "machine": run.machine,
-        "validation": shorten(validation),
-        "test": shorten(run.test),
-        "on_afo": shorten(run.on_afo),
-        "on_scenes": shorten(run.on_scenes),
-        "history": shorten(run.history),
-    }
-    present = {key: value for key, value in kept.items() if value not in (None, {}, [])}
-    return json.dumps(present, ensure_ascii=False, separators=(",", ":"))
+        kept.get("validation", {}).pop(key, None)
+    return json.dumps(kept, ensure_ascii=False, separators=(",", ":"))
 
 
 def from_line(line: str) -> Run:
@@ -185,20 +186,20 @@ class Study:
     profile: str
     figures: Path  # folder that figures are drawn into
     link: str  # this folder, as the page names it
-    runs: Runs  # all of them
-    models: Runs = field(default_factory=dict)  # the lab's three and best
-    augment: Runs = field(default_factory=dict)
-    tune: Runs = field(default_factory=dict)
-    heads: Runs = field(default_factory=dict)
-    overfit: Runs = field(default_factory=dict)
-    others: Runs = field(default_factory=dict)  # tested runs that share no table with the models
-    left_out: list[str] = field(default_factory=list)  # a sentence for each run in no table
+    runs: Runs  # all that share this page
+    models: Runs  # the lab's three and best
+    augment: Runs  # tuned, and augment/*
+    tune: Runs  # tuned, and tune/*
+    heads: Runs
+    overfit: Runs
+    others: Runs  # tested runs that are not in the tables above
+    left_out: list[str]  # a sentence for each run in no table
 
     @property
     def settings(self) -> str:
         """Give the variables that make needs for these runs, with a space in front."""
         text = ""
-        if self.data == "afo":
+        if self.data in ("afo", "afo-half"):
             text += " DATA=afo"
         elif self.data != "generated":  # own data: the name of their config
             text += f" DATA={self.data}.yaml"
@@ -223,126 +224,115 @@ def by_experiment(runs: list[Run]) -> Runs:
     return groups
 
 
-def reasons_apart(run: Run, first: Run) -> list[str]:
-    """List why two runs cannot stand in one table.
-
-    They share it if they were scored on the same images and classes and saw the same number of
-    images in training. `best` may have its own number, which the table shows.
-    """
-    reasons = differences(run.validation, first.validation)
-    if run.test and first.test:
-        for reason in differences(run.test, first.test):
-            if reason not in reasons:
-                reasons.append(reason)
-    own_number = run.experiment == "best" and first.experiment != "best"
-    if run.validation["images_seen"] != first.validation["images_seen"] and not own_number:
-        reasons.append("images seen")
-    return reasons
+def page_key(run: Run) -> dict[str, object]:
+    """Say on what a run was scored: the runs of one page share all values that they have."""
+    key = {
+        "validation images": run.validation["digest"],
+        "classes": tuple(run.validation["per_class_iou"]),
+    }
+    if run.test is not None:
+        key["test images"] = run.test["digest"]
+        key["profile"] = run.test["profile"]
+    return key
 
 
-def share_table(runs: list[Run]) -> tuple[Runs, list[tuple[Run, list[str]]]]:
-    """Find the runs that can share a table, and list the others with the reasons.
+def most_common(values: list) -> object:
+    return Counter(values).most_common(1)[0][0]
 
-    The table has the number of images seen that most runs have (of the lab's models, if any).
-    """
-    of_lab = [run for run in runs if run.experiment in LAB_MODELS]
-    counts = Counter(run.validation["images_seen"] for run in of_lab or runs)
-    most = counts.most_common(1)[0][0]
-    first = next(run for run in of_lab or runs if run.validation["images_seen"] == most)
-    first_of_best = next((run for run in runs if run.experiment == "best"), None)
 
-    together, apart = [], []
+def share_page(runs: list[Run]) -> tuple[list[Run], list[str]]:
+    """Keep the runs that were scored as most are, and write a sentence on each of the others."""
+    values: dict[str, list] = {}
     for run in runs:
-        reasons = reasons_apart(run, first)
-        if run.experiment == "best" and not reasons:
-            reasons = reasons_apart(run, first_of_best)
-        if reasons:
-            apart.append((run, reasons))
+        for name, value in page_key(run).items():
+            values.setdefault(name, []).append(value)
+    shared = {name: most_common(found) for name, found in values.items()}
+    kept, left_out = [], []
+    for run in runs:
+        reasons = [name for name, value in page_key(run).items() if value != shared[name]]
+        if run.test is None and run.folder_name not in UNTESTED:
+            left_out.append(f"{run.label}, was not tested on its own data.")
+        elif reasons:
+            left_out.append(f"{run.label}, differs from the other runs in {', '.join(reasons)}.")
         else:
-            together.append(run)
-    return by_experiment(together), apart
+            kept.append(run)
+    return kept, left_out
 
 
-def place(runs: list[Run], others: list[Run], left_out: list[str]) -> Runs:
-    """Take the runs that share a table.
+def family_of(run: Run) -> str:
+    """Name the runs that a run is compared with: all of them should see as many images."""
+    if run.experiment in LAB_MODELS or run.folder_name in ("augment", "tune"):
+        return "tuned"
+    return "heads" if run.folder_name == "heads" else run.experiment
 
-    A tested run that only saw another number of images is added to the others. For any other run a
-    sentence is added to `left_out`.
-    """
-    if not runs:
-        return {}
-    together, apart = share_table(runs)
-    for run, reasons in apart:
-        if reasons == ["images seen"] and run.test:
-            others.append(run)
-            continue
-        sentence = f"{run.label}, differs from its table in {', '.join(reasons)}."
-        if sentence not in left_out:
-            left_out.append(sentence)
-    return together
+
+def split_by_length(runs: list[Run]) -> tuple[list[Run], list[Run]]:
+    """Part the runs that saw as many images in training as most of their family from the others."""
+    lengths: dict[str, list[int]] = {}
+    for run in runs:
+        lengths.setdefault(family_of(run), []).append(run.validation["images_seen"])
+    usual, unlike = [], []
+    for run in runs:
+        if run.validation["images_seen"] == most_common(lengths[family_of(run)]):
+            usual.append(run)
+        else:
+            unlike.append(run)
+    return usual, unlike
 
 
 def by_length(runs: list[Run]) -> Runs:
     """Collect the runs of each experiment, apart if they saw unlike numbers of images."""
     groups: Runs = {}
     for experiment, members in by_experiment(runs).items():
-        lengths = sorted({run.validation["images_seen"] for run in members})
-        for seen in lengths:
-            name = experiment if len(lengths) == 1 else f"{experiment} ({seen:,} images)"
-            groups[name] = [run for run in members if run.validation["images_seen"] == seen]
+        lengths = {run.validation["images_seen"] for run in members}
+        for run in members:
+            name = experiment
+            if len(lengths) > 1:
+                name += f" ({run.validation['images_seen']:,} images)"
+            groups.setdefault(name, []).append(run)
     return groups
 
 
 def sort_runs(runs: list[Run], figures: Path, link: str) -> Study:
-    """Sort the runs of one data set and profile into the tables of the page."""
-    scored = []
-    left_out = []
-    for run in runs:
-        if run.test is not None or run.experiment.split("/")[0] in UNTESTED:
-            scored.append(run)
-        else:
-            left_out.append(f"{run.label}, was not tested on its own data.")
-    if not scored:
+    """Sort the runs of one data set and profile into the tables of a page.
+
+    A tested run that saw another number of images than its family stands with the others.
+    UserError if no run can be shown.
+    """
+    kept, left_out = share_page(runs)
+    if not kept:
         raise UserError(f"{runs[0].folder}: no table can show it; it has no testing.json")
-    first = scored[0]
-    groups = by_experiment(scored)
-    study = Study(first.data, first.profile, figures, link, groups, left_out=left_out)
-    models: list[Run] = []
-    others: list[Run] = []
+    usual, unlike = split_by_length(kept)
+    others = [run for run in unlike if run.test]
+    for run in unlike:
+        if run.test is None:
+            left_out.append(f"{run.label}, saw another number of images than its table.")
+    models = []
     sweeps: dict[str, list[Run]] = {name: [] for name in SWEEPS}
-    for experiment, members in groups.items():
-        folder = experiment.split("/")[0]
-        if experiment in MODELS:
-            models += members
-        elif folder in SWEEPS:
-            sweeps[folder] += members
+    for run in usual:
+        if run.experiment in MODELS:
+            models.append(run)
+        elif run.folder_name in SWEEPS:
+            sweeps[run.folder_name].append(run)
         else:
-            others += members
-
+            others.append(run)
     models.sort(key=lambda run: MODELS.index(run.experiment))
-    study.models = place(models, others, study.left_out)
-    tuned = study.models.get("tuned", [])
-    tables = len(by_experiment(tuned + sweeps["augment"]))
-    if sweeps["augment"] and tables > 1:
-        study.augment = place(tuned + sweeps["augment"], others, study.left_out)
-    else:
-        others += sweeps["augment"]  # a single experiment is nothing to compare
-    if sweeps["tune"]:
-        study.tune = place(tuned + sweeps["tune"], others, study.left_out)
-    study.heads = place(sweeps["heads"], others, study.left_out)
-    study.overfit = by_experiment(sweeps["overfit"])  # each has a length of its own
-    study.others = by_length(scored_alike(others, models, study.left_out))
-    return study
-
-
-def scored_alike(others: list[Run], models: list[Run], left_out: list[str]) -> list[Run]:
-    """Keep the tested runs whose scores are on the same images and classes as the models'."""
-    tested = [run for run in models + others if run.test]
-    kept = []
-    for run in others:
-        reasons = differences(run.test, tested[0].test)
-        if reasons:
-            left_out.append(f"{run.label}, differs from the other runs in {', '.join(reasons)}.")
-        else:
-            kept.append(run)
-    return kept
+    tuned = [run for run in models if run.experiment == "tuned"]
+    augment = by_experiment(tuned + sweeps["augment"])
+    if len(augment) == 1:  # a single experiment is nothing to compare
+        augment = {}
+        others += sweeps["augment"]
+    return Study(
+        data=kept[0].data,
+        profile=kept[0].profile,
+        figures=figures,
+        link=link,
+        runs=by_experiment(kept),
+        models=by_experiment(models),
+        augment=augment,
+        tune=by_experiment(tuned + sweeps["tune"]) if sweeps["tune"] else {},
+        heads=by_experiment(sweeps["heads"]),
+        overfit=by_experiment(sweeps["overfit"]),
+        others=by_length(others),
+        left_out=left_out,
+    )

@@ -1,14 +1,13 @@
-"""Tests of figures.py: colours of pictures, looks of lines, error bars."""
+"""Tests of figures.py: colours and sizes of pictures."""
 
 import importlib.util
 import sys
 
-import numpy as np
 import pytest
 import torch
 
 from common import ROOT
-from figures import GREY, colourise, error_bars, legend_of, looks_of, overlay, thumbnail
+from figures import GREY, colourise, legend_of, overlay, thumbnail
 
 CLASSES = {"background": [0, 0, 0], "square": [255, 0, 0], "circle": [0, 0, 255]}
 
@@ -45,18 +44,6 @@ def test_overlay_takes_grey_images_and_images_with_alpha() -> None:
 def test_thumbnails_keep_the_shape_of_their_picture() -> None:
     assert thumbnail(torch.zeros(3, 320, 640, dtype=torch.uint8)).shape == (3, 80, 160)
     assert thumbnail(torch.zeros(3, 20, 30, dtype=torch.uint8)).shape == (3, 20, 30)
-
-
-def test_lines_of_a_figure_look_unlike() -> None:
-    looks = looks_of(["initial", "modified", "tuned", "a", "b", "c", "d", "e"])
-    assert len(set(looks.values())) == 8 and looks["tuned"] == looks_of(["a", "tuned"])["tuned"]
-
-
-def test_error_bars_end_at_the_highest_score() -> None:
-    values = np.array([[0.9, 0.5], [1.0, 0.6]])
-    std = 0.1 / np.sqrt(2)
-    assert error_bars(values) == pytest.approx(np.array([[std, std], [0.05, std]]))
-    assert error_bars(values[:1]) is None
 
 
 def test_pictures_do_not_need_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ def test_only_best_may_see_another_number_of_images(tmp_path: Path) -> None:
         "initial": 2,
         "best": 1,
     }
-    assert list(study.others) == ["tuned", "best"] and not study.left_out
+    assert set(study.others) == {"tuned", "best"} and not study.left_out
 
 
 def test_unlike_data_are_named_and_left_out(tmp_path: Path) -> None:
@@ -30,10 +30,19 @@ def test_unlike_data_are_named_and_left_out(tmp_path: Path) -> None:
     runs.append(make_run("tune/width-half", 0, 0.7, seen=7))  # a setting has no test of its own
     study = make_study(runs, tmp_path)
     assert study.left_out == [
-        "`tuned`, seed 1, differs from its table in digest.",
-        "`tune/width-half`, seed 0, differs from its table in images seen.",
+        "`tuned`, seed 1, differs from the other runs in test images.",
+        "`tune/width-half`, seed 0, saw another number of images than its table.",
     ]
     assert [run.seed for run in study.models["tuned"]] == [0] and not study.others
+
+
+def test_settings_are_those_of_make(tmp_path: Path) -> None:
+    study = make_study([make_run("tuned", 0, 0.8)], tmp_path)
+    assert study.settings == " DATA=afo"
+    study.data, study.profile = "my", "full"
+    assert study.settings == " DATA=my.yaml PROFILE=full"
+    study.data, study.profile = "generated", "quick"
+    assert study.settings == ""
 
 
 def test_a_model_tested_on_other_data_alone_is_left_out(tmp_path: Path) -> None:
@@ -47,8 +56,10 @@ def test_a_model_tested_on_other_data_alone_is_left_out(tmp_path: Path) -> None:
 
 
 def test_every_published_run_is_in_a_table(tmp_path: Path) -> None:
-    for profile in report_page.PROFILES:
-        runs = [run for run in read_published() if (run.data, run.profile) == ("afo", profile)]
+    for data, profile in report_page.STUDIES:
+        runs = [run for run in read_published() if (run.data, run.profile) == (data, profile)]
+        if not runs:
+            continue
         study = make_study(runs, tmp_path)
         shown = []
         for table in (study.models, study.augment, study.tune, study.heads, study.overfit):
