@@ -125,6 +125,8 @@ def blur_some(images: Tensor, masks: Tensor, config: dict) -> tuple[Tensor, Tens
     included, is blurred like the image, and each pixel gets the strongest class.
     """
     index = choose(images, config["blur"])
+    if len(index) == 0:  # a convolution takes no empty batch
+        return images, masks
     low, high = config["blur_sigma"]
     sigma = (low + (high - low) * torch.rand(len(index))).to(images.device, non_blocking=True)
     index = index.to(images.device, non_blocking=True)

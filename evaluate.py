@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import metrics
 from common import SPLITS, UserError, reading, require, run, write_atomically
-from data import evenly, load_split, to_float
+from data import Split, evenly, load_split, to_float
 from losses import check_loss, weighted_loss
 from metrics import IGNORE
 from model import count_parameters, restore_model
@@ -128,6 +128,28 @@ def score_in_training_mode(
     return metrics.number(metrics.mean_iou(matrices.sum(dim=0)))
 
 
+def lab_scores(
+    path: Path,
+    config: dict,
+    loaded: Split,
+    split: str,
+    matrices: Tensor,
+    device: torch.device,
+) -> dict[str, float | None]:
+    """Score the checkpoint `path` on the lab's test batch: two keys of a row, None for other data.
+
+    `matrices` are the (M, C, C) confusion matrices of all images of the split, in evaluation mode.
+    """
+    scores = {"lab_batch": None, "lab_batch_training_mode": None}
+    lab_batch = find_lab_batch(loaded.names, split)
+    if lab_batch is None:
+        return scores
+    scores["lab_batch"] = metrics.number(metrics.mean_iou(matrices[lab_batch].sum(dim=0)))
+    batch = loaded.images[lab_batch], loaded.masks[lab_batch]
+    scores["lab_batch_training_mode"] = score_in_training_mode(path, config, batch, device)
+    return scores
+
+
 # ---- a checkpoint on a split
 
 
@@ -168,17 +190,33 @@ def choose_shown(matrices: Tensor, groups: list[str]) -> list[int]:
     return evenly(len(groups), SHOWN) + list(worst.values())[:SHOWN]
 
 
+def pack_arrays(loaded: Split, matrices: Tensor, predictions: Tensor) -> dict:
+    """Collect what the report shows of a split, as arrays that numpy can save.
+
+    names and groups (M,); matrices (M, C, C); predictions (M, H, W), IGNORE where the mask is; and
+    images and masks of the few images whose indices are in `shown` (K,).
+    """
+    shown = choose_shown(matrices, loaded.groups)
+    return {
+        "names": loaded.names,
+        "groups": loaded.groups,
+        "shown": shown,
+        "matrices": matrices.int(),
+        "predictions": predictions.where(loaded.masks != IGNORE, IGNORE),
+        "images": loaded.images[shown],
+        "masks": loaded.masks[shown],
+    }
+
+
 def evaluate_checkpoint(
     path: Path, data: str | None, split: str, device: torch.device
 ) -> tuple[dict, dict]:
     """Evaluate a checkpoint on a split of `data`, or of the data that it was trained on.
 
     Returns a row of the table: scores, and what the checkpoint says about itself, as plain data.
-    And arrays that numpy can save: names, groups (M,), matrices (M, C, C), predictions (M, H, W);
-    and images and masks of the few images whose indices are in `shown` (K,). UserError if the
-    checkpoint or the data cannot be read, or if all pixels are ignored.
+    And the arrays of `pack_arrays`. UserError if the checkpoint or the data cannot be read, or if
+    all pixels are ignored.
     """
-    # ---- the model on the images
     started = time.perf_counter()
     model, checkpoint = restore_model(path, device)
     config = checkpoint["config"]
@@ -186,25 +224,19 @@ def evaluate_checkpoint(
     data_config = dict(config)
     if data is not None:
         data_config["data"] = data
-    images, masks, names, groups, digest = load_split(data_config, split)
+    loaded = load_split(data_config, split)
+    masks = loaded.masks
     dtype = pick_precision(device, config["precision"])
-    matrices, _, predictions = evaluate(model, images, masks, config, dtype)
+    matrices, _, predictions = evaluate(model, loaded.images, masks, config, dtype)
     matrix = matrices.sum(dim=0)
     if not matrix.any():
         raise UserError(f"{data_config['data']}: ignore: leaves no pixel of the {split} split")
 
-    # ---- scores
     classes = list(config["classes"])
     scores = metrics.scores(matrix, classes)
+    lab = lab_scores(path, config, loaded, split, matrices, device)
     cost = cost_of(path, checkpoint)
-    group_matrices = sum_by_group(matrices, groups)
-    lab_score = None
-    lab_score_training_mode = None
-    lab_batch = find_lab_batch(names, split)
-    if lab_batch is not None:
-        lab_score = metrics.number(metrics.mean_iou(matrices[lab_batch].sum(dim=0)))
-        batch = images[lab_batch], masks[lab_batch]
-        lab_score_training_mode = score_in_training_mode(path, config, batch, device)
+    group_matrices = sum_by_group(matrices, loaded.groups)
     row = {
         "name": config["name"],
         "seed": config["seed"],
@@ -214,7 +246,7 @@ def evaluate_checkpoint(
         "checkpoint": str(path),
         "data": data_config["data"],
         "split": split,
-        "digest": digest,
+        "digest": loaded.digest,
         "images": len(masks),
         "groups": len(group_matrices),
         "parameters": count_parameters(model),
@@ -223,30 +255,17 @@ def evaluate_checkpoint(
         "mean_iou_foreground": scores["mean_iou_foreground"],
         "mean_dice": scores["mean_dice"],
         "per_class_iou": scores["per_class_iou"],
-        "per_class_dice": scores["per_class_dice"],
         "dead_classes": scores["dead_classes"],
         "interval": metrics.interval(group_matrices),
         "lost_positions": metrics.lost_positions(predictions, masks, classes),
         "boundary_iou": mean_boundary_iou(predictions, masks, len(classes)),
-        "lab_batch": lab_score,
-        "lab_batch_training_mode": lab_score_training_mode,
+        "lab_batch": lab["lab_batch"],
+        "lab_batch_training_mode": lab["lab_batch_training_mode"],
         "code": checkpoint.get("code"),
         "confusion_matrix": matrix.tolist(),
     }
     print(f"{path}: {len(masks)} images, {time.perf_counter() - started:.1f} s", file=sys.stderr)
-
-    # ---- what the report shows
-    shown = choose_shown(matrices, groups)
-    arrays = {
-        "names": names,
-        "groups": groups,
-        "shown": shown,
-        "matrices": matrices.int(),
-        "predictions": predictions.where(masks != IGNORE, IGNORE),
-        "images": images[shown],
-        "masks": masks[shown],
-    }
-    return row, arrays
+    return row, pack_arrays(loaded, matrices, predictions)
 
 
 # ---- the command line

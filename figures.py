@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from common import write_atomically
@@ -46,6 +47,13 @@ def colourise(mask: Tensor, classes: dict[str, list[int]]) -> Tensor:
     return palette[mask.long()].permute(2, 0, 1)
 
 
+def highest_near(labels: Tensor, width: int) -> Tensor:
+    """Find the highest of (1, H, W) values among the pixels up to `width` away on each axis."""
+    side = 2 * width + 1
+    rows = F.max_pool2d(labels, (side, 1), stride=1, padding=(width, 0))
+    return F.max_pool2d(rows, (1, side), stride=1, padding=(0, width))
+
+
 def overlay(image: Tensor, mask: Tensor, classes: dict[str, list[int]]) -> Tensor:
     """Draw the contours of classes on a grey version of their image.
 
@@ -53,12 +61,19 @@ def overlay(image: Tensor, mask: Tensor, classes: dict[str, list[int]]) -> Tenso
     background, gets no contour. All that is coloured has exactly the colour of its class.
     """
     grey = image[:3].float().mean(dim=0).to(torch.uint8).expand(3, -1, -1)
-    width = max(1, min(mask.shape) // 50)  # of a contour, in pixels
+    width = min(8, max(1, min(mask.shape) // 50))  # of a contour, in pixels
     labels = mask[None].float()
-    highest = F.max_pool2d(labels, 2 * width + 1, stride=1, padding=width)[0]
-    lowest = -F.max_pool2d(-labels, 2 * width + 1, stride=1, padding=width)[0]
+    highest = highest_near(labels, width)[0]
+    lowest = -highest_near(-labels, width)[0]
     is_contour = (highest != lowest) & (mask > 0)
     return torch.where(is_contour, colourise(mask, classes), grey)
+
+
+def write_png(path: Path, picture: Tensor) -> None:
+    """Write a (3, H, W) uint8 picture as a PNG."""
+    file = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
+    write_atomically(path, file.getvalue())
 
 
 def thumbnail(picture: Tensor) -> Tensor:

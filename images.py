@@ -16,6 +16,8 @@ from torch import Tensor
 from common import UserError, reading
 from masks import NO_CLASS, label, refuse_strays
 
+Image.MAX_IMAGE_PIXELS = None  # Pillow refuses large images, to protect servers from strangers
+
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels → Pillow's name for such an image
 READABLE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # at most 8 bits a channel
 PAGED_FORMATS = ("TIFF", "GIF", "PNG", "WEBP")  # other formats hold previews as further pages

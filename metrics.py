@@ -116,11 +116,9 @@ def scores(matrix: Tensor, classes: list[str]) -> dict:
     predicted = matrix.sum(dim=0)
 
     per_class_iou = {}
-    per_class_dice = {}
     never_predicted = []
     for index, name in enumerate(classes):
         per_class_iou[name] = number(class_ious[index])
-        per_class_dice[name] = number(class_dices[index])
         if true[index] > 0 and predicted[index] == 0:
             never_predicted.append(name)
     return {
@@ -129,7 +127,6 @@ def scores(matrix: Tensor, classes: list[str]) -> dict:
         "mean_iou_foreground": number(class_ious[1:].nanmean()),
         "mean_dice": number(class_dices.nanmean()),
         "per_class_iou": per_class_iou,
-        "per_class_dice": per_class_dice,
         "dead_classes": never_predicted,
     }
 
@@ -232,7 +229,7 @@ def mean_std(values: list[float | None]) -> dict | None:
     if n > 1:
         squares = math.fsum((value - mean) ** 2 for value in values)
         std = math.sqrt(squares / (n - 1))
-    return {"mean": mean, "std": std, "n": n, "values": values}
+    return {"mean": mean, "std": std, "n": n}
 
 
 def welch(a: list[float], b: list[float]) -> Comparison:

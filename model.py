@@ -1,4 +1,4 @@
-"""The U-Net of the lab and its variants; its checkpoints; where and how precisely it computes.
+"""The U-Net of the lab and its variants, and the checkpoints that hold their weights.
 
     python model.py --config configs/tuned.yaml [--set key=value ...]
 
@@ -6,51 +6,67 @@ prints the stages, their output sizes, the parameters and the GFLOP per image.
 """
 
 import argparse
-import contextlib
-import ctypes
 import io
+import math
 import zipfile
 from pathlib import Path
-
-from common import UserError, reading, run, write_atomically
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from common import UserError, reading, require, run, write_atomically
 from config import add_arguments, load_config
 
 FORMAT = "flying-objects-segmentation 1"  # of checkpoints
 
 
+# ---- the model
+
+
 def double_conv(in_channels: int, out_channels: int, kernel: int, dropout: float) -> nn.Sequential:
-    """Twice (conv, batch norm, ReLU) at the same resolution, then channel dropout if asked for."""
-    layers: list[nn.Module] = []
+    """Make two rounds of conv, batch norm and ReLU that keep the resolution.
+
+    With `dropout` > 0 whole channels of the result are dropped with that probability.
+    """
+    layers = []
     for channels in (in_channels, out_channels):
-        conv = nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2)
-        layers += [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, *[nn.Dropout2d(dropout)] * (dropout > 0))
+        layers.append(nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2))
+        layers.append(nn.BatchNorm2d(out_channels))
+        layers.append(nn.ReLU(inplace=True))
+    if dropout > 0:
+        layers.append(nn.Dropout2d(dropout))
+    return nn.Sequential(*layers)
+
+
+def double_resolution(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
+    """Make the transposed conv that turns (N, in, H, W) into (N, out, 2H, 2W)."""
+    return nn.ConvTranspose2d(
+        in_channels, out_channels, kernel_size=3, stride=2, padding=1, output_padding=1
+    )
 
 
 class UNet(nn.Module):
     """Encoder stages that halve the resolution, decoder stages that double it, skips between.
 
     Args:
-        in_channels, num_classes: channels of an image; number of classes C, background included.
+        in_channels: channels of an image.
+        num_classes: number of classes C, background included.
         encoder: [channels, kernel] of each encoder stage: double conv, then 3×3 max-pool, stride 2.
-        decoder: the same of each decoder stage: double conv, then a transposed conv that doubles
-            the resolution; the last one maps to the C classes. "classes" stands for C channels: the
-            lab's last stage, a bottleneck behind a ReLU in which whole classes can die.
-        skip: what a decoder stage sees of the encoder: "pooled" (the lab), the output after
-            pooling; or "full", the features before it (Ronneberger et al. 2015, arXiv:1505.04597),
-            with one more decoder stage, at full resolution, which ends in a 1×1 conv.
+        decoder: [channels, kernel] of each decoder stage: double conv, then a transposed conv that
+            doubles the resolution. The last transposed conv has C output channels, one for each
+            class. "classes" stands for C channels. The lab's last stage has so few. All classes
+            must then pass a ReLU on one channel each, and some end up never predicted.
+        skip: what a decoder stage sees of the encoder. "pooled" (the lab): the features after
+            pooling. "full": the features before pooling (Ronneberger et al. 2015,
+            arXiv:1505.04597), with one more decoder stage, at full resolution, and a 1×1 conv at
+            its end.
         dropout: probability of dropping a channel after each double conv, in [0, 1).
-        upsampling_init: how a transposed conv from C channels to C classes starts: "random"
-            (PyTorch's), or "bilinear", each channel wired to its own class (Long et al. 2015,
-            arXiv:1411.4038), which keeps the classes of the lab's heads alive.
+        upsampling_init: how the last transposed conv starts. "random": as PyTorch does. "bilinear":
+            each channel is up-sampled into its own class (Long et al. 2015, arXiv:1411.4038), which
+            keeps the lab's models predicting all classes. See `bilinear_start_applies`.
 
-    UserError if a stage is not [channels, odd kernel], or the numbers of stages do not fit.
+    UserError if a stage is not [channels, odd kernel], or if there are too many or too few.
     """
 
     def __init__(
@@ -64,45 +80,47 @@ class UNet(nn.Module):
         upsampling_init: str,
     ) -> None:
         super().__init__()
-        for key, stages in (("encoder", encoder), ("decoder", decoder)):
-            advice = "give [channels, odd kernel] for each stage, as in [[16, 3], [32, 3]]"
-            with reading(key, advice):
-                for width, kernel in stages:
-                    sizes = {kernel, 1 if (key, width) == ("decoder", "classes") else width}
-                    if any(type(n) is not int or n < 1 for n in sizes) or kernel % 2 == 0:
-                        raise ValueError(f"[{width}, {kernel}] is no stage")
-        decoder = [(num_classes if w == "classes" else w, kernel) for w, kernel in decoder]
-        if not encoder or len(decoder) != len(encoder) + (skip == "full"):
-            wanted = "one stage more than" if skip == "full" else "as many stages as"
-            raise UserError(f"decoder: with skip: {skip} it needs {wanted} the encoder")
-        self.skip, channels, skip_widths = skip, in_channels, []
-        self.encoder, self.decoder, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        check_stages(encoder, decoder, skip)
+        self.skip = skip
+        self.encoder = nn.ModuleList()
+        self.decoder = nn.ModuleList()
+        self.up = nn.ModuleList()
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+
+        # The encoder. Each stage also leaves a skip for the decoder.
+        channels = in_channels
+        skip_channels = []
         for width, kernel in encoder:
             self.encoder.append(double_conv(channels, width, kernel, dropout))
-            skip_widths.append(width if skip == "full" else channels)
-            channels = width
-        for i, (width, kernel) in enumerate(decoder):
-            if i > 0:  # the first works on the deepest pooled features alone
-                channels += skip_widths.pop()
-            self.decoder.append(double_conv(channels, width, kernel, dropout))
-            if i == len(encoder):  # with skip: full, at full resolution
-                self.up.append(nn.Conv2d(width, num_classes, 1))
+            if skip == "full":
+                skip_channels.append(width)  # its features
             else:
-                out = num_classes if i == len(decoder) - 1 else width
-                self.up.append(nn.ConvTranspose2d(width, out, 3, 2, padding=1, output_padding=1))
+                skip_channels.append(channels)  # its input, pooled by the stage before
             channels = width
-        if upsampling_init == "bilinear" and channels == num_classes and skip == "pooled":
-            hat = torch.tensor([0.5, 1.0, 0.5])  # up-samples each channel by itself, bilinearly
-            self.up[-1].weight.data = torch.eye(channels)[:, :, None, None] * hat[:, None] * hat
-            nn.init.zeros_(self.up[-1].bias)
 
-        self.stride = 2 ** len(encoder)  # pixels of the input under one of the deepest features
-        # Pixels that a logit sees on each side: two convs (kernel // 2 each) and a pooling or
-        # up-sampling (1) make a kernel at the scale of each stage; rounded up to the stride.
-        depth, stages = len(encoder), enumerate((*encoder, *decoder))
-        reach = sum(2 ** (depth - abs(depth - i)) * kernel for i, (_, kernel) in stages)
-        self.receptive_radius = -(-reach // self.stride) * self.stride
+        # The decoder. Its first stage sees only the deepest features, the others a skip as well.
+        for i, (width, kernel) in enumerate(decoder):
+            if width == "classes":
+                width = num_classes
+            if i > 0:
+                channels += skip_channels.pop()
+            self.decoder.append(double_conv(channels, width, kernel, dropout))
+            if i == len(encoder):  # the extra stage of skip: full
+                self.up.append(nn.Conv2d(width, num_classes, kernel_size=1))
+            elif i == len(decoder) - 1:
+                self.up.append(double_resolution(width, num_classes))
+            else:
+                self.up.append(double_resolution(width, width))
+            channels = width
+
+        if upsampling_init == "bilinear" and bilinear_start_applies(self):
+            start_bilinear(self.up[-1])
+
+        # Pixels of the input along one side of a deepest feature.
+        self.stride = 2 ** len(encoder)
+        # Pixels that a logit sees on each side, rounded up to a multiple of the stride.
+        reach = receptive_reach(encoder, decoder)
+        self.receptive_radius = math.ceil(reach / self.stride) * self.stride
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits (N, C, H, W) of images (N, in_channels, H, W) in [0, 1], of any size."""
@@ -125,96 +143,234 @@ class UNet(nn.Module):
         return x[..., :height, :width]
 
 
-def build_model(config: dict) -> UNet:
-    """Build the model that a config describes, with fresh weights."""
-    keys = ("in_channels", "encoder", "decoder", "skip", "dropout", "upsampling_init")
-    return UNet(num_classes=len(config["classes"]), **{key: config[key] for key in keys})
+def check_stages(encoder: list, decoder: list, skip: str) -> None:
+    """Check the stages of a config; UserError names the key and what is wrong."""
+    for key, stages in (("encoder", encoder), ("decoder", decoder)):
+        for stage in stages:
+            if not is_stage(stage, may_name_classes=key == "decoder"):
+                advice = "give [channels, odd kernel] for each stage, as in [[16, 3], [32, 3]]"
+                raise UserError(f"{key}: {stage!r} is not a stage; {advice}")
+    if not encoder:
+        raise UserError("encoder: has no stage; give at least one, as in [[16, 3]]")
+    if skip == "full" and len(decoder) != len(encoder) + 1:
+        raise UserError("decoder: with skip: full it needs one stage more than the encoder")
+    if skip == "pooled" and len(decoder) != len(encoder):
+        raise UserError("decoder: with skip: pooled it needs as many stages as the encoder")
+
+
+def is_stage(stage: object, may_name_classes: bool) -> bool:
+    """Tell whether a stage is [channels, odd kernel], or ["classes", odd kernel] if allowed."""
+    if not isinstance(stage, (list, tuple)) or len(stage) != 2:
+        return False
+    width, kernel = stage
+    if type(kernel) is not int or kernel < 1 or kernel % 2 == 0:
+        return False
+    if width == "classes":
+        return may_name_classes
+    return type(width) is int and width >= 1
+
+
+def bilinear_start_applies(model: nn.Module) -> bool:
+    """Tell whether `upsampling_init: bilinear` has an effect on a model.
+
+    It has one where the last layer of a U-Net is a transposed conv from C channels to C classes:
+    with skip: pooled and a last decoder stage of `classes` channels. Other models start as usual.
+    """
+    if not isinstance(model, UNet):
+        return False
+    last = model.up[-1]
+    return isinstance(last, nn.ConvTranspose2d) and last.in_channels == last.out_channels
+
+
+def start_bilinear(layer: nn.ConvTranspose2d) -> None:
+    """Set the weights of a transposed conv, C to C channels, so that it interpolates bilinearly."""
+    hat = torch.tensor([0.5, 1.0, 0.5])
+    kernel = hat[:, None] * hat  # (3, 3)
+    own_channel_only = torch.eye(layer.in_channels)[:, :, None, None]  # (C, C, 1, 1)
+    with torch.no_grad():
+        layer.weight.copy_(own_channel_only * kernel)
+        layer.bias.zero_()
+
+
+def receptive_reach(encoder: list, decoder: list) -> int:
+    """Add up how many pixels of the input a logit sees on each side of its own.
+
+    Each stage sees `kernel` pixels of its own resolution: `kernel // 2` for each of its two convs,
+    and one more for the pooling or the up-sampling.
+    """
+    reach = 0
+    scale = 1  # pixels of the input along one side of a pixel of the stage
+    for _, kernel in encoder:
+        reach += scale * kernel
+        scale *= 2
+    for _, kernel in decoder:
+        reach += scale * kernel
+        scale //= 2
+    return reach
+
+
+def build_model(config: dict) -> nn.Module:
+    """Build the model that a config describes, with fresh weights from torch's generator.
+
+    To add an architecture, write its class, give it a name for the key `model`, and add an `if`
+    here that returns it. It need not be a U-Net. Every script then trains, scores and uses it, if
+    it is an nn.Module that has
+
+        forward(images): images (N, in_channels, H, W) in [0, 1] → logits (N, C, H, W), of the same
+            height and width, for the C classes of the config
+        stride: pixels along one side of the image that one of its deepest features stands for; 1
+            if nothing is pooled, or if you are unsure
+        receptive_radius: how many pixels a logit sees on each side of its own, rounded up to a
+            multiple of the stride. predict.py adds so many around each tile of a large image; too
+            few leave seams.
+
+    UserError if `model` is no name that is known here.
+    """
+    if config["model"] == "unet":
+        return UNet(
+            in_channels=config["in_channels"],
+            num_classes=len(config["classes"]),
+            encoder=config["encoder"],
+            decoder=config["decoder"],
+            skip=config["skip"],
+            dropout=config["dropout"],
+            upsampling_init=config["upsampling_init"],
+        )
+    raise UserError(f"model: is {config['model']}; name one that build_model in model.py returns")
 
 
 def count_parameters(model: nn.Module) -> int:
     """Count the values that training changes."""
-    return sum(p.numel() for p in model.parameters())
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# ---- checkpoints
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write `config`, `model` (a state dict) and whatever else, plain data and tensors."""
-    file = io.BytesIO()  # in memory first: on a full disk torch.save's own error is unreadable
-    torch.save({"format": FORMAT, **checkpoint}, file)
+    """Write a checkpoint: `config`, `model` (a state dict) and other plain data and tensors."""
+    content = {"format": FORMAT}
+    content.update(checkpoint)
+    # In memory first, since torch.save's own message on a full disk does not say what happened.
+    file = io.BytesIO()
+    torch.save(content, file)
     write_atomically(path, file.getvalue())
 
 
 def read_checkpoint(path: Path, device: torch.device) -> dict:
-    """Read what `save_checkpoint` was given; UserError if damaged. Nothing in it is executed."""
+    """Read what `save_checkpoint` was given; nothing in the file is executed.
+
+    The config gets today's keys, so that older checkpoints can be used. UserError if the file is
+    damaged or is no checkpoint of this project.
+    """
+    default = load_config([])
     with reading(path, "give a .pt file that train.py wrote, or remove it"):
-        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look
+        if damaged:
             raise ValueError(f"{damaged} in it is damaged")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"its format is {checkpoint['format']}, not {FORMAT}")
-        stored, default = checkpoint["config"], load_config([])
-        checkpoint["config"] = {key: stored.get(key, default[key]) for key in default}
+        require(checkpoint, {"config": dict, "model": dict})
+        config = {}
+        for key, value in default.items():
+            config[key] = checkpoint["config"].get(key, value)
+        require(config, {key: type(value) for key, value in default.items()})
+    checkpoint["config"] = config
     return checkpoint
 
 
-def restore_model(path: Path, device: torch.device) -> tuple[UNet, dict]:
-    """Restore the model of a checkpoint, in evaluation mode; returns it and the checkpoint."""
+def restore_model(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
+    """Restore the model of a checkpoint, in evaluation mode; returns it and the checkpoint.
+
+    UserError if the file cannot be read, or its weights are of another model.
+    """
     checkpoint = read_checkpoint(path, device)
-    with reading(path, "give a .pt file that this version of the project wrote"):
-        model = build_model(checkpoint["config"])
-        model.load_state_dict(checkpoint["model"])
-        model.to(device, memory_format=torch.channels_last)
-    return model.eval(), checkpoint
+    model = build_model(checkpoint["config"])
+    check_state(path, checkpoint["model"], model)
+    model.load_state_dict(checkpoint["model"])
+    model.to(device, memory_format=torch.channels_last)
+    model.eval()
+    return model, checkpoint
 
 
-def pick_device(name: str) -> torch.device:
-    """Pick "cpu", "cuda", "mps" …, for "auto" what PyTorch finds; UserError if it is not there."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    there = {"cpu"} | ({found.type} if found else set())
-    if name not in there | {"auto"}:
-        raise UserError(f"device {name}: PyTorch finds {', '.join(sorted(there))}; use DEVICE=cpu")
-    return torch.device((found.type if found else "cpu") if name == "auto" else name)
+def check_state(path: Path, state: dict, model: nn.Module) -> None:
+    """Check that the weights of a file fit a model; UserError names the first that do not."""
+    misfit = find_misfit(state, model.state_dict())
+    if misfit:
+        advice = "undo the change of model.py, or train again"
+        raise UserError(f"{path}: its weights do not fit the model ({misfit}); {advice}")
 
 
-def pick_precision(device: torch.device, name: str) -> torch.dtype:
-    """Pick the autocast dtype: "auto" takes bfloat16 where it is native; emulated, it is slow."""
-    if name != "auto":
-        return getattr(torch, name)
-    has = {"bf16": device.type == "cuda" and torch.cuda.is_bf16_supported(False)}
-    if device.type == "cpu":
-        has = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases
-    native = any(has.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
-    return torch.bfloat16 if native else torch.float32
+def find_misfit(state: dict, expected: dict[str, Tensor]) -> str | None:
+    """Describe the first difference of two state dicts in names and shapes; None if they agree."""
+    for name, tensor in expected.items():
+        if not isinstance(state.get(name), Tensor):
+            return f"the file has no {name}"
+        if state[name].shape != tensor.shape:
+            return f"{name} is {list(state[name].shape)} in the file, {list(tensor.shape)} here"
+    for name in state:
+        if name not in expected:
+            return f"the model has no {name}"
+    return None
 
 
-def keep_memory(keep: bool = True) -> None:
-    """Keep the memory that a step frees for the next one, or not, where the C library is glibc."""
-    # By default glibc gives every large block back to the system, which zeroes it before it hands
-    # it out again: a tenth of a step of the wide models, more in float32.
-    with contextlib.suppress(OSError, AttributeError):  # another library
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0 if keep else 1 << 16)  # M_MMAP_MAX: blocks that are mapped by themselves
-        mallopt(-1, -1 if keep else 1 << 17)  # M_TRIM_THRESHOLD: the heap shrinks from so much on
+# ---- the summary
+
+
+def list_stages(model: nn.Module) -> dict[str, nn.Module]:
+    """List the parts of a model by the names that the summary shows: of a U-Net in order of use."""
+    if not isinstance(model, UNet):
+        return dict(model.named_children())
+    stages = {}
+    for i, stage in enumerate(model.encoder, start=1):
+        stages[f"encoder {i}"] = stage
+    for i, (stage, up) in enumerate(zip(model.decoder, model.up, strict=True), start=1):
+        stages[f"decoder {i}"] = stage
+        stages[f"decoder {i} up"] = up
+    return stages
+
+
+def record_shapes(model: nn.Module, stages: dict[str, nn.Module], images: Tensor) -> dict[str, str]:
+    """Run a model once and record the output of each stage: its name → "channels×height×width".
+
+    A stage that is not called, such as a list of layers, or gives no tensor has no shape.
+    """
+    shapes = dict.fromkeys(stages.values(), "–")
+
+    def record(stage: nn.Module, _inputs: tuple, output: object) -> None:
+        if isinstance(output, Tensor):
+            shapes[stage] = "×".join(str(size) for size in output.shape[1:])
+
+    for stage in stages.values():
+        stage.register_forward_hook(record)
+    with torch.inference_mode():
+        model(images)
+    return {name: shapes[stage] for name, stage in stages.items()}
 
 
 def main() -> None:
+    # Imported here, since loading it takes time that other scripts need not spend.
+    from torch.utils.flop_counter import FlopCounterMode
+
     parser = argparse.ArgumentParser(description="Print a summary of the model of a config.")
     add_arguments(parser)
     parser.add_argument("--size", type=int, default=128, help="side of the image in pixels")
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
-    model, shapes = build_model(config).eval(), {}  # of the stages, in the order of their use
-    kinds = {"encoder {}": model.encoder, "decoder {}": model.decoder, "decoder {} up": model.up}
-    names = {stage: kind.format(i) for kind, of in kinds.items() for i, stage in enumerate(of, 1)}
-    for stage in names:
-        stage.register_forward_hook(lambda key, _, output: shapes.update({key: output.shape[1:]}))
-    with FlopCounterMode(display=False) as flops, torch.inference_mode():
-        model(torch.zeros(1, config["in_channels"], args.size, args.size))
-    line = "{:<14}{:>14}{:>14}"
-    print(line.format("stage", "output", "parameters"))
-    for stage, shape in shapes.items():
-        print(line.format(names[stage], "×".join(map(str, shape)), f"{count_parameters(stage):,}"))
-    print(line.format("total", "", f"{count_parameters(model):,}"))
-    print(f"{flops.get_total_flops() / 1e9:.3f} GFLOP per {args.size}×{args.size} image (convs)")
+    model = build_model(config).eval()
+
+    stages = list_stages(model)
+    images = torch.zeros(1, config["in_channels"], args.size, args.size)
+    with FlopCounterMode(display=False) as counter:
+        shapes = record_shapes(model, stages, images)
+
+    print(f"{'stage':<14}{'output':>14}{'parameters':>14}")
+    for name, stage in stages.items():
+        print(f"{name:<14}{shapes[name]:>14}{count_parameters(stage):>14,}")
+    print(f"{'total':<14}{'':>14}{count_parameters(model):>14,}")
+    gflop = counter.get_total_flops() / 1e9
+    print(f"{gflop:.3f} GFLOP per {args.size}×{args.size} image (convs)")
 
 
 if __name__ == "__main__":

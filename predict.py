@@ -3,36 +3,47 @@
     python predict.py [--checkpoint CHECKPOINT] IMAGE… --out DIR [--probabilities]
     python predict.py [--checkpoint CHECKPOINT] [--export FILE.pt2] [--slim FILE.pt]
 
-IMAGE is a file, or a folder whose folders are searched too and kept below DIR. Writes NAME_mask.png
-(a palette file of class indices in the colours of masks), NAME_overlay.png and contact_sheet.png.
+IMAGE is a file or a folder. A folder is searched with its subfolders, which are kept below DIR.
+Writes NAME_mask.png (class indices, with a palette in the colours of the masks), NAME_overlay.png
+and contact_sheet.png. In Python:
+
+    from predict import load_model, predict_mask
+    model, config = load_model("weights/best.pt")
+    mask = predict_mask(model, config, "photo.png")
 """
 
 import argparse
 import io
-from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product, repeat
 from pathlib import Path
+from typing import NamedTuple
 
-from common import ROOT, UserError, run, write_atomically
+from machine import keep_memory, pick_device, pick_precision
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.fx.experimental import _config as fx_config
 
-from data import evenly, read_image
+from common import ROOT, UserError, run, write_atomically
+from data import evenly
 from evaluate import cost_of, predict_batches
 from figures import grid, overlay, save, thumbnail
-from model import keep_memory, pick_device, pick_precision, restore_model, save_checkpoint
+from images import read_image
+from masks import class_colours
+from model import restore_model, save_checkpoint
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-BATCH = 32  # images that are read at once; those of one size are predicted together,
-SMALL = 2**18  # unless they hold more values than this,
-TILE = 1024  # in tiles of so many pixels a side, so that memory does not grow with the images
+BATCH = 32  # images that are in memory at once
+LARGE = 2**18  # values; a larger image is predicted alone, smaller ones of one size together
+TILE = 1024  # pixels along one side of the parts that a larger image is predicted in
 SHEET = 48  # images on the contact sheet at most
+SHEET_COLUMNS = 8  # pictures in a row of it, two for each image
+
+
+# ---- images in memory
 
 
 def load_model(checkpoint: str | Path, device: str = "auto") -> tuple[nn.Module, dict]:
@@ -43,106 +54,301 @@ def load_model(checkpoint: str | Path, device: str = "auto") -> tuple[nn.Module,
 
 @torch.inference_mode()
 def predict(model: nn.Module, config: dict, images: Tensor) -> Tensor:
-    """Predict probabilities (N, C, H, W) float32, on the CPU, of (N, channels, H, W) uint8."""
-    dtype = pick_precision(next(model.parameters()).device, config["precision"])
-    size, margin = images.shape[2:], model.receptive_radius  # what the model sees around a tile
+    """Predict probabilities (N, C, H, W) float32, on the CPU, of (N, channels, H, W) uint8 images.
+
+    With `resize` in the config the model sees the resized images; the result has the size of the
+    images that were given.
+    """
+    logits = predict_logits(model, config, images)
     if config["resize"]:
-        images = F.interpolate(images, config["resize"], mode="bilinear", antialias=True)
-    logits = torch.empty(len(images), len(config["classes"]), *images.shape[2:])
-    for top, left in product(*(range(0, side, TILE) for side in images.shape[2:])):
-        y, x = max(0, top - margin), max(0, left - margin)
-        tile = images[:, :, y : top + TILE + margin, x : left + TILE + margin]
-        computed = torch.cat(list(predict_batches(model, tile, dtype)))[..., top - y :, left - x :]
-        logits[..., top : top + TILE, left : left + TILE] = computed[..., :TILE, :TILE]
-    return F.interpolate(logits, size, mode="bilinear").softmax(dim=1)
+        logits = F.interpolate(logits, images.shape[2:], mode="bilinear")
+    return logits.softmax(dim=1)
+
+
+@torch.inference_mode()
+def predict_classes(model: nn.Module, config: dict, images: Tensor) -> Tensor:
+    """Predict classes (N, H, W) uint8, on the CPU, of (N, channels, H, W) uint8 images.
+
+    They are the most probable classes of `predict`. But here the numbers of all classes are in
+    memory for a tile only, so that large images fit.
+    """
+    if config["resize"]:
+        return highest_class(predict_logits(model, config, images), images.shape[2:])
+    classes = torch.empty(len(images), *images.shape[2:], dtype=torch.uint8)
+    for rows, columns, logits in predict_tiles(model, config, images):
+        classes[:, rows, columns] = logits.argmax(dim=1)
+    return classes
 
 
 def predict_mask(model: nn.Module, config: dict, path: str | Path) -> Tensor:
     """Predict (H, W) uint8 class indices of an image file; UserError if it cannot be read."""
-    image = torch.from_numpy(read_image(Path(path), config["in_channels"])).permute(2, 0, 1)
-    return predict(model, config, image[None])[0].argmax(dim=0).to(torch.uint8)
+    pixels = read_image(Path(path), config["in_channels"], config["value_range"])
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    return predict_classes(model, config, image[None])[0]
+
+
+def predict_logits(model: nn.Module, config: dict, images: Tensor) -> Tensor:
+    """Compute the logits (N, C, H, W) of (N, channels, H, W) images, of resized ones if set so."""
+    if config["resize"]:
+        images = F.interpolate(images, config["resize"], mode="bilinear", antialias=True)
+    whole = torch.empty(len(images), len(config["classes"]), *images.shape[2:])
+    for rows, columns, logits in predict_tiles(model, config, images):
+        whole[:, :, rows, columns] = logits
+    return whole
+
+
+def predict_tiles(
+    model: nn.Module, config: dict, images: Tensor
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield rows, columns and logits (N, C, rows, columns) of each tile of (N, channels, H, W).
+
+    So the memory that the model needs does not grow with the images. Each tile is computed with all
+    pixels around it that have an influence, so that no seam can be seen.
+    """
+    dtype = pick_precision(next(model.parameters()).device, config["precision"])
+    height, width = images.shape[2:]
+    margin = model.receptive_radius
+    for top in range(0, height, TILE):
+        for left in range(0, width, TILE):
+            y = max(0, top - margin)
+            x = max(0, left - margin)
+            surrounded = images[:, :, y : top + TILE + margin, x : left + TILE + margin]
+            computed = torch.cat(list(predict_batches(model, surrounded, dtype)))
+            tile = computed[:, :, top - y :, left - x :]  # without the margin above and left of it
+            rows = slice(top, min(top + TILE, height))
+            columns = slice(left, min(left + TILE, width))
+            yield rows, columns, tile[:, :, :TILE, :TILE]
+
+
+def highest_class(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Scale logits (N, C, h, w) to a size and find the highest at each pixel: (N, H, W) uint8.
+
+    One class after the other, since the scaled logits of all may not fit in memory.
+    """
+    highest = torch.full((len(logits), *size), -torch.inf)
+    classes = torch.zeros(len(logits), *size, dtype=torch.uint8)
+    for index in range(logits.shape[1]):
+        scaled = F.interpolate(logits[:, index : index + 1], size, mode="bilinear")[:, 0]
+        classes[scaled > highest] = index
+        torch.maximum(highest, scaled, out=highest)
+    return classes
+
+
+# ---- files and folders
 
 
 def find_images(given: list[Path], out: Path) -> dict[Path, Path]:
-    """Find images: path of the results, no ending → image; UserError if one overwrites another."""
+    """Find images in files and folders: path of the results without an ending → image.
+
+    UserError if a folder has no image, or if a result would overwrite an image or another result.
+    """
+    out_resolved = out.resolve()
     images: dict[Path, Path] = {}
     for path in given:
-        files = [path]
         if path.is_dir():
-            files = [f for f in sorted(path.rglob("[!.]*")) if f.suffix.lower() in SUFFIXES]
-            files = [f for f in files if out.resolve() not in f.resolve().parents]  # old results
+            folder = path
+            files = find_in_folder(path, out_resolved)
+        else:
+            folder = path.parent
+            files = [path]
         if not files:
             raise UserError(f"{path}: holds no image; name images or a folder of them")
         for file in files:
-            target = out / (file.relative_to(path) if path.is_dir() else file.name)
-            if images.setdefault(target.with_suffix(""), file) != file:
+            target = (out / file.relative_to(folder)).with_suffix("")
+            if images.get(target, file) != file:
                 raise UserError(f"{file}: another image has its name; predict them apart")
-    results = {f"{target}_{kind}.png" for target in images for kind in ("mask", "overlay")}
-    results = {Path(result).resolve() for result in (*results, out / "contact_sheet.png")}
-    if lost := results & {file.resolve() for file in images.values()}:
-        raise UserError(f"{min(lost)}: an overlay or mask would overwrite it; use another --out")
+            images[target] = file
+
+    results = {out_resolved / "contact_sheet.png"}
+    for target in images:
+        results.add(Path(f"{target}_mask.png").resolve())
+        results.add(Path(f"{target}_overlay.png").resolve())
+    for file in images.values():
+        if file.resolve() in results:
+            raise UserError(f"{file}: an overlay or mask would overwrite it; use another --out")
     return images
 
 
-def write_results(target: Path, image: Tensor, values: Tensor, classes: dict, keep: bool) -> tuple:
-    """Write the results of an image; returns a text on them, and cells of the contact sheet."""
-    mask, files = values.argmax(dim=0).to(torch.uint8), defaultdict(io.BytesIO)
-    laid, picture = overlay(image, mask, classes), Image.fromarray(mask.numpy())
-    picture.putpalette(np.array(list(classes.values()), np.uint8).tobytes())
-    picture.save(files["mask.png"], "PNG")
-    Image.fromarray(laid.permute(1, 2, 0).numpy()).save(files["overlay.png"], "PNG")
-    if keep:
-        np.savez_compressed(files["probabilities.npz"], probabilities=values, classes=list(classes))
-    for name, file in files.items():
-        write_atomically(Path(f"{target}_{name}"), file.getvalue())
-    shares = [f"{name} {(mask == i).float().mean():.1%}" for i, name in enumerate(classes)]
-    cells = [(target.name, thumbnail(image[:3].expand(3, -1, -1))), ("", thumbnail(laid))]
-    return "  ".join([f"{mask.shape[1]}×{mask.shape[0]}", *shares]), cells
+def find_in_folder(folder: Path, out_resolved: Path) -> list[Path]:
+    """List the images in a folder and its subfolders, sorted, without those in the folder out."""
+    files = []
+    for file in sorted(folder.rglob("[!.]*")):
+        is_image = file.suffix.lower() in SUFFIXES
+        if is_image and out_resolved not in file.resolve().parents:  # results of an earlier call
+            files.append(file)
+    return files
+
+
+def read_images(
+    images: dict[Path, Path], config: dict
+) -> tuple[dict[Path, np.ndarray], list[UserError]]:
+    """Read images in parallel: target → (H, W, channels) uint8, and the errors of the others."""
+    readings = {}
+    contents = {}
+    errors = []
+    with ThreadPoolExecutor() as pool:
+        for target, path in images.items():
+            how = (config["in_channels"], config["value_range"])
+            readings[target] = pool.submit(read_image, path, *how)
+        for target, reading in readings.items():
+            try:
+                contents[target] = reading.result()
+            except UserError as error:
+                errors.append(error)
+    return contents, errors
+
+
+def group_by_size(images: dict[Path, np.ndarray]) -> list[dict[Path, np.ndarray]]:
+    """Group images of one size, which can be predicted together; a large image stays alone."""
+    groups: dict[object, dict[Path, np.ndarray]] = {}
+    for target, image in images.items():
+        key = target if image.size > LARGE else image.shape
+        groups.setdefault(key, {})[target] = image
+    return list(groups.values())
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """Write a picture as a PNG, whole or not at all."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    write_atomically(path, file.getvalue())
+
+
+class Result(NamedTuple):
+    """Hold what is printed and shown of an image that was predicted."""
+
+    text: str  # its size and the share of each class
+    image: Tensor  # (3, h, w) uint8, small
+    overlay: Tensor  # (3, h, w) uint8, small
+
+
+def write_results(
+    target: Path, image: Tensor, mask: Tensor, probabilities: Tensor | None, colours: dict
+) -> Result:
+    """Write mask (H, W), overlay and, unless None, probabilities (C, H, W) of an image.
+
+    `image` is (channels, H, W) uint8. `colours` are the classes: name → [red, green, blue].
+    """
+    mask_picture = Image.fromarray(mask.numpy())
+    mask_picture.putpalette(np.array(list(colours.values()), np.uint8).tobytes())
+    write_picture(Path(f"{target}_mask.png"), mask_picture)
+
+    laid_over = overlay(image, mask, colours)
+    overlay_picture = Image.fromarray(laid_over.permute(1, 2, 0).numpy())
+    write_picture(Path(f"{target}_overlay.png"), overlay_picture)
+
+    if probabilities is not None:
+        file = io.BytesIO()
+        np.savez_compressed(file, probabilities=probabilities, classes=list(colours))
+        write_atomically(Path(f"{target}_probabilities.npz"), file.getvalue())
+    rgb = image[:3].expand(3, -1, -1)
+    return Result(describe_mask(mask, list(colours)), thumbnail(rgb), thumbnail(laid_over))
+
+
+def describe_mask(mask: Tensor, classes: list[str]) -> str:
+    """Describe a mask in a line: its size and the share of each class."""
+    parts = [f"{mask.shape[1]}×{mask.shape[0]}"]
+    for i, name in enumerate(classes):
+        share = (mask == i).sum().item() / mask.numel()
+        parts.append(f"{name} {share:.1%}")
+    return "  ".join(parts)
+
+
+def predict_window(
+    model: nn.Module, config: dict, contents: dict[Path, np.ndarray], keep: bool
+) -> Iterator[tuple[Path, Result]]:
+    """Predict images, target → (H, W, channels) uint8, and write their files; yield the results.
+
+    `keep` writes the probabilities as well.
+    """
+    colours = class_colours(config)
+    with ThreadPoolExecutor() as pool:
+        for group in group_by_size(contents):
+            batch = torch.from_numpy(np.stack(list(group.values()))).permute(0, 3, 1, 2)
+            if keep:
+                probabilities = predict(model, config, batch)
+                masks = probabilities.argmax(dim=1).to(torch.uint8)
+            else:
+                probabilities = [None] * len(group)
+                masks = predict_classes(model, config, batch)
+            writings = {}
+            for i, target in enumerate(group):
+                task = (target, batch[i], masks[i], probabilities[i], colours)
+                writings[target] = pool.submit(write_results, *task)
+            for target, writing in writings.items():
+                yield target, writing.result()
+
+
+def draw_sheet(path: Path, results: dict[Path, Result], colours: dict[str, list[int]]) -> None:
+    """Draw images and their overlays side by side, under a legend."""
+    cells = []  # caption and picture
+    for target, result in results.items():
+        cells.append((target.name, result.image))
+        cells.append(("", result.overlay))
+    starts = range(0, len(cells), SHEET_COLUMNS)
+    rows = [cells[start : start + SHEET_COLUMNS] for start in starts]
+    save(grid(rows, colours), path)
 
 
 def predict_files(model: nn.Module, config: dict, given: list[Path], out: Path, keep: bool) -> None:
     """Predict files and folders; UserError if any cannot be read, after all the others."""
-    images, cells, failed = find_images(given, out), [], 0
+    images = find_images(given, out)
     targets = list(images)
-    shown = {targets[i] for i in evenly(len(targets), SHEET)}
-    same = repeat(config["classes"]), repeat(keep)
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(targets), BATCH):
-            window, channels = targets[start : start + BATCH], config["in_channels"]
-            reading = {t: pool.submit(read_image, images[t], channels) for t in window}
-            groups: dict[object, dict[Path, np.ndarray]] = defaultdict(dict)
-            for target, future in reading.items():
-                try:
-                    image = future.result()
-                    groups[image.shape if image.size <= SMALL else target][target] = image
-                except UserError as error:
-                    print(f"problem: {error}")
-                    failed += 1
-            for group in groups.values():
-                batch = torch.from_numpy(np.stack(list(group.values()))).permute(0, 3, 1, 2)
-                done = pool.map(write_results, group, batch, predict(model, config, batch), *same)
-                for target, (text, pictures) in zip(group, done, strict=True):
-                    print(f"{images[target]}  {text}")
-                    cells += pictures if target in shown else []
-    if cells:
-        rows = [cells[i : i + 8] for i in range(0, len(cells), 8)]
-        save(grid(rows, config["classes"]), out / "contact_sheet.png")
+    on_sheet = {targets[i] for i in evenly(len(targets), SHEET)}
+    shown = {}
+    failed = 0
+    for start in range(0, len(targets), BATCH):
+        window = {target: images[target] for target in targets[start : start + BATCH]}
+        contents, errors = read_images(window, config)
+        failed += len(errors)
+        for error in errors:
+            print(f"problem: {error}")
+        for target, result in predict_window(model, config, contents, keep):
+            print(f"{images[target]}  {result.text}")
+            if target in on_sheet:
+                shown[target] = result
+    if shown:
+        draw_sheet(out / "contact_sheet.png", shown, class_colours(config))
         print(f"masks, overlays and contact_sheet.png in {out}/")
     if failed:
         raise UserError(f"{failed} of {len(images)} images could not be read, listed above")
 
 
+# ---- the model for use elsewhere
+
+
+class Program(nn.Module):
+    """From uint8 images (N, channels, H, W) to logits (N, C, H, W), resizing as `predict` does."""
+
+    def __init__(self, model: nn.Module, resize: list[int]) -> None:
+        super().__init__()
+        self.model = model
+        self.resize = resize  # [height, width], or [] for the size of the images
+
+    def forward(self, images: Tensor) -> Tensor:
+        original_size = images.shape[2:]
+        if self.resize:
+            images = F.interpolate(images, self.resize, mode="bilinear", antialias=True)
+        logits = self.model(images.float() / 255)
+        if self.resize:
+            logits = F.interpolate(logits, original_size, mode="bilinear")
+        return logits
+
+
 def export(model: nn.Module, config: dict, path: Path) -> None:
     """Write a `torch.export` program for images of any number, height and width."""
-    from torchvision.transforms.v2 import ToDtype  # takes a second, which others can do without
+    # A private module of PyTorch, which may move: if it does, only the export fails.
+    from torch.fx.experimental import _config as fx_config
 
     model = model.to("cpu", memory_format=torch.contiguous_format)
-    program = nn.Sequential(ToDtype(torch.float32, scale=True), model)
     example = torch.zeros(2, config["in_channels"], 50, 70, dtype=torch.uint8)
-    dynamic = [dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)]
-    # Without this, a size of one (at the deepest stage) would be taken for a special case.
+    dynamic = torch.export.Dim.DYNAMIC
+    any_size = {0: dynamic, 2: dynamic, 3: dynamic}  # number, height and width
+    # Without this option a size of one (at the deepest stage) would be taken for a special case.
     with fx_config.patch(backed_size_oblivious=True), torch.no_grad():
-        program = torch.export.export(program, (example,), dynamic_shapes=dynamic)
+        program = torch.export.export(
+            Program(model, config["resize"]), (example,), dynamic_shapes=[any_size]
+        )
     file = io.BytesIO()
     torch.export.save(program, file)
     write_atomically(path, file.getvalue())
@@ -150,11 +356,16 @@ def export(model: nn.Module, config: dict, path: Path) -> None:
 
 
 def slim(checkpoint: Path, path: Path) -> None:
-    """Write what a checkpoint needs to predict and be evaluated, its weights in float16."""
+    """Write only what predicting and evaluating need of a checkpoint, its weights in float16."""
     _, content = restore_model(checkpoint, torch.device("cpu"))
-    kept = {k: content[k] for k in ("config", "data_digest", "epoch") if k in content}
-    state = {k: v.half() if v.is_floating_point() else v for k, v in content["model"].items()}
-    save_checkpoint(path, kept | {"model": state, "cost": cost_of(checkpoint, content)})
+    kept = {"cost": cost_of(checkpoint, content)}
+    for key in ("config", "data_digest", "epoch"):
+        if key in content:
+            kept[key] = content[key]
+    kept["model"] = {}
+    for name, tensor in content["model"].items():
+        kept["model"][name] = tensor.half() if tensor.is_floating_point() else tensor
+    save_checkpoint(path, kept)
     print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB; next: python evaluate.py {path}")
 
 
@@ -164,7 +375,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "weights/best.pt", metavar="FILE")
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR")
     parser.add_argument("--probabilities", action="store_true", help="also NAME_probabilities.npz")
-    parser.add_argument("--export", type=Path, metavar="FILE.pt2", help="program, no resizing")
+    parser.add_argument("--export", type=Path, metavar="FILE.pt2", help="a torch.export program")
     parser.add_argument("--slim", type=Path, metavar="FILE.pt", help="weights alone, in float16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
     args = parser.parse_args()

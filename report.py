@@ -22,8 +22,8 @@ from markdown import markdown as convert
 from common import ROOT, UserError, run, write_atomically
 from report_models import table
 from report_page import (
-    STUDIES,
     SECTIONS,
+    STUDIES,
     definitions,
     in_short,
     machines,

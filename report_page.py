@@ -15,8 +15,8 @@ from report_models import Answer
 from report_runs import MODELS, SWEEPS, Run, Study
 from table import LAB, markdown
 
-# The studies of RESULTS.md: (data, profile) → what the page calls it. afo-half is the real data with
-# half of the test images, of which the first runs were made.
+# The studies of RESULTS.md: (data, profile) → what the page calls it. The first runs were made with
+# afo-half, the real data with half of the test images.
 STUDIES = {
     ("afo", "full"): "By the lab's protocol",
     ("afo-half", "full"): "By the lab's protocol without flips, half of the test images",

@@ -66,7 +66,7 @@ def answer_augmentation(study: Study) -> Answer | None:
     number = "all" if len(lower) == len(tried) else str(len(lower))
     text = (
         f"{YES_OR_NO[answer.comparison.verdict]}{answer.text} The validation split chose `{best}`"
-        f" from {len(tried)} augmentations. On the test split {number} of them scored lower than no"
+        f" from {len(tried)} tried. On the test split {number} of them scored lower than no"
         " augmentation."
     )
     return Answer(text, answer.sure)

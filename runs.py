@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import io
 import json
 import platform
 import resource
@@ -17,7 +16,6 @@ from machine import name_device
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from common import ROOT, UserError, reading, require, write_atomically
@@ -194,13 +192,6 @@ def draw_predictions(images: Tensor, masks: Tensor, predictions: Tensor, config:
         tiles = [F.pad(tile, (2, 2, 2, 2), value=128) for tile in (image, truth, prediction)]
         rows.append(torch.cat(tiles, dim=2))
     return torch.cat(rows, dim=1)
-
-
-def write_picture(path: Path, picture: Tensor) -> None:
-    """Write a (3, height, width) uint8 picture as a PNG."""
-    file = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
-    write_atomically(path, file.getvalue())
 
 
 def log_epoch(writer: "SummaryWriter", entry: dict, picture: Tensor) -> None:

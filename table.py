@@ -23,7 +23,8 @@ Column = Callable[[list[dict]], str]  # from the rows of an experiment to the te
 NONE = "–"  # the cell of a value that does not exist
 LAB = yaml.safe_load((ROOT / "docs/lab.yaml").read_text(encoding="utf-8"))
 
-# What a row must hold, key → type.
+# What every row holds, key → type. A row from evaluate.py holds more, up to its confusion matrix. A
+# row from the summary.json of a run does not.
 ROW = {
     "name": str,
     "seed": int,
@@ -38,17 +39,6 @@ ROW = {
     "mean_dice": float,
     "per_class_iou": dict,
     "dead_classes": list,
-}
-# What a row holds as well if it comes from evaluate.py, not from the summary of a run.
-EVALUATED = {"data": str, "images": int, "boundary_iou": float}
-# What a row may lack, because an older version of the project wrote it.
-OPTIONAL = {
-    "images_seen": (int, type(None)),
-    "train_seconds": (float, type(None)),
-    "lost_positions": dict,
-    "interval": (list, type(None)),
-    "lab_batch": (float, type(None)),
-    "lab_batch_training_mode": (float, type(None)),
 }
 
 
@@ -72,11 +62,6 @@ def format_positions(positions: dict[str, int]) -> str:
     return ", ".join(texts) or NONE
 
 
-def values(rows: list[dict], key: str) -> list:
-    """List the values of a key, None where a row lacks it."""
-    return [row.get(key) for row in rows]
-
-
 def published(row: dict) -> float | None:
     """Look up the test IoU in the lab's report; None for other experiments and other data."""
     if row["split"] != "testing" or list(row["per_class_iou"]) != LAB["classes"]:
@@ -84,32 +69,31 @@ def published(row: dict) -> float | None:
     return LAB["test_iou"].get(row["name"])
 
 
-def parameters(rows: list[dict]) -> str:
-    return f"{rows[0]['parameters']:,}"
+def mean_of(key: str, form: str = "{:.4f}") -> Column:
+    """Make the column of the mean of a key over the runs; – where a row lacks it."""
+
+    def column(rows: list[dict]) -> str:
+        return format_stat([row.get(key) for row in rows], form)
+
+    return column
 
 
-def images_seen(rows: list[dict]) -> str:
-    return format_stat(values(rows, "images_seen"), "{:,.0f}")
+def mean_std_of(key: str) -> Column:
+    """Make the column of the mean ± standard deviation of a key; – where a row lacks it."""
+
+    def column(rows: list[dict]) -> str:
+        return format_stat([row.get(key) for row in rows], std=True)
+
+    return column
 
 
-def training(rows: list[dict]) -> str:
-    return format_stat(values(rows, "train_seconds"), "{:.0f} s")
+def iou_of(name: str) -> Column:
+    """Make the column of the IoU of one class."""
 
+    def column(rows: list[dict]) -> str:
+        return format_stat([row["per_class_iou"][name] for row in rows])
 
-def accuracy(rows: list[dict]) -> str:
-    return format_stat(values(rows, "pixel_accuracy"))
-
-
-def mean_dice(rows: list[dict]) -> str:
-    return format_stat(values(rows, "mean_dice"))
-
-
-def boundary_iou(rows: list[dict]) -> str:
-    return format_stat(values(rows, "boundary_iou"), std=True)
-
-
-def mean_iou(rows: list[dict]) -> str:
-    return format_stat(values(rows, "mean_iou"), std=True)
+    return column
 
 
 def never_predicted(rows: list[dict]) -> str:
@@ -137,41 +121,24 @@ def lab_iou(rows: list[dict]) -> str:
     return format_stat([published(rows[0])])
 
 
-def lab_batch(rows: list[dict]) -> str:
-    return format_stat(values(rows, "lab_batch"), std=True)
-
-
-def lab_batch_training_mode(rows: list[dict]) -> str:
-    return format_stat(values(rows, "lab_batch_training_mode"), std=True)
-
-
 def number_of_runs(rows: list[dict]) -> str:
     return str(len(rows))
 
 
-def iou_of(name: str) -> Column:
-    """Make the column of the IoU of one class."""
-
-    def class_iou(rows: list[dict]) -> str:
-        return format_stat([row["per_class_iou"][name] for row in rows])
-
-    return class_iou
-
-
 # Every column by its heading, in the order of the printed table.
 COLUMNS: dict[str, Column] = {
-    "parameters": parameters,
-    "images seen": images_seen,
-    "training": training,
-    "accuracy": accuracy,
-    "mean Dice": mean_dice,
-    "boundary IoU (2 px)": boundary_iou,
-    "mean IoU": mean_iou,
+    "parameters": mean_of("parameters", "{:,.0f}"),
+    "images seen": mean_of("images_seen", "{:,.0f}"),
+    "training": mean_of("train_seconds", "{:.0f} s"),
+    "accuracy": mean_of("pixel_accuracy"),
+    "mean Dice": mean_of("mean_dice"),
+    "boundary IoU (2 px)": mean_std_of("boundary_iou"),
+    "mean IoU": mean_std_of("mean_iou"),
     "never predicted": never_predicted,
     "striped": striped,
     "lab IoU": lab_iou,
-    "lab batch": lab_batch,
-    "lab batch (training mode)": lab_batch_training_mode,
+    "lab batch": mean_std_of("lab_batch"),
+    "lab batch (training mode)": mean_std_of("lab_batch_training_mode"),
     "n": number_of_runs,
 }
 # Columns of pages and JSON that would make the table in a terminal too wide.
@@ -320,7 +287,7 @@ def comparison_table(rows: list[dict]) -> str:
 def read_results(path: Path) -> list[dict]:
     """Read the rows that --json wrote, or the validation row of a run from its summary.json.
 
-    UserError if the file holds anything else, or scores that its confusion matrix contradicts.
+    UserError if the file holds anything else, or a mean IoU that its confusion matrix contradicts.
     """
     with reading(path, "remove it and run make again"):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -330,7 +297,9 @@ def read_results(path: Path) -> list[dict]:
         if not rows:
             raise ValueError("it holds no results")
         for row in rows:
-            check_row(row)
+            require(row, ROW)
+            if "confusion_matrix" in row:
+                check_mean_iou(row)
     return rows
 
 
@@ -343,27 +312,11 @@ def row_of_summary(summary: dict, path: Path) -> dict:
     return row
 
 
-def check_row(row: dict) -> None:
-    """Raise KeyError or ValueError unless a row is complete and agrees with its matrix."""
-    require(row, ROW)
-    require(row, {key: kind for key, kind in OPTIONAL.items() if key in row})
-    if "confusion_matrix" not in row:
-        return
-    require(row, EVALUATED)
-    matrix = torch.tensor(row["confusion_matrix"])
-    for key, value in metrics.scores(matrix, list(row["per_class_iou"])).items():
-        if not agree(row[key], value):
-            raise ValueError(f"{key} is not the {key} of its confusion matrix")
+def check_mean_iou(row: dict) -> None:
+    """Raise ValueError unless the mean IoU of a row is the mean IoU of its confusion matrix.
 
-
-def agree(stored: object, computed: object) -> bool:
-    """Tell whether two scores are equal, except for the last digits of a number.
-
-    Another processor may add in another order, which changes the last digit of a mean.
+    The last digits may differ: another processor may add in another order.
     """
-    if isinstance(stored, dict) and isinstance(computed, dict):
-        same_keys = list(stored) == list(computed)
-        return same_keys and all(agree(stored[key], computed[key]) for key in stored)
-    if isinstance(stored, float) and isinstance(computed, float):
-        return math.isclose(stored, computed, rel_tol=1e-9)
-    return stored == computed
+    computed = metrics.mean_iou(torch.tensor(row["confusion_matrix"])).item()
+    if not math.isclose(row["mean_iou"], computed, rel_tol=1e-9):
+        raise ValueError("mean_iou is not the mean IoU of its confusion matrix")

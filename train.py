@@ -31,6 +31,7 @@ from common import UserError, code_digest, run
 from config import add_arguments, load_config
 from data import load_data
 from evaluate import evaluate
+from figures import write_png
 from losses import check_loss, weighted_loss
 from metrics import confusion_matrices, scores
 from model import bilinear_start_applies, build_model, save_checkpoint
@@ -176,7 +177,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
                     "model": model.state_dict(),
                 }
                 save_checkpoint(run_dir / "best.pt", best)
-                runs.write_picture(run_dir / "predictions.png", picture)
+                write_png(run_dir / "predictions.png", picture)
             runs.write_history(run_dir, history)
             checkpoint = {
                 "config": config,

@@ -181,6 +181,12 @@ def test_masks_are_blurred_as_the_lab_blurred_them() -> None:
         assert (out != mask).float().mean() > 0.3
 
 
+def test_batch_may_have_no_image_to_blur() -> None:
+    images, masks = noise(3)
+    out, mask = augment(images, masks, settings(blur=1e-9, blur_masks=True))
+    assert torch.equal(out, to_float(images)) and torch.equal(mask, masks)
+
+
 def test_only_blurred_images_get_blurred_masks() -> None:
     images, masks = noise(200)
     out, blurred = augment(images, masks, settings(blur=0.5, blur_masks=True))

@@ -111,13 +111,14 @@ BAD_DATA = {
     "black validation": ("validation/image", lambda i: i // 255, "validation images are black"),
     "BGR": ("validation/image", lambda i: i[..., ::-1], "red and blue swapped"),
     "grey": ("validation/image", lambda i: i[..., [0, 0, 0]], "overfitting"),
-    "masks of 0…1": ("*/gt_image", lambda m: m // 255, "cannot be read"),
+    "masks of 0…1": ("*/gt_image", lambda m: m // 255, "cannot be used"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
 def test_bad_data_is_found_first(run: Path, case: str, call: Callable) -> None:
     folders, edit, expected = BAD_DATA[case]
+    configure(run, limit_images=1000)  # without a limit, an absent class is an error of the data
     for path in (run.parent / "data").glob(f"{folders}/*.png"):
         Image.fromarray(edit(np.array(Image.open(path))).astype(np.uint8)).save(path)
     titles = [title for title, _, _ in findings(run, call)]

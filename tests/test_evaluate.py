@@ -82,13 +82,13 @@ def predict_by_hand(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_command_line_on_two_models(
-    script: Callable, paths: list[Path], dataset: Path, tmp_path: Path
+    run: Callable, paths: list[Path], dataset: Path, tmp_path: Path
 ) -> None:
     results = tmp_path / "new/results.json"
-    done = script("evaluate.py", paths[0], paths[3], "--device", "cpu", "--json", results)
-    assert done.returncode == 0, done.stderr
+    code, out, _ = run(paths[0], paths[3], "--json", results)
+    assert code == 0
     rows = json.loads(results.read_text())
-    table = read_table(done.stdout)
+    table = read_table(out)
     for row, path, name in zip(rows, (paths[0], paths[3]), ("small", "tuned"), strict=True):
         assert row["name"] == name
         assert row["checkpoint"] == str(path)

@@ -14,25 +14,27 @@ from model import build_model, save_checkpoint
 
 NOISE = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 129, 417), np.uint8))
 COLOURS = {"background": [0, 0, 0], "square": [255, 0, 0], "circle": [0, 0, 255]}
+SMALL = ("encoder=[[4, 3], [8, 3]]", "decoder=[[8, 3], [4, 3], [4, 3]]")
 USE = """
 import torch, sys
-program = torch.export.load(f"{sys.argv[1]}/m.pt2").module()
-shapes = [(1, 3, 16, 16), (2, 3, 33, 97), (3, 3, 128, 128), (1, 3, 1, 7)]
-pairs = []
-for shape in shapes:
-    images = torch.randint(0, 256, shape, dtype=torch.uint8)
-    pairs.append((images, program(images).detach()))
-torch.save(pairs, f"{sys.argv[1]}/out.pt")
+shapes = [(1, 3, 16, 16), (2, 3, 33, 97), (1, 3, 1, 7)]
+for name in sys.argv[2:]:
+    program = torch.export.load(f"{sys.argv[1]}/{name}.pt2").module()
+    pairs = []
+    for shape in shapes:
+        images = torch.randint(0, 256, shape, dtype=torch.uint8)
+        pairs.append((images, program(images).detach()))
+    torch.save(pairs, f"{sys.argv[1]}/{name}.out")
 assert not {"model", "config", "predict", "torchvision"} & set(sys.modules)
 """
 
 
 def make_checkpoint(path: Path, *overrides: str) -> Path:
     config = load_config([ROOT / "configs/best.yaml"], ["precision=float32", *overrides])
-    config["classes"] = COLOURS
+    config["classes"] = dict(COLOURS, circle=[COLOURS["circle"], [9, 9, 9]])  # two colours
     torch.manual_seed(0)
     model = build_model(config)
-    model(torch.rand(4, 3, 32, 32))  # untrained, but its batch norm has statistics
+    model(torch.rand(4, config["in_channels"], 32, 32))  # fills the statistics of batch norm
     save_checkpoint(path, {"config": config, "model": model.state_dict(), "optimizer": {}})
     return path
 
@@ -92,6 +94,19 @@ def test_every_kind_of_image(checkpoint: Path, tmp_path: Path, script) -> None:
         assert line in done.stdout
 
 
+def test_images_of_16_bits_are_scaled_as_in_training(tmp_path: Path) -> None:
+    overrides = ("in_channels=1", "value_range=[0, 65535]")
+    model, config = predict.load_model(make_checkpoint(tmp_path / "a.pt", *overrides), "cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 31), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "8.png")
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    seen = []
+    model.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    for name in ("8.png", "16.png"):
+        predict.predict_mask(model, config, tmp_path / name)
+    assert torch.equal(seen[0], seen[1])
+
+
 def test_bad_images_among_batches(checkpoint: Path, tmp_path: Path, call) -> None:
     bad, out = tmp_path / "in/bad.png", tmp_path / "out"
     paths = [save_noise(tmp_path / f"in/{i}.png", 16 + i % 3, 20) for i in range(70)]
@@ -149,24 +164,43 @@ def test_a_model_of_resized_images_sees_resized_ones(tmp_path: Path) -> None:
     assert shapes == [(1, 3, 32, 48)]
 
 
-@pytest.mark.parametrize("resize", ["[]", "[37, 29]"])
-def test_exported_program_scores_what_predict_scores(
-    tmp_path: Path, call, script, resize: str
-) -> None:
-    path = make_checkpoint(tmp_path / "best.pt", f"resize={resize}")
-    code, _, _ = call(predict.main, "--checkpoint", path, "--export", tmp_path / "m.pt2")
-    assert code == 0
-    done = script("-I", "-c", USE, tmp_path)  # isolated: torch alone, without the project
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("resize", ["[]", "[32, 48]", "[300, 500]"])
+def test_classes_are_the_most_probable(tmp_path: Path, monkeypatch, resize: str) -> None:
+    path = make_checkpoint(tmp_path / "best.pt", f"resize={resize}", *SMALL)
     model, config = predict.load_model(path, "cpu")
-    for images, logits in torch.load(tmp_path / "out.pt"):
-        expected = predict.predict(model, config, images)
-        assert logits.shape == expected.shape
-        assert (logits.softmax(dim=1) - expected).abs().max() < 1e-4
+    monkeypatch.setattr(predict, "TILE", 128)
+    images = torch.cat([NOISE, 255 - NOISE])
+    with torch.no_grad():  # as many pixels of each class
+        model.up[-1].bias -= predict.predict_logits(model, config, images).mean(dim=(0, 2, 3))
+    expected = predict.predict(model, config, images).argmax(dim=1)
+    assert len(expected.unique()) == len(COLOURS)
+    if resize == "[]":
+        monkeypatch.delattr(predict, "predict_logits")  # nothing of all classes and pixels is made
+    classes = predict.predict_classes(model, config, images)
+    assert classes.dtype == torch.uint8 and classes.shape == expected.shape
+    assert (classes == expected).float().mean() > 0.9999  # equal but for rounding
+
+
+def test_exported_program_scores_what_predict_scores(tmp_path: Path, call, script) -> None:
+    resizes = {"any": "[]", "resized": "[37, 29]"}
+    for name, resize in resizes.items():
+        path = make_checkpoint(tmp_path / f"{name}.pt", f"resize={resize}", *SMALL)
+        exported = tmp_path / f"{name}.pt2"
+        assert call(predict.main, "--checkpoint", path, "--export", exported)[0] == 0
+    done = script("-I", "-c", USE, tmp_path, *resizes)  # isolated: torch alone
+    assert done.returncode == 0, done.stderr
+    for name in resizes:
+        model, config = predict.load_model(tmp_path / f"{name}.pt", "cpu")
+        for images, logits in torch.load(tmp_path / f"{name}.out"):
+            expected = predict.predict(model, config, images)
+            assert logits.shape == expected.shape
+            assert (logits.softmax(dim=1) - expected).abs().max() < 1e-4
 
 
 WITHOUT_PRIVATE_MODULE = """
 import sys, torch
+from PIL import Image
+Image.MAX_IMAGE_PIXELS = 10
 del torch.fx.experimental._config
 sys.modules["torch.fx.experimental._config"] = None
 from predict import load_model, predict_mask
@@ -174,7 +208,9 @@ print(predict_mask(*load_model(sys.argv[1], "cpu"), sys.argv[2]).shape)
 """
 
 
-def test_predicting_needs_no_private_module(checkpoint: Path, tmp_path: Path, script) -> None:
+def test_predicting_needs_no_private_module_and_has_no_limit_of_pixels(
+    checkpoint: Path, tmp_path: Path, script
+) -> None:
     image = save_noise(tmp_path / "a.png", 8, 9)
     done = script("-c", WITHOUT_PRIVATE_MODULE, checkpoint, image)
     assert done.stdout == "torch.Size([8, 9])\n", done.stderr

@@ -128,7 +128,7 @@ def test_augmentation_is_chosen_on_validation_and_judged_on_the_test_split(tmp_p
         runs.append(chosen)
     text = report_sweeps.answer_augmentation(make_study(runs, tmp_path)).text
     assert text.startswith("No. `flip-0.5` scores lower than no augmentation (0.5000")
-    assert "chose `flip-0.5` from 2 augmentations. On the test split 1 of them scored" in text
+    assert "chose `flip-0.5` from 2 tried. On the test split 1 of them scored" in text
     runs = [run for run in runs if run.experiment != "augment/flip-0.3"]
     text = report_sweeps.answer_augmentation(make_study(runs, tmp_path)).text
     assert "On the test split all of them scored lower" in text

@@ -513,7 +513,7 @@ def test_batch_that_processes_cannot_share_evenly_is_refused(
 ) -> None:
     for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
         monkeypatch.setattr(script_module.dist, name, lambda value=value: value)
-    with pytest.raises(UserError, match="2 processes need"):
+    with pytest.raises(UserError, match="2 processes share"):
         train_tiny(dataset, tmp_path / "run", **values)
 
 

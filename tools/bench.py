@@ -1,54 +1,72 @@
-"""Measure training speed beside a baseline loop, and beside a busy neighbour.
+"""Measure the speed of training: the loop of train.py beside a textbook loop.
 
-    python -m tools.bench [--data DIR] [--models initial tuned] [--rounds 3] [--seconds 3]
+    python -m tools.bench [--data DIR] [--models initial tuned] [--rounds 3] [--seconds 2]
 
-Both loops train on full images, in turn: median (min–max). The peak is that of a matrix product.
+Both loops train on whole images, in turn, and the median of the rounds is printed (min–max). "Of
+peak" compares the arithmetic of train.py with the arithmetic of one large matrix product.
 """
 
 import argparse
+import contextlib
+import io
 import json
-import os
+import statistics
 import tempfile
 import timeit
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 
-from common import ROOT, run, write_atomically
+from machine import keep_memory, pick_device, pick_precision
 
-import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+from common import ROOT, run
 from config import load_config
-from data import find_pairs, load_split, read_pair
+from data import load_split
+from images import read_pair
 from losses import weighted_loss
-from model import build_model, keep_memory, pick_device, pick_precision
+from model import build_model
+from pairs import find_pairs
 from runs import locked
 from train import train
 
 MODELS = ("initial", "modified", "tuned", "best")
-LINE = "{:<9}{:>20}{:>20}{:>16}{:>9}{:>9}{:>11} channels_last"
+MATRIX = 2048  # side of the matrices whose product is the peak
 
 
-def read_batch(batch: list[tuple[Path, Path, dict]]) -> tuple[torch.Tensor, torch.Tensor]:
+# ---- the two loops
+
+
+def decode_batch(files: list[tuple[Path, Path, dict]]) -> tuple[Tensor, Tensor]:
     """Decode a batch of (image, mask, config): float images in [0, 1] and int64 masks."""
-    images, masks = map(torch.stack, zip(*(read_pair(*pair) for pair in batch), strict=True))
-    return images / 255, masks.long()
+    images = []
+    masks = []
+    for image_path, mask_path, config in files:
+        image, mask = read_pair(image_path, mask_path, config)
+        images.append(image)
+        masks.append(mask)
+    return torch.stack(images) / 255, torch.stack(masks).long()
 
 
-def train_baseline(config: dict, device: torch.device, steps: int) -> float:
-    """Train so many steps in float32 and the default memory format; returns images/s."""
+def train_textbook(config: dict, device: torch.device, steps: int) -> float:
+    """Train a number of steps as a textbook would; returns images per second.
+
+    In float32 and PyTorch's default memory format, with PNGs decoded by two worker processes.
+    """
     keep_memory(False)
-    (pairs, _), batch_size = find_pairs(config, "training"), config["batch_size"]
+    pairs, _ = find_pairs(config, "training")
+    batch_size = config["batch_size"]
+    chosen = torch.randint(len(pairs), (steps * batch_size,)).tolist()
+    files = [(pairs[i].image, pairs[i].mask, config) for i in chosen]
     model = build_model(config).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"])
-    files = [(*pairs[i][2:], config) for i in torch.randint(len(pairs), (steps * batch_size,))]
     started = timeit.default_timer()
-    for images, masks in DataLoader(files, batch_size, num_workers=2, collate_fn=read_batch):
-        loss = weighted_loss(model(images.to(device)), masks.to(device), config["loss"])
+    loader = DataLoader(files, batch_size, num_workers=2, collate_fn=decode_batch)
+    for images, masks in loader:
+        logits = model(images.to(device))
+        loss = weighted_loss(logits, masks.to(device), config["loss"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -57,47 +75,91 @@ def train_baseline(config: dict, device: torch.device, steps: int) -> float:
 
 
 def train_ours(config: dict, device: torch.device, steps: int) -> float:
-    """Train two epochs of so many steps with train.py; returns images/s of the second."""
+    """Train two epochs of a number of steps with train.py; returns images per second of the second.
+
+    The first epoch warms up. Validation and the writing of files are not timed.
+    """
     keep_memory(True)
-    config = config | {"epochs": 2, "images_per_epoch": steps * config["batch_size"]}
+    config = dict(config)
+    config["epochs"] = 2
+    config["images_per_epoch"] = steps * config["batch_size"]
     with tempfile.TemporaryDirectory() as folder, locked(Path(folder)):
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             train(config, Path(folder), device, resume=False, overwrite=False)
-        return json.loads(Path(folder, "metrics.jsonl").read_text().splitlines()[1])["images_per_s"]
+        lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return json.loads(lines[1])["images_per_s"]
 
 
-def bench(config: dict, args: argparse.Namespace) -> dict:
-    """Time both loops, after a first step of each, and print a line; returns the same for JSON."""
-    with FlopCounterMode(display=False) as flops:  # and the cache is built, if need be
-        build_model(config)(load_split(config, "training").images[:1] / 255).sum().backward()
-    loops, size = (train_baseline, train_ours), config["batch_size"]
-    steps = {f: max(1, int(args.seconds * f(config, args.device, 1) / size)) for f in loops}
-    rounds = [[f(config, args.device, n) for f, n in steps.items()] for _ in range(args.rounds)]
-    baseline, ours = np.array(rounds).T
-    rates = {"baseline_images_per_s": baseline, "images_per_s": ours, "ratio": ours / baseline}
-    dtype = pick_precision(args.device, config["precision"])
-    matrix = torch.randn(2048, 2048).to(args.device, dtype)
-    took = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=5)
-    gflops = flops.get_total_flops() * np.median(ours) / 1e9
-    share, precision = gflops / (2 * 2048**3 / min(took) / 1e9), str(dtype).removeprefix("torch.")
-    cells = [f"{np.median(v):.1f} ({v.min():.1f}–{v.max():.1f})" for v in rates.values()]
-    cells += [f"{gflops:.0f}", f"{share:.0%}", precision]
-    print(LINE.format(config["name"], *cells), flush=True)
-    result = {"name": config["name"], "precision": precision, "gflop_per_s": gflops}
-    return result | {"share_of_peak": share, **{key: np.median(v) for key, v in rates.items()}}
+# ---- arithmetic
 
 
-def beside_neighbour(config: dict, device: torch.device) -> dict:
-    """Train in one process, then in two at once; returns the figures for the JSON file."""
-    rates = []
-    if "OMP_NUM_THREADS" not in os.environ:  # as common.py does for train.py
-        os.environ.setdefault("OMP_PROC_BIND", "true")
-    for number in (1, 2):
-        with ProcessPoolExecutor(number, torch.multiprocessing.get_context("spawn")) as pool:
-            rates += pool.map(train_ours, [config] * number, [device] * number, [15] * number)
-    shares = [rate / rates[0] for rate in rates[1:]]
-    print("two trainings at once: {:.0%} and {:.0%} of the speed of one alone".format(*shares))
-    return {"name": "tuned beside another", "images_per_s": rates[0], "shares": shares}
+def gflop_per_image(config: dict) -> float:
+    """Count the arithmetic of one image, forward and backward, in 10⁹ operations."""
+    image = load_split(config, "training").images[:1] / 255
+    with FlopCounterMode(display=False) as counter:
+        build_model(config)(image).sum().backward()
+    return counter.get_total_flops() / 1e9
+
+
+def peak_gflop_per_s(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure 10⁹ operations per second of a matrix product, the best of five."""
+    matrix = torch.randn(MATRIX, MATRIX).to(device, dtype)
+
+    def multiply() -> None:
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+
+    seconds = min(timeit.repeat(multiply, number=1, repeat=5))
+    return 2 * MATRIX**3 / 1e9 / seconds
+
+
+# ---- the table
+
+
+def format_median(values: list[float]) -> str:
+    """Format the median of some values and their range."""
+    return f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f})"
+
+
+def format_line(
+    name: str, textbook: str, ours: str, ratio: str, gflops: str, share: str, precision: str
+) -> str:
+    """Align the cells of a line of the table."""
+    return f"{name:<9}{textbook:>20}{ours:>20}{ratio:>16}{gflops:>9}{share:>9}{precision:>11}"
+
+
+def bench(config: dict, device: torch.device, rounds: int, seconds: float) -> None:
+    """Time both loops for a number of rounds and print the line of a config."""
+    gflop = gflop_per_image(config)  # builds the cache of the data as well
+
+    # One step of each loop warms up and tells how many steps take so many seconds.
+    batch_size = config["batch_size"]
+    rate = train_textbook(config, device, steps=1)
+    textbook_steps = max(1, int(seconds * rate / batch_size))
+    rate = train_ours(config, device, steps=1)
+    our_steps = max(1, int(seconds * rate / batch_size))
+
+    textbook = []
+    ours = []
+    for _ in range(rounds):
+        textbook.append(train_textbook(config, device, textbook_steps))
+        ours.append(train_ours(config, device, our_steps))
+    ratios = [our_rate / rate for our_rate, rate in zip(ours, textbook, strict=True)]
+
+    dtype = pick_precision(device, config["precision"])
+    precision = str(dtype).removeprefix("torch.")
+    gflop_per_s = gflop * statistics.median(ours)
+    share_of_peak = gflop_per_s / peak_gflop_per_s(device, dtype)
+    line = format_line(
+        config["name"],
+        format_median(textbook),
+        format_median(ours),
+        format_median(ratios),
+        f"{gflop_per_s:.0f}",
+        f"{share_of_peak:.0%}",
+        precision,
+    )
+    print(line, flush=True)
 
 
 def main() -> None:
@@ -105,17 +167,16 @@ def main() -> None:
     parser.add_argument("--data", default="data/generated", metavar="DIR")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=3, help="of each loop in each round")
+    parser.add_argument("--seconds", type=float, default=2, help="of each loop in each round")
     parser.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--json", type=Path, default=Path("report/bench.json"), metavar="FILE")
-    parser.add_argument("--device", type=pick_device, default="auto", help="auto, cpu, cuda, mps …")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
     args = parser.parse_args()
-    common = ["crop=48", "limit_validation=8", f"data={args.data}", *args.overrides]
-    configs = {name: load_config([ROOT / f"configs/{name}.yaml"], common) for name in MODELS}
-    print(LINE.format("images/s", "baseline", "train.py", "ratio", "GFLOP/s", "of peak", "format:"))
-    results = [bench(configs[name] | {"crop": 0}, args) for name in args.models]
-    results.append(beside_neighbour(configs["tuned"], args.device))
-    write_atomically(args.json, (json.dumps(results, indent=2) + "\n").encode())
+    device = pick_device(args.device)
+    overrides = [f"data={args.data}", "limit_validation=8", *args.overrides, "crop=0"]
+    print(format_line("images/s", "textbook", "train.py", "ratio", "GFLOP/s", "of peak", "format"))
+    for name in args.models:
+        config = load_config([ROOT / f"configs/{name}.yaml"], overrides)
+        bench(config, device, args.rounds, args.seconds)
 
 
 if __name__ == "__main__":

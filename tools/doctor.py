@@ -2,112 +2,263 @@
 
     python -m tools.doctor RUN_DIR [--device auto]
 
-It speaks by docs/texts.yaml; healthy runs of this project stay clear of all its thresholds.
+The thresholds were chosen so that no healthy run of this project gets a finding.
 """
 
 import argparse
-import contextlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from common import SPLITS, UserError, run
+from machine import pick_device
 
 import torch
+from torch import nn
 
+from common import UserError, run
 from config import load_config
-from data import Split, limit
-from evaluate import evaluate, format_places, read_history
+from data import Split, limit, load_data
+from evaluate import evaluate
 from figures import curves
-from metrics import dead_places, mean_iou
-from model import pick_device, restore_model
-from runs import TEXTS, locked
-from train import load_data
+from metrics import lost_positions, mean_iou
+from model import restore_model
+from runs import ADVICE_NEVER_PREDICTED, locked, read_history
+from table import format_positions
 
-SAMPLE = 200  # images of a split that are looked at, evenly spaced: seconds on a processor
-LOW_IOU = 0.5  # predicting one class of two or more everywhere stays below
-TRAINED = SPLITS[:2]  # training and validation, which training sees
-Findings = Iterator[tuple[str, dict]]  # the key of a text, and what to fill in
+SAMPLE = 200  # images of a split that are looked at, evenly spaced: this takes seconds on a CPU
+LOW_IOU = 0.5  # predicting one class everywhere scores less, whatever the number of classes
+RARE_ADVICE = "crop: 64 with crop_on_objects: 1.0"
 
 
-def diagnose(run_dir: Path, config: dict, log: list[dict], device: torch.device) -> Findings:
-    """Run all checks on a run, causes before symptoms."""
+class Finding(NamedTuple):
+    """What is wrong, the numbers that show it, and what to try."""
+
+    title: str
+    evidence: str
+    advice: str
+
+
+def diagnose(
+    run_dir: Path, config: dict, history: list[dict], device: torch.device
+) -> list[Finding]:
+    """Run all checks on a run; returns the findings, causes before symptoms.
+
+    `history` are the epochs so far, as metrics.jsonl holds them.
+    """
+    look = f"python data.py check --config {run_dir}/config.yaml --picture look.png"
     try:
-        splits = dict(zip(TRAINED, load_data(config), strict=True))
+        training, validation = load_data(config)
     except UserError as error:
-        yield "unreadable", {"error": error}
+        title = "The data cannot be used as config.yaml says"
+        advice = f"correct the files or config.yaml; {look} lists every problem"
+        findings = [Finding(title, str(error), advice)]
     else:
-        causes = list(check_data(config, log, splits))
-        yield from causes or check_checkpoint(run_dir / "best.pt", config, splits, device)
-    with contextlib.suppress(UserError), locked(run_dir):  # an error: it is training now
-        if len(log) < config["epochs"]:
-            yield "stopped", {}
-    if log:
-        yield from check_epochs(config, log)
+        findings = check_data(config, history, training, validation, look)
+        if not findings and (run_dir / "best.pt").exists():
+            model, _ = restore_model(run_dir / "best.pt", device)
+            findings = check_model(model, config, training, validation, look)
+    if len(history) < config["epochs"] and not is_training(run_dir):
+        title = f"The run stopped after {len(history)} of {config['epochs']} epochs"
+        lower_rate = config["learning_rate"] / 10
+        advice = f"train.py --resume goes on; learning_rate: {lower_rate:g} if the loss was nan"
+        findings.append(Finding(title, "no process trains now", advice))
+    if history:
+        findings += check_classes(config, history)
+        findings += check_progress(config, history, look)
+    return findings
 
 
-def check_data(config: dict, log: list[dict], splits: dict[str, Split]) -> Findings:
-    """Find black images, and classes that are absent from the training masks or rare."""
-    for name, split in splits.items():
-        if limit(split, 0, SAMPLE).images[:, :3].max() <= 1:  # alpha is no colour
-            yield "black", {"split": name}
-    pixels = splits["training"].masks.flatten().bincount(minlength=256)[: len(config["classes"])]
-    absent = ", ".join(c for c, n in zip(config["classes"], pixels, strict=True) if n == 0)
-    share = (pixels[1:].sum() / pixels.sum()).item()
-    best = max((e["validation"]["mean_iou_foreground"] or 0 for e in log), default=0)
+def is_training(run_dir: Path) -> bool:
+    """Tell whether a process trains in a run directory now."""
+    try:
+        with locked(run_dir):
+            return False
+    except UserError:
+        return True
+
+
+def check_data(
+    config: dict, history: list[dict], training: Split, validation: Split, look: str
+) -> list[Finding]:
+    """Find black images, and classes that are absent from the training masks or rare in them."""
+    findings = []
+    for name, split in (("training", training), ("validation", validation)):
+        colours = limit(split, images=SAMPLE).images[:, :3]  # without alpha
+        if colours.max() <= 1:
+            title = f"The {name} images are black"
+            evidence = "all values are 0 or 1, on a scale from 0 to 255"
+            advice = "if they were saved as 0…1, multiply by 255 and save them again as uint8"
+            findings.append(Finding(title, evidence, advice))
+
+    classes = list(config["classes"])
+    pixels = training.masks.flatten().bincount(minlength=256)[: len(classes)]
+    absent = [name for name, count in zip(classes, pixels.tolist(), strict=True) if count == 0]
+    foreground = (pixels[1:].sum() / pixels.sum()).item()
+    best = 0.0
+    for entry in history:
+        best = max(best, entry["validation"]["mean_iou_foreground"] or 0.0)
     if absent:
-        yield "absent", {"absent": absent}
-    elif share < 0.001 and best <= LOW_IOU:  # one image of 128×128 has 16 such pixels
-        yield "rare", {"share": share, "best": best}
+        title = f"The training masks have no {', '.join(absent)}"
+        evidence = "a class that appears in no mask cannot be learnt"
+        advice = f"correct `masks` or `classes` ({look}); or limit_groups: 0, limit_images: 0"
+        findings.append(Finding(title, evidence, advice))
+    elif foreground < 0.001 and best <= LOW_IOU:  # 16 pixels of a 128×128 image
+        title = f"Only {foreground:.3%} of the training pixels are foreground"
+        evidence = f"the mean IoU of the foreground classes is {best:.3f} at best"
+        advice = "crop: 64, crop_on_objects: 1.0, loss: {cross_entropy: 1, dice_per_class: 1}"
+        findings.append(Finding(title, evidence, advice))
+    return findings
 
 
-def check_checkpoint(path: Path, config: dict, splits: dict, device: torch.device) -> Findings:
-    """Find swapped channels, else overfitting, else stripes: the best checkpoint, full images."""
-    if not path.exists():
-        return
-    model, _ = restore_model(path, device)
-    train, val = (limit(split, 0, SAMPLE) for split in splits.values())
-    bgr = val._replace(images=torch.cat([val.images[:, :3].flip(1), val.images[:, 3:]], dim=1))
-    found = [evaluate(model, *s[:2], config, torch.float32) for s in (train, val, bgr)]
-    places = dead_places(found[1][2], val.masks, list(config["classes"]))
-    train, val, swapped = (mean_iou(matrices.sum(dim=0)).item() for matrices, _, _ in found)
-    if swapped - val >= 0.05:  # healthy runs: 0.01 at most
-        yield "swapped", {"train": train, "val": val, "swapped": swapped}
-    elif train - val >= 0.1:  # healthy runs of the quick and full profile: 0.02 at most
-        yield "overfitting", {"train": train, "val": val}
-    elif places:
-        yield "striped", {"striped": format_places([places])}
+def check_model(
+    model: nn.Module, config: dict, training: Split, validation: Split, look: str
+) -> list[Finding]:
+    """Find swapped colours, else overfitting, else stripes, in what a model predicts."""
+    training = limit(training, images=SAMPLE)
+    validation = limit(validation, images=SAMPLE)
+    images, masks = validation.images, validation.masks
+    bgr_images = torch.cat([images[:, :3].flip(1), images[:, 3:]], dim=1)  # alpha stays
+
+    full = torch.float32
+    matrices, _, _ = evaluate(model, training.images, training.masks, config, full)
+    train_iou = mean_iou(matrices.sum(dim=0)).item()
+    matrices, _, predictions = evaluate(model, images, masks, config, full)
+    val_iou = mean_iou(matrices.sum(dim=0)).item()
+    matrices, _, _ = evaluate(model, bgr_images, masks, config, full)
+    bgr_iou = mean_iou(matrices.sum(dim=0)).item()
+    lost = lost_positions(predictions, masks, list(config["classes"]))
+
+    both = f"mean IoU: training {train_iou:.3f}, validation {val_iou:.3f}"
+    if bgr_iou - val_iou >= 0.05:  # healthy runs: 0.01 at most
+        title = "One split has red and blue swapped (BGR instead of RGB)"
+        evidence = f"{both}, validation with red and blue swapped {bgr_iou:.3f}"
+        convert = "cv2.cvtColor(image, cv2.COLOR_BGR2RGB)"
+        return [Finding(title, evidence, f"{convert} for the split that looks wrong ({look})")]
+    if train_iou - val_iou >= 0.1:  # healthy runs of the quick and full profile: 0.02 at most
+        title = "The model is much better on its training images (overfitting)"
+        advice = "more images, of other places and days; horizontal_flip: 0.5, dropout: 0.1"
+        return [Finding(title, both, advice)]
+    if lost:
+        title = "The predicted masks are striped: the last up-sampling has not learnt every class"
+        positions = format_positions(lost)
+        evidence = f"IoU almost 0 at this many of the four pixels of each 2×2 block: {positions}"
+        advice = "a last decoder stage wider than `classes`, upsampling_init: bilinear"
+        return [Finding(title, evidence, advice)]
+    return []
 
 
-def check_epochs(config: dict, log: list[dict]) -> Findings:
-    """Find dead, poor classes; a loss that jumps, or does not move, or scores still improving."""
-    train, val = ([e[split]["loss"] for e in log] for split in TRAINED)
-    iou, dead = ([e["validation"][key] for e in log] for key in ("mean_iou", "dead_classes"))
-    done, best = len(log), max(iou)
-    if dead[-1]:
-        since = 1 + max((i for i, d in enumerate(dead, 1) if {*dead[-1]} - {*d}), default=0)
-        alive = ", ".join(name for name in config["classes"] if name not in dead[-1])
-        yield "dead", {"alive": alive, "dead": ", ".join(dead[-1]), "since": since}
-    ious = log[-1]["validation"]["per_class_iou"].items()
-    poor = [c for c, value in ious if value is not None and value < 0.05 and c not in dead[-1]]
+def check_classes(config: dict, history: list[dict]) -> list[Finding]:
+    """Find classes that are never predicted, or hardly learnt, at the end of a run."""
+    findings = []
+    done = len(history)
+    last = history[-1]["validation"]
+    never = last["dead_classes"]
+    advice = f"{ADVICE_NEVER_PREDICTED}, {RARE_ADVICE}"
+    if never:
+        predicted = [name for name in config["classes"] if name not in never]
+        since = 1  # the epoch from which on none of them was predicted
+        for epoch, entry in enumerate(history, start=1):
+            if not set(never).issubset(entry["validation"]["dead_classes"]):
+                since = epoch + 1
+        title = f"The model predicts only {', '.join(predicted)}"
+        missing = ", ".join(never)
+        evidence = f"in the masks, but never predicted since epoch {since} of {done}: {missing}"
+        findings.append(Finding(title, evidence, advice))
+
+    poor = []
+    for name, iou in last["per_class_iou"].items():
+        if iou is not None and iou < 0.05 and name not in never:
+            poor.append(name)
     if poor:
-        yield "poor", {"poor": ", ".join(poor)}
-    # The loss of guessing, where all classes are equally likely; that of Dice is at most 1.
-    guess = {"cross_entropy": math.log(len(config["classes"]))}
-    guess = sum(weight * guess.get(name, 1) for name, weight in config["loss"].items())
-    # A rise by less than 5 % of that is noise of a loss that is almost zero.
-    bad = [i for i in range(1, done) if train[i] - train[i - 1] > max(train[i - 1] / 2, guess / 20)]
-    bad += [done - 1] * (train[-1] > 1.5 * guess)
-    steps = log[-1]["images_seen"] // config["batch_size"]  # the quick profile passes 0.7 in 1,000
-    hasty = (steps < 500 and best < 0.7) or (config["schedule"] == "constant" and done > 1)
-    gain = iou[-1] - max(iou[: 2 * done // 3], default=0)  # of the last third
-    if bad:
-        i = bad[0]
-        yield "unstable", {"train": train[i], "val": val[i], "guess": guess, "epoch": i + 1}
-    elif done > 1 and min(train[1:]) >= 0.97 * train[0] and best <= LOW_IOU:
-        yield "still", {"first": train[0], "lowest": min(train[1:]), "best": best}
-    elif done >= config["epochs"] and gain > 0.03 and hasty:
-        yield "short", {"best": best, "steps": steps, "more": 3 * done}
+        title = f"The model has hardly learnt: {', '.join(poor)}"
+        evidence = f"IoU below 0.05 on validation at the end of epoch {done}"
+        findings.append(Finding(title, evidence, advice))
+    return findings
+
+
+def check_progress(config: dict, history: list[dict], look: str) -> list[Finding]:
+    """Find a loss that jumps, else one that does not move, else scores that are still improving."""
+    done = len(history)
+    train_losses = [entry["training"]["loss"] for entry in history]
+    val_losses = [entry["validation"]["loss"] for entry in history]
+    ious = [entry["validation"]["mean_iou"] for entry in history]
+    best = max(ious)
+    rate = config["learning_rate"]
+
+    guess = loss_of_guessing(config)
+    jump = find_jump(train_losses, guess)
+    if jump is not None:
+        title = f"The learning rate {rate:g} is too high: the loss is unstable"
+        losses = f"{train_losses[jump]:.3g} / {val_losses[jump]:.3g}"
+        evidence = (
+            f"training / validation loss {losses} in epoch {jump + 1}; guessing scores {guess:.3g}"
+        )
+        advice = f"learning_rate: {rate / 3:.2g} or {rate / 10:.2g}, schedule: one_cycle"
+        return [Finding(title, evidence, advice)]
+
+    if done > 1 and min(train_losses[1:]) >= 0.97 * train_losses[0] and best <= LOW_IOU:
+        lowest = min(train_losses[1:])
+        title = "The training loss is not moving"
+        evidence = f"{train_losses[0]:.4g} at first, {lowest:.4g} at best, mean IoU {best:.3f}"
+        rates = f"{rate * 3:g} or {rate / 3:g}"
+        advice = f"learning_rate: {rates}; or do the masks fit their images? {look}"
+        return [Finding(title, evidence, advice)]
+
+    earlier = ious[: 2 * done // 3]
+    gain = ious[-1] - max(earlier, default=0)  # of the last third
+    steps = history[-1]["images_seen"] // config["batch_size"]
+    too_few = steps < 500 and best < 0.7  # the quick profile passes 0.7 in 1,000 steps
+    cut_off = config["schedule"] == "constant" and done > 1
+    if done >= config["epochs"] and gain > 0.03 and (too_few or cut_off):
+        title = "Too few steps: the model was still improving at the end"
+        evidence = f"mean IoU rose to {best:.3f} in the last third of {steps:,} steps"
+        advice = f"epochs: {3 * done}, schedule: one_cycle, or a larger images_per_epoch"
+        return [Finding(title, evidence, advice)]
+    return []
+
+
+def loss_of_guessing(config: dict) -> float:
+    """Compute the loss of a model that gives all C classes the same probability.
+
+    Cross-entropy is then ln C. The Dice losses are at most 1, which is taken for all other losses.
+    """
+    total = 0.0
+    for name, weight in config["loss"].items():
+        if name == "cross_entropy":
+            total += weight * math.log(len(config["classes"]))
+        else:
+            total += weight
+    return total
+
+
+def find_jump(losses: list[float], guess: float) -> int | None:
+    """Find the first epoch, counted from 0, whose loss is over 1.5 times the loss before it.
+
+    A rise by less than 5 % of `guess`, the loss of guessing, is noise of a loss that is almost
+    zero. A last loss that is much worse than guessing counts as well. None if there is no such
+    epoch.
+    """
+    for epoch in range(1, len(losses)):
+        rise = losses[epoch] - losses[epoch - 1]
+        if rise > losses[epoch - 1] / 2 and rise > guess / 20:
+            return epoch
+    if losses[-1] > 1.5 * guess:
+        return len(losses) - 1
+    return None
+
+
+def draw_curves(path: Path, classes: list[str], history: list[dict]) -> None:
+    """Draw loss and IoU of a run by epoch."""
+    panels = {}
+    for key in ("loss", "mean_iou"):
+        panels[key] = {}
+        for split in ("training", "validation"):
+            panels[key][split] = [[entry[split][key] for entry in history]]
+    panels["validation IoU"] = {}
+    for name in classes:
+        ious = [entry["validation"]["per_class_iou"][name] for entry in history]
+        panels["validation IoU"][name] = [ious]
+    curves(path, panels)
 
 
 def main() -> None:
@@ -115,24 +266,25 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a folder train.py wrote")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
     args = parser.parse_args()
-    run_dir, path = args.run_dir, args.run_dir / "metrics.jsonl"
+    run_dir = args.run_dir
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir}: is no run, has no config.yaml; give a folder train.py wrote")
-    log = read_history(path, "train this run again") if path.exists() else []
     config = load_config([run_dir / "config.yaml"])
-    found = list(diagnose(run_dir, config, log, pick_device(args.device)))
-    said = f"{len(found)} finding(s), causes first" if found else "nothing found wrong"
-    drawn = ", curves in doctor.png" if log else ""
-    print(f"{run_dir}: {said} (epoch {len(log)} of {config['epochs']}{drawn})")
-    rate = config["learning_rate"]  # these and the keys of the config can be filled in any text
-    known = config | {"done": len(log), "third": rate / 3, "tenth": rate / 10, "triple": rate * 3}
-    for key, values in found:
-        text = TEXTS[key].format(**known, **values, fix=TEXTS["dead_class_fix"])
-        print("\n" + text.replace("RUN_DIR", str(run_dir)), end="")
-    if log:
-        panels = {k: {s: [[e[s][k] for e in log]] for s in TRAINED} for k in ("loss", "mean_iou")}
-        ious = {c: [[e["validation"]["per_class_iou"][c] for e in log]] for c in config["classes"]}
-        curves(run_dir / "doctor.png", panels | {"validation IoU": ious})
+    history = []
+    if (run_dir / "metrics.jsonl").exists():
+        history = read_history(run_dir / "metrics.jsonl", "train this run again")
+
+    findings = diagnose(run_dir, config, history, pick_device(args.device))
+    where = f"epoch {len(history)} of {config['epochs']}"
+    if history:
+        draw_curves(run_dir / "doctor.png", list(config["classes"]), history)
+        where += ", curves in doctor.png"
+    if not findings:
+        print(f"{run_dir}: nothing found wrong ({where})")
+        return
+    print(f"{run_dir}: {len(findings)} finding(s), causes first ({where})")
+    for title, evidence, advice in findings:
+        print(f"\n{title}\n  evidence: {evidence}\n  try: {advice}")
 
 
 if __name__ == "__main__":
