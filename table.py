@@ -277,7 +277,7 @@ def comparison_table(rows: list[dict]) -> str:
         title = ""
     text = title + align(tabulate(lines_of, columns))
     if any(name.endswith("*") for name in experiments):
-        text += "\n* trained by other code than today's; remove its folder to train it again"
+        text += "\n* trained by other code than today's; make … OVERWRITE=1 trains it again"
     return text
 
 
