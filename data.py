@@ -35,7 +35,7 @@ from common import ROOT, UserError, reading, run
 from images import read_pair
 from masks import missing_classes_problem
 from metrics import IGNORE
-from pairs import Pair, check_data_keys, data_root, find_pairs, stand_in_note  # noqa: F401
+from pairs import Pair, data_root, find_pairs, stand_in_note
 
 DATA_KEYS = (  # the keys that decide, beside `data`, which pixels a split holds
     "images",

@@ -10,8 +10,8 @@ from conftest import corruptions
 
 from common import ROOT, UserError
 from config import UNFINISHED, dump, load_config, main
-from data import check_data_keys
 from model import build_model, count_parameters
+from pairs import check_data_keys
 
 DEFAULT = yaml.safe_load((ROOT / "configs/default.yaml").read_text())
 EXPERIMENTS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {ROOT / "configs/allowed.yaml"})

@@ -9,9 +9,9 @@ from PIL import Image, ImageFilter
 
 from common import SPLITS, UserError
 from config import load_config
-from data import find_pairs
 from images import read_mask, read_pair
 from metrics import IGNORE
+from pairs import find_pairs
 from tools import describe
 from tools.meaning import run_lengths
 from tools.pairing import propose_group

@@ -10,9 +10,9 @@ from conftest import config_for, corruptions
 from PIL import Image
 
 from common import UserError
-from data import find_pairs
 from images import count_near, read_image, read_mask, read_pair
 from metrics import IGNORE
+from pairs import find_pairs
 
 
 def save(path: Path, pixels: list | np.ndarray, mode: str | None = None) -> Path:

@@ -1,0 +1,199 @@
+"""Tests of how train.py ends: interrupts, mistakes of users, several processes, learning."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny
+from PIL import Image
+from test_train import lines, load, train_tiny
+from torch import Tensor
+
+import runs
+import train as script_module
+from common import ROOT, UserError
+from data import load_split
+from metrics import confusion_matrices, scores
+from model import build_model
+
+
+def test_only_one_process_trains_in_a_folder(dataset: Path, tmp_path: Path) -> None:
+    with runs.locked(tmp_path / "run"), pytest.raises(UserError, match="another process"):
+        train_tiny(dataset, tmp_path / "run")
+
+
+def test_interrupt_is_one_word_and_frees_the_folder(dataset: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "train.py", "--config", "configs/tuned.yaml", "--run-dir"]
+    command += [str(tmp_path / "run"), "--set", *tiny(dataset, epochs=500)]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipe["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # where nohup runs us
+    with subprocess.Popen(command, cwd=ROOT, **pipe) as process:
+        while not (tmp_path / "run/last.pt").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors.splitlines()[-1] == "interrupted"
+    epochs = len(load(tmp_path / "run/last.pt")["history"])
+    train_tiny(dataset, tmp_path / "other", epochs=1)
+    with runs.locked(tmp_path / "run"):
+        assert 1 <= epochs <= len(lines(tmp_path / "run")) <= epochs + 1
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = script_module.weighted_loss, []
+
+    def exploding(*args: object) -> Tensor:
+        calls.append(1)
+        return original(*args) * (math.nan if len(calls) > 3 else 1)  # one call tries a batch
+
+    monkeypatch.setattr(script_module, "weighted_loss", exploding)
+    with pytest.raises(UserError, match=r"epoch 2/2: the loss is nan.*lower learning_rate"):
+        train_tiny(dataset, tmp_path / "run")
+    assert len(load(tmp_path / "run/last.pt")["history"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"loss": "{dice: 1}"}, "loss: there is no loss 'dice'; known: cross_entropy"),
+        ({"loss": "{cross_entropy: much}"}, "cross_entropy: 'much' is no weight"),
+        ({"loss": "{}"}, "loss: names no loss"),
+        ({"encoder": "[[8, 4]]"}, "encoder"),
+        ({"blur": 0.1, "blur_kernel": 31, "crop": 8}, "blur_kernel: 31 is too large"),
+        ({"batch_size": 1, "crop": 4}, "batch_size: is 1"),
+        ({"classes": "{a: [0, 0, 0], b: [1, 2, 300]}"}, "classes"),
+    ],
+)
+def test_config_that_cannot_work_is_one_line_and_no_run(
+    dataset: Path, tmp_path: Path, call: Callable, values: dict, says: str
+) -> None:
+    arguments = ("--config", ROOT / "configs/tuned.yaml", "--run-dir", tmp_path / "run")
+    code, _, error = call(script_module.main, *arguments, "--set", *tiny(dataset, **values))
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert says in error and not (tmp_path / "run/config.yaml").exists()
+
+
+def test_mistake_in_edited_code_keeps_its_traceback(dataset: Path, tmp_path: Path) -> None:
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    for folder in ("configs", "docs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    text = (tmp_path / "model.py").read_text()
+    line, instead = "        skips = []\n", "        skips = [images @ images[0, 0, :5]]\n"
+    assert text.count(line) == 1
+    (tmp_path / "model.py").write_text(text.replace(line, instead))
+    train_tiny(dataset, tmp_path / "run", epochs=1)
+    command = [sys.executable, "train.py", "--config", "configs/tuned.yaml", "--overwrite"]
+    command += ["--run-dir", "run", "--set", *tiny(dataset)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    number = 1 + (tmp_path / "model.py").read_text().splitlines().index(instead.rstrip("\n"))
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert f'model.py", line {number}' in done.stderr
+    assert (tmp_path / "run/best.pt").exists()  # the old run is lost only after a batch has worked
+
+
+@pytest.mark.parametrize(
+    ("target", "name"), [("augment", "flip"), ("losses", "_probabilities_and_target")]
+)
+def test_mistake_in_a_transform_or_loss_is_not_taken_for_one_of_the_config(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable, target, name
+) -> None:
+    def edited(*args: object) -> None:
+        return torch.ones(3) + torch.ones(4)
+
+    monkeypatch.setattr(f"{target}.{name}", edited)
+    command = ("--config", ROOT / "configs/tuned.yaml", "--run-dir", tmp_path / "run", "--set")
+    with pytest.raises(RuntimeError, match="must match"):
+        call(script_module.main, *command, *tiny(dataset))
+
+
+def test_classes_never_predicted_are_named_with_advice(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    build = script_module.build_model
+
+    def mute(config: dict) -> torch.nn.Module:
+        model = build(config)
+        model.up[-1].bias.data[2] = -1000.0  # triangle never wins
+        return model
+
+    monkeypatch.setattr(script_module, "build_model", mute)
+    train_tiny(dataset, tmp_path / "run", epochs=1)
+    out = capsys.readouterr().out
+    assert "never predicted: triangle" in out and "brings a class back" in out
+
+
+def test_epoch_without_a_labelled_pixel_in_training_is_logged(
+    dataset: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(dataset, tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
+    for mask in sorted((data / "training/gt_image").iterdir())[1:]:
+        Image.new("RGB", Image.open(mask).size, (9, 9, 9)).save(mask)
+    values = {"ignore": "[9, 9, 9]", "images_per_epoch": 1, "batch_size": 2, "epochs": 3}
+    values["limit_images"] = 1000  # all; with a limit, classes may be absent
+    train_tiny(data, tmp_path / "run", **values)
+    assert None in [entry["training"]["mean_iou"] for entry in lines(tmp_path / "run")]
+
+
+def test_two_processes_train_one_model_on_hosts_of_which_one_has_the_files(
+    dataset: Path, tmp_path: Path
+) -> None:
+    values = {"schedule": "constant", "precision": "float32", "images_per_epoch": 21}
+    host = tmp_path / "host0"
+    train_tiny(dataset, host, epochs=1, **values)
+    program = tmp_path / "host.py"  # what a user starts, with a folder for each process
+    program.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "import train\n"
+        f"sys.argv += ['--run-dir', {str(tmp_path)!r} + '/host' + os.environ['RANK']]\n"
+        "train.main()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += [program, "--config", "configs/default.yaml", "--resume", "--set"]
+    command += tiny(dataset, epochs=2, **values)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2/2") == 1  # rank 0 alone speaks and writes
+    assert not (tmp_path / "host1").exists()
+    assert [entry["images_seen"] for entry in lines(host)] == [16, 32]  # no uneven last batch
+    assert json.loads((host / "environment.json").read_text())["processes"] == 2
+
+    # Both validate a share, and together what one process validates alone.
+    last = load(host / "last.pt")
+    model = build_model(last["config"])
+    model.load_state_dict(last["model"])
+    split = load_split(last["config"], "validation")
+    logits = model.eval()(split.images / 255)
+    matrix = confusion_matrices(logits.argmax(dim=1), split.masks, 4).sum(dim=0)
+    alone = scores(matrix, list(last["config"]["classes"]))
+    together = lines(host)[-1]["validation"]
+    assert together["mean_iou"] == pytest.approx(alone["mean_iou"], abs=1e-3)
+    assert together["pixel_accuracy"] == pytest.approx(alone["pixel_accuracy"], abs=1e-3)
+
+
+@pytest.mark.parametrize("values", [{"batch_size": 7}, {"last_batch": "keep"}])
+def test_batch_that_processes_cannot_share_evenly_is_refused(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict
+) -> None:
+    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
+        monkeypatch.setattr(script_module.dist, name, lambda value=value: value)
+    with pytest.raises(UserError, match="2 processes share"):
+        train_tiny(dataset, tmp_path / "run", **values)
+
+
+def test_it_learns(dataset: Path, tmp_path: Path) -> None:
+    values = {"images_per_epoch": 320, "epochs": 4, "learning_rate": 0.02, "skip": "full"}
+    values |= {"encoder": "[[8, 3]]", "decoder": "[[8, 3], [8, 3]]", "schedule": "one_cycle"}
+    train_tiny(dataset, tmp_path / "run", **values, limit_images=8, precision="float32")
+    first, *_, last = [entry["training"]["mean_iou"] for entry in lines(tmp_path / "run")]
+    assert last > 0.8 > first
