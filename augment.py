@@ -52,11 +52,17 @@ def check_sizes(config: dict, height: int, width: int, stride: int, smallest_bat
 
 
 def choose_corners(masks: Tensor, crop: int, on_objects: float) -> tuple[Tensor, Tensor]:
-    """Choose top and left, (N,) int64, of crops in (N, H, W) masks, a share of them on objects."""
-    n, height, width = masks.shape
+    """Choose top and left, (N,) int64, of crops in (N, H, W) masks, a share of them on objects.
+
+    They keep to the labelled part of a mask: images of several sizes are padded (see data.py).
+    """
+    n, _, width = masks.shape
+    # The lowest value of a row or column is IGNORE only if all its pixels are.
+    last_top = last_start(masks.amin(dim=2) != IGNORE, crop)
+    last_left = last_start(masks.amin(dim=1) != IGNORE, crop)
     choice, pixel, y, x = torch.rand(4, n, device=masks.device)
-    top = (y * (height - crop + 1)).long()
-    left = (x * (width - crop + 1)).long()
+    top = (y * (last_top + 1)).long()
+    left = (x * (last_left + 1)).long()
     if on_objects > 0:
         is_object = (masks > 0) & (masks != IGNORE)
         count = is_object.flatten(1).cumsum(dim=1, dtype=torch.int32)
@@ -65,12 +71,21 @@ def choose_corners(masks: Tensor, crop: int, on_objects: float) -> tuple[Tensor,
         place = torch.searchsorted(count, k[:, None])[:, 0]  # of the k-th pixel of an object
         # The pixel lies anywhere in the crop, not in its middle: else the model would learn that
         # the middle of a picture is never background.
-        around_y = (place // width - (y * crop).long()).clamp(0, height - crop)
-        around_x = (place % width - (x * crop).long()).clamp(0, width - crop)
+        around_y = (place // width - (y * crop).long()).clamp(min=0)
+        around_x = (place % width - (x * crop).long()).clamp(min=0)
+        around_y = torch.minimum(around_y, last_top)
+        around_x = torch.minimum(around_x, last_left)
         use = (choice < on_objects) & (total > 0)
         top = torch.where(use, around_y, top)
         left = torch.where(use, around_x, left)
     return top, left
+
+
+def last_start(is_labelled: Tensor, crop: int) -> Tensor:
+    """Find the last place, (N,) int64, where a crop is within the labelled part of (N, side)."""
+    side = torch.arange(1, is_labelled.shape[1] + 1, device=is_labelled.device)
+    end = (is_labelled * side).amax(dim=1)  # of the labelled part; 0 if there is none
+    return (end - crop).clamp(min=0)
 
 
 def take_batch(images: Tensor, masks: Tensor, index: Tensor, config: dict) -> tuple[Tensor, Tensor]:
@@ -162,10 +177,53 @@ def gaussian_blur(images: Tensor, kernel: int, sigma: Tensor) -> Tensor:
 
 
 def jitter_some(images: Tensor, config: dict) -> None:
-    """Change brightness, contrast, saturation and hue of some images of a batch, in place."""
-    from torchvision.transforms import v2  # takes a second to import
+    """Change brightness, contrast, saturation and hue, in this order, of some images, in place.
 
-    brightness, contrast, saturation, hue = config["jitter_strength"]
-    colour_jitter = v2.ColorJitter(brightness, contrast, saturation, hue)
-    for i in choose(images, config["jitter"]).tolist():
-        images[i, :3] = colour_jitter(images[i, :3])  # alpha, the fourth channel, is no colour
+    Each image by factors of its own. The formulas are torchvision's, whose ColorJitter takes one
+    image at a time: dozens of small kernels for each, which a GPU waits for.
+    """
+    index = choose(images, config["jitter"])
+    strength = torch.tensor(config["jitter_strength"])[:, None]
+    change = strength * (2 * torch.rand(4, len(index)) - 1)  # (4, n)
+    change = change.to(images.device, non_blocking=True)
+    brightness, contrast, saturation, hue = change[:, :, None, None, None]  # (n, 1, 1, 1) each
+    index = index.to(images.device, non_blocking=True)
+    colours = images[index, :3]  # alpha, the fourth channel, is no colour
+    colours = (colours * (1 + brightness)).clamp(0, 1)
+    mean = to_grey(colours).mean(dim=(1, 2, 3), keepdim=True)
+    colours = (mean + (colours - mean) * (1 + contrast)).clamp(0, 1)
+    if colours.shape[1] == 3:
+        grey = to_grey(colours)
+        colours = (grey + (colours - grey) * (1 + saturation)).clamp(0, 1)
+        colours = turn_hue(colours, hue[:, 0])
+    images[index, :3] = colours
+
+
+def to_grey(images: Tensor) -> Tensor:
+    """Average the colours of (N, 3, H, W) images as the eye does; returns (N, 1, H, W)."""
+    if images.shape[1] == 1:
+        return images
+    red, green, blue = images.split(1, dim=1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
+
+
+def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
+    """Turn the hue of (N, 3, H, W) images by shares (N, 1, 1) of the colour circle.
+
+    The hue runs from 0 to 6: red 0, yellow 1, green 2, cyan 3, blue 4, magenta 5.
+    """
+    red, green, blue = images.unbind(dim=1)
+    highest = images.amax(dim=1)
+    chroma = highest - images.amin(dim=1)
+    divisor = chroma.clamp(min=1e-9)  # a grey pixel has no hue, and needs none
+    from_red = (green - blue) / divisor
+    from_green = 2 + (blue - red) / divisor
+    from_blue = 4 + (red - green) / divisor
+    hue = torch.where(highest == green, from_green, from_blue)
+    hue = torch.where(highest == red, from_red, hue) + 6 * turn
+    planes = []
+    for shift in (5, 3, 1):  # red, green and blue are high at hues 0, 2 and 4
+        distance = (hue + shift) % 6
+        share = torch.minimum(distance, 4 - distance).clamp(0, 1)
+        planes.append(highest - chroma * share)
+    return torch.stack(planes, dim=1)

@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import ROOT, UserError, reading, run
-from images import read_pair
+from images import read_pair, read_size
 from masks import missing_classes_problem
 from metrics import IGNORE
 from pairs import Pair, data_root, find_pairs, stand_in_note
@@ -53,6 +53,7 @@ DATA_KEYS = (  # the keys that decide, beside `data`, which pixels a split holds
     "in_channels",
 )
 MOST_WAITING = 32  # pairs that are decoded ahead of the one in use, and fill memory meanwhile
+MOST_PADDING = 4  # times the pixels of the images that they may have once padded to one size
 
 
 class Split(NamedTuple):
@@ -165,6 +166,8 @@ def load_split(config: dict, split: str) -> Split:
                 shutil.rmtree(outdated)
             build_cache(cache, pairs, config)
         with reading(cache, "remove this folder"):
+            if config["crop"] == 0 and (cache / "padded").exists():
+                raise UserError(f"{root}: has images of several sizes; set resize or crop")
             images = np.load(cache / "images.npy", mmap_mode="c")
             masks = np.load(cache / "masks.npy", mmap_mode="c")
             digest = (cache / "digest").read_text(encoding="utf-8")
@@ -227,6 +230,9 @@ def build_cache(cache: Path, pairs: list[Pair], config: dict) -> None:
     """Decode all pairs into the files of a cache folder, which is there complete or not at all."""
     first_image, _ = decode(pairs[0], config)
     channels, height, width = first_image.shape
+    common_size = find_common_size(pairs, config)
+    if common_size is not None:
+        height, width = common_size
     names = [pair.name for pair in pairs]
     digest = sha256(json.dumps(names).encode())
     # The folder that a killed process leaves begins with the name of its cache and goes with it.
@@ -239,14 +245,68 @@ def build_cache(cache: Path, pairs: list[Pair], config: dict) -> None:
             decoded = in_parallel(decode, pairs, config)
             for pair, future in tqdm(decoded, "caching", len(pairs), disable=None):
                 image, mask = future.result()
-                if image.shape != first_image.shape:
-                    raise UserError(f"{pair.image}: differs in size from the first; set `resize`")
+                if common_size is not None:
+                    image, mask = pad(image, mask, height, width)
+                if image.shape[1:] != (height, width):
+                    text = "differs in size from the first"
+                    advice = "set resize: [height, width], or crop, to train on parts of images"
+                    raise UserError(f"{pair.image}: {text}; {advice}")
                 for file, pixels in ((images, image), (masks, mask)):
                     values = pixels.numpy().tobytes()
                     digest.update(values)
                     file.write(values)
+        if common_size is not None:
+            (folder / "padded").touch()
         (folder / "digest").write_text(digest.hexdigest(), encoding="utf-8")
         folder.rename(cache)
+
+
+def find_common_size(pairs: list[Pair], config: dict) -> tuple[int, int] | None:
+    """Find the height and width that images of several sizes get; None if nothing is padded."""
+    if config["crop"] == 0 or config["resize"]:
+        return None
+    sizes = [read_size(pair.image) for pair in pairs]
+    if len(set(sizes)) == 1:
+        return None
+    return padded_size(sizes, config)
+
+
+def largest_size(sizes: list[tuple[int, int]]) -> tuple[int, int]:
+    """Find the largest height and the largest width among sizes."""
+    return max(height for height, _ in sizes), max(width for _, width in sizes)
+
+
+def padding_factor(sizes: list[tuple[int, int]]) -> float:
+    """Compute how many times their pixels images have once all are padded to the largest size."""
+    height, width = largest_size(sizes)
+    pixels = sum(size[0] * size[1] for size in sizes)
+    return len(sizes) * height * width / pixels
+
+
+def padded_size(sizes: list[tuple[int, int]], config: dict) -> tuple[int, int]:
+    """Find the height and width that images of several `sizes` are padded to: the largest ones.
+
+    UserError if that takes too much memory.
+    """
+    height, width = largest_size(sizes)
+    factor = padding_factor(sizes)
+    if factor > MOST_PADDING:
+        text = f"padded to {width}×{height}, its images have {factor:.1f} times their pixels"
+        raise UserError(f"{config['data']}: {text}; set resize: [height, width]")
+    return height, width
+
+
+def pad(image: Tensor, mask: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Pad an image and its mask at the bottom and on the right, by pixels that count nowhere.
+
+    The image goes on mirrored, so that a model predicts its border as if nothing were added.
+    """
+    bottom = max(0, height - image.shape[1])
+    right = max(0, width - image.shape[2])
+    margins = ((0, bottom), (0, right))
+    pixels = np.pad(image.numpy(), ((0, 0), *margins), mode="symmetric")
+    values = np.pad(mask.numpy(), margins, constant_values=IGNORE)
+    return torch.from_numpy(pixels), torch.from_numpy(values)
 
 
 def write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:

@@ -49,7 +49,8 @@ def open_image(path: Path) -> tuple[Image.Image, int]:
         bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))
         bands = image.tag_v2.get(SAMPLES_PER_PIXEL, 1)
         if bands > len(image.getbands()):
-            raise UserError(f"{path}: has {bands} bands of {bits} bits; save 1, 3 or 4 of them")
+            advice = "save 1 or 3 of them, or 4 as RGBA"
+            raise UserError(f"{path}: has {bands} bands of {bits} bits; {advice}")
     elif image.mode.startswith(("I", "F")):
         bits = 16 if "16" in image.mode else 32
     return image, bits
@@ -59,6 +60,19 @@ def is_turned(path: Path) -> bool:
     """Tell whether the EXIF data of an image file say that it must be turned or mirrored."""
     with reading(path):
         return Image.open(path).getexif().get(ORIENTATION, 1) in range(2, 9)
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Read the height and width of an image, turned upright; decode it only if it is turned."""
+    with reading(path):
+        image = Image.open(path)
+        width, height = image.size
+        # To look for EXIF data behind its pixels, Pillow would decode a PNG.
+        if image.format == "PNG" and "exif" not in image.info:
+            return height, width
+        if image.getexif().get(ORIENTATION, 1) in range(5, 9):  # turned by a quarter
+            width, height = ImageOps.exif_transpose(image).size
+    return height, width
 
 
 def read_deep(path: Path, image: Image.Image, bits: int) -> np.ndarray:
@@ -75,7 +89,11 @@ def read_deep(path: Path, image: Image.Image, bits: int) -> np.ndarray:
         image = Image.open(path)
         image.tile = [swap_bytes(tile) for tile in image.tile]
         return high * 256 + np.asarray(image)
-    kind = "floating-point numbers" if image.mode == "F" else f"{len(image.getbands())} bands"
+    kind = f"{len(image.getbands())} bands"
+    if image.mode == "F":
+        kind = "floating-point numbers"
+    elif image.mode in ("LA", "RGBA"):  # Pillow shows grey with alpha as RGBA
+        kind = "an alpha channel and numbers"
     raise UserError(f"{path}: has {kind} of {bits} bits; save 8 bits, or 16 as grey or RGB")
 
 

@@ -19,6 +19,7 @@ from common import UserError, reading, require, run, write_atomically
 from config import add_arguments, load_config
 
 FORMAT = "flying-objects-segmentation 1"  # of checkpoints
+MOST_NAMED = 8  # layers that a message names
 
 
 # ---- the model
@@ -65,6 +66,10 @@ class UNet(nn.Module):
         upsampling_init: how the last transposed conv starts. "random": as PyTorch does. "bilinear":
             each channel is up-sampled into its own class (Long et al. 2015, arXiv:1411.4038), which
             keeps the lab's models predicting all classes. See `bilinear_start_applies`.
+        background_bias: added to the bias of the first class in the last layer. Most pixels are
+            background. A model that expects it from the start need not learn to push the other
+            classes down, which is how narrow last stages lose them (the idea: Lin et al. 2017,
+            arXiv:1708.02002, section 4.1).
 
     UserError if a stage is not [channels, odd kernel], or if there are too many or too few.
     """
@@ -78,6 +83,7 @@ class UNet(nn.Module):
         skip: str,
         dropout: float,
         upsampling_init: str,
+        background_bias: float,
     ) -> None:
         super().__init__()
         check_stages(encoder, decoder, skip)
@@ -115,6 +121,8 @@ class UNet(nn.Module):
 
         if upsampling_init == "bilinear" and bilinear_start_applies(self):
             start_bilinear(self.up[-1])
+        with torch.no_grad():
+            self.up[-1].bias[0] += background_bias
 
         # Pixels of the input along one side of a deepest feature.
         self.stride = 2 ** len(encoder)
@@ -235,6 +243,7 @@ def build_model(config: dict) -> nn.Module:
             skip=config["skip"],
             dropout=config["dropout"],
             upsampling_init=config["upsampling_init"],
+            background_bias=config["background_bias"],
         )
     raise UserError(f"model: is {config['model']}; name one that build_model in model.py returns")
 
@@ -313,6 +322,47 @@ def find_misfit(state: dict, expected: dict[str, Tensor]) -> str | None:
         if name not in expected:
             return f"the model has no {name}"
     return None
+
+
+def load_weights(model: nn.Module, path: Path, classes: list[str]) -> str:
+    """Load the layers of a checkpoint that fit a model, which may be of other classes or channels.
+
+    A layer fits if its tensors have the same names and shapes. The last layer, which is the
+    prediction of `classes`, also needs the same classes in the same order. All other layers keep
+    their fresh weights. Returns a line that says which those are. UserError if no layer fits.
+    """
+    checkpoint = read_checkpoint(path, torch.device("cpu"))
+    state = checkpoint["model"]
+    expected = model.state_dict()
+    layers = []  # in order
+    fresh = []
+    for name, tensor in expected.items():
+        layer = layer_of(name)
+        if layer not in layers:
+            layers.append(layer)
+        saved = state.get(name)
+        fits = isinstance(saved, Tensor) and saved.shape == tensor.shape
+        if not fits and layer not in fresh:
+            fresh.append(layer)
+    same_classes = list(checkpoint["config"]["classes"]) == classes
+    if not same_classes and layers[-1] not in fresh:
+        fresh.append(layers[-1])
+    taken = {name: state[name] for name in expected if layer_of(name) not in fresh}
+    if not taken:
+        advice = "set model, encoder, decoder … to what it was trained with"
+        raise UserError(f"{path}: init: no layer of it fits the model; {advice}")
+    model.load_state_dict(taken, strict=False)
+    text = f"init: {len(layers) - len(fresh)} of {len(layers)} layers start from {path}"
+    if fresh:
+        text += f", fresh are {', '.join(fresh[:MOST_NAMED])}"
+    if len(fresh) > MOST_NAMED:
+        text += f" and {len(fresh) - MOST_NAMED} more"
+    return text
+
+
+def layer_of(name: str) -> str:
+    """Cut the name of a tensor to the name of its layer: up.4.weight to up.4."""
+    return name.rpartition(".")[0]
 
 
 # ---- the summary

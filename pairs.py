@@ -222,6 +222,8 @@ def find_near(partner: Path, used: set[Path]) -> str | None:
 def explain_nothing(root: Path, pattern: str) -> str:
     """Say why a pattern has no files: the folder that is not there, or the files that are."""
     start = f"{root / pattern}: no such"
+    if root.is_file():
+        return f"{root}: is a file, but `data` is a folder; give the one that holds the images"
     if not root.is_dir():
         return f"{start} folder; run make data, or set data, images, masks"
     if "\\" in pattern:

@@ -31,12 +31,13 @@ from common import ROOT, UserError, run, write_atomically
 from data import evenly
 from evaluate import cost_of, predict_batches
 from figures import grid, overlay, save, thumbnail
-from images import read_image
+from images import read_image, read_size
 from masks import class_colours
 from model import restore_model, save_checkpoint
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-BATCH = 32  # images that are in memory at once
+BATCH = 32  # images that are in memory at once, unless they are large
+PIXELS = 2**24  # that they have together at most; a larger image is alone
 LARGE = 2**18  # values; a larger image is predicted alone, smaller ones of one size together
 TILE = 1024  # pixels along one side of the parts that a larger image is predicted in
 SHEET = 48  # images on the contact sheet at most
@@ -82,7 +83,7 @@ def predict_classes(model: nn.Module, config: dict, images: Tensor) -> Tensor:
 
 def predict_mask(model: nn.Module, config: dict, path: str | Path) -> Tensor:
     """Predict (H, W) uint8 class indices of an image file; UserError if it cannot be read."""
-    pixels = read_image(Path(path), config["in_channels"], config["value_range"])
+    pixels = read(Path(path), config)
     image = torch.from_numpy(pixels).permute(2, 0, 1)
     return predict_classes(model, config, image[None])[0]
 
@@ -179,6 +180,34 @@ def find_in_folder(folder: Path, out_resolved: Path) -> list[Path]:
     return files
 
 
+def split_by_pixels(images: dict[Path, Path]) -> list[dict[Path, Path]]:
+    """Split images into windows: at most BATCH images, of PIXELS together, or one larger image."""
+    windows = [{}]
+    pixels = 0  # of the last window
+    for target, path in images.items():
+        try:
+            height, width = read_size(path)
+        except UserError:  # it is told when the image is read
+            height, width = 0, 0
+        window = windows[-1]
+        is_full = len(window) == BATCH or pixels + height * width > PIXELS
+        if window and is_full:
+            window = {}
+            windows.append(window)
+            pixels = 0
+        window[target] = path
+        pixels += height * width
+    return windows
+
+
+def read(path: Path, config: dict) -> np.ndarray:
+    """Read an image as (H, W, channels) uint8, as in training; UserError if that cannot be done."""
+    if not path.exists():
+        advice = 'put a name with spaces in quotes: python predict.py "my photo (1).jpg"'
+        raise UserError(f"{path}: cannot be read, there is no such file; {advice}")
+    return read_image(path, config["in_channels"], config["value_range"])
+
+
 def read_images(
     images: dict[Path, Path], config: dict
 ) -> tuple[dict[Path, np.ndarray], list[UserError]]:
@@ -188,8 +217,7 @@ def read_images(
     errors = []
     with ThreadPoolExecutor() as pool:
         for target, path in images.items():
-            how = (config["in_channels"], config["value_range"])
-            readings[target] = pool.submit(read_image, path, *how)
+            readings[target] = pool.submit(read, path, config)
         for target, reading in readings.items():
             try:
                 contents[target] = reading.result()
@@ -297,8 +325,7 @@ def predict_files(model: nn.Module, config: dict, given: list[Path], out: Path, 
     on_sheet = {targets[i] for i in evenly(len(targets), SHEET)}
     shown = {}
     failed = 0
-    for start in range(0, len(targets), BATCH):
-        window = {target: images[target] for target in targets[start : start + BATCH]}
+    for window in split_by_pixels(images):
         contents, errors = read_images(window, config)
         failed += len(errors)
         for error in errors:

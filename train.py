@@ -34,7 +34,7 @@ from evaluate import evaluate
 from figures import write_png
 from losses import check_loss, weighted_loss
 from metrics import confusion_matrices, scores
-from model import bilinear_start_applies, build_model, save_checkpoint
+from model import bilinear_start_applies, build_model, load_weights, save_checkpoint
 from schedule import derive_seed, epoch_order, make_scheduler
 
 
@@ -87,7 +87,8 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
     # ---- 3. optimizer and schedule of the learning rate
     # Another optimizer goes here. Its state is in last.pt: train into a new folder after a change.
     # The schedule one_cycle also moves Adam's first beta, or the momentum of SGD.
-    optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"], fused=True)
+    betas = (0.9, config["adam_beta2"])
+    optimizer = torch.optim.Adam(model.parameters(), config["learning_rate"], betas, fused=True)
     steps = steps_per_epoch * config["epochs"]
     scheduler = make_scheduler(optimizer, config["schedule"], steps, config["warm_up"])
 
@@ -105,6 +106,10 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
         scheduler.load_state_dict(resumed["scheduler"])
         if code != resumed["code"]:
             code = "mixed" if len(history) < config["epochs"] else resumed["code"]
+    elif config["init"]:
+        note = load_weights(model, Path(config["init"]).expanduser(), classes)
+        if rank == 0:
+            print(note)
     if len(history) == config["epochs"]:  # nothing is left to train
         if rank == 0:
             runs.finish(run_dir, config, history, code, training.digest, model)

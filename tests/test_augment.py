@@ -1,15 +1,15 @@
 """Tests of augment.py: images and masks move together, and pixels stay what they are."""
 
 import math
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2.functional import gaussian_blur as torchvision_blur
 
-from augment import augment, check_sizes, gaussian_blur, get_batch, take_batch
+from augment import augment, check_sizes, gaussian_blur, get_batch, jitter_some, take_batch
 from common import UserError
 from config import load_config
 from data import to_float
@@ -42,6 +42,14 @@ def noise(count: int, channels: int = 3, side: int = 16) -> tuple[Tensor, Tensor
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def torchvision() -> ModuleType:
+    """Import torchvision's formulas here: only one of the processes of the tests waits for it."""
+    from torchvision.transforms.v2 import functional
+
+    return functional
 
 
 # ---- crops
@@ -157,15 +165,15 @@ def test_sigma_is_chosen_for_each_image_over_its_range() -> None:
     assert np.mean(sigmas) == pytest.approx(1.25, abs=0.2)  # uniform: ± 0.04
 
 
-def test_blur_of_a_batch_is_torchvisions_blur_of_each_image() -> None:
+def test_blur_of_a_batch_is_torchvisions_blur_of_each_image(torchvision: ModuleType) -> None:
     images = torch.rand(3, 4, 9, 12)
     sigmas = [0.3, 1.0, 4.0]
     blurred = gaussian_blur(images, 5, torch.tensor(sigmas))
     for image, sigma, out in zip(images, sigmas, blurred, strict=True):
-        torch.testing.assert_close(out, torchvision_blur(image, [5, 5], [sigma, sigma]))
+        torch.testing.assert_close(out, torchvision.gaussian_blur(image, [5, 5], [sigma, sigma]))
 
 
-def test_masks_are_blurred_as_the_lab_blurred_them() -> None:
+def test_masks_are_blurred_as_the_lab_blurred_them(torchvision: ModuleType) -> None:
     images, masks = noise(6)
     masks[:, :3] = IGNORE
     config = settings(blur=1.0, blur_kernel=5, blur_sigma=[1.5, 1.5], blur_masks=True)
@@ -174,7 +182,7 @@ def test_masks_are_blurred_as_the_lab_blurred_them() -> None:
     assert torch.equal(masks, before)  # those of the caller
     for mask, out in zip(masks, blurred, strict=True):
         channels = torch.stack([(mask == c).float() for c in range(4)])
-        expected = torchvision_blur(channels, [5, 5], [1.5, 1.5]).argmax(dim=0)
+        expected = torchvision.gaussian_blur(channels, [5, 5], [1.5, 1.5]).argmax(dim=0)
         expected[mask == IGNORE] = IGNORE
         agree = (out == expected).float().mean()
         assert agree > 0.99  # where two classes are equally strong, rounding decides
@@ -207,6 +215,29 @@ def test_jitter_changes_colours_and_neither_mask_nor_alpha(channels: int) -> Non
     assert torch.equal(mask, masks)
     assert torch.equal(out[:, 3:], plain[:, 3:])
     assert (out[:, :3] != plain[:, :3]).flatten(1).any(dim=1).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_jitter_of_a_batch_is_torchvisions_of_each_image(
+    torchvision: ModuleType, channels: int
+) -> None:
+    images = torch.rand(40, channels, 7, 9)
+    images[:5, :, 0] = 0.5  # grey
+    images[5:10, :, 1] = images[5:10, :, 1].round()  # black, white and full colours
+    plain = images.clone()
+    torch.manual_seed(3)
+    jitter_some(images, settings(jitter=1.0, jitter_strength=[0.3, 0.4, 0.5, 0.2]))
+    torch.manual_seed(3)
+    torch.rand(40)  # which images: all
+    draws = 2 * torch.rand(4, 40) - 1
+    for i in range(40):
+        brightness, contrast, saturation, hue = draws[:, i].tolist()
+        expected = torchvision.adjust_brightness(plain[i, :3], 1 + 0.3 * brightness)
+        expected = torchvision.adjust_contrast(expected, 1 + 0.4 * contrast)
+        if channels > 1:
+            expected = torchvision.adjust_saturation(expected, 1 + 0.5 * saturation)
+            expected = torchvision.adjust_hue(expected, 0.2 * hue)
+        torch.testing.assert_close(images[i, :3], expected, rtol=0, atol=2e-5)
 
 
 def test_jitter_is_chosen_for_each_image() -> None:
@@ -271,6 +302,20 @@ def test_sizes_that_cannot_work_are_named(values: dict, smallest_batch: int, say
     else:
         with pytest.raises(UserError, match=says):
             check_sizes(*arguments)
+
+
+def count_operations(number: int) -> int:
+    """Count the operations that PyTorch starts for a batch of so many images."""
+    images, masks = noise(number)
+    config = settings(blur=1.0, jitter=1.0, blur_masks=True, horizontal_flip=0.5)
+    with torch.profiler.profile() as profile:
+        augment(images, masks, config)
+    return sum(event.cpu_parent is None for event in profile.events())
+
+
+def test_many_images_take_no_more_operations_than_few() -> None:
+    """A GPU waits for each of them, however small it is."""
+    assert count_operations(24) == count_operations(3)
 
 
 def test_no_step_waits_for_a_gpu() -> None:

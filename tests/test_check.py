@@ -62,12 +62,13 @@ def test_every_problem_is_listed(root: Path, call) -> None:
 
 
 def test_a_config_says_where_the_data_are(dataset: Path, tmp_path: Path, call) -> None:
-    (tmp_path / "own.yaml").write_text(
-        f"data: {dataset}\n"
-        "images: training/image/*.png\n"
-        "masks: training/gt_image/gt_*.png\n"
-        'group: "^.{1,6}"\n'
+    text = (
+        f"\ufeffdata: {dataset}\r\n"  # a mark and line ends as editors of Windows write them
+        "images: training/image/*.png\r\n"
+        "masks: training/gt_image/gt_*.png\r\n"
+        'group: "^.{1,6}"\r\n'
     )
+    (tmp_path / "own.yaml").write_bytes(text.encode())
     code, out, _ = call(data.main, "check", "--config", tmp_path / "own.yaml")
     groups = [line.split()[2] for line in out.splitlines()[1:4]]
     assert groups == ["1", "1", "1"]
@@ -128,6 +129,23 @@ def test_tolerance_is_counted_and_empty_splits_are_noted(cells: Path, call) -> N
     assert code == 2 and out.count("problem: ") == 3 and "(and 9 more files like this)" in out
     code, out, _ = call(data.main, "check", "--config", cells, "--set", "mask_tolerance=9")
     assert code == 0 and "validation: mask_tolerance gives 72 pixels (14.06%) the nearest" in out
+
+
+def test_sizes_may_differ_where_crops_are_cut(cells: Path, call) -> None:
+    def resize(side: int) -> None:
+        for i in range(0, 12, 2):
+            for kind in ("images", "masks"):
+                path = cells.parent / f"{kind}/{i}.png"
+                Image.open(path).resize((side, 16), Image.Resampling.NEAREST).save(path)
+
+    resize(20)
+    code, out, _ = call(data.main, "check", "--config", cells)
+    assert code == 2 and "images of 2 sizes; set resize: [height, width], or crop, to" in out
+    code, out, _ = call(data.main, "check", "--config", cells, "--set", "crop=8")
+    assert code == 0 and "note: training: images of 2 sizes are padded to 20×16; what" in out
+    resize(3000)
+    code, out, _ = call(data.main, "check", "--config", cells, "--set", "crop=8", "resize=[8, 8]")
+    assert code == 0 and "padded" not in out
 
 
 def test_class_missing_in_a_split(cells: Path, call) -> None:

@@ -18,8 +18,10 @@ from conftest import config_for
 from PIL import Image
 
 import data as d
+from augment import take_batch
 from common import SPLITS, UserError
 from config import load_config
+from metrics import IGNORE
 
 POND = {"water": [0, 0, 0], "lily": [255, 255, 255]}
 FLIGHTS = "^.{1,6}"  # the group of configs/afo.yaml
@@ -348,6 +350,7 @@ def test_data_in_a_read_only_folder(root: Path, tmp_path: Path, monkeypatch) -> 
         ({"resize": [4]}, "resize"),
         ({"group": "("}, "group"),
         ({"data": "nowhere"}, r"nowhere/.*: no such folder; run make data"),
+        ({"data": "train.py"}, "train.py: is a file, but `data` is a folder"),
     ],
 )
 def test_bad_keys_are_named(dataset: Path, keys: dict, says: str) -> None:
@@ -363,9 +366,40 @@ def test_the_first_problem_is_told(root: Path) -> None:
 
 
 def test_two_sizes_are_refused_and_leave_nothing(pond: dict) -> None:
-    with pytest.raises(UserError, match="set `resize`"):
+    with pytest.raises(UserError, match=r"set resize: \[height, width\], or crop"):
         d.load_split(dict(pond, resize=[]), "training")
     assert not list(Path(pond["data"]).glob(".cache/training*"))
+
+
+def test_crops_need_no_images_of_one_size(pond: dict) -> None:
+    """Smaller images are padded by pixels that count nowhere, and that no crop shows."""
+    config = dict(pond, resize=[], crop=8, crop_on_objects=0.5)
+    split = d.load_split(config, "training")
+    assert split.images.shape[2:] == split.masks.shape[1:] == (11, 12)
+    heights = set()
+    for name, image, mask in zip(split.names, split.images, split.masks, strict=True):
+        pixels = np.array(Image.open(Path(pond["data"], f"{name}.png")))
+        height = len(pixels)
+        assert torch.equal(image[:, :height], torch.from_numpy(pixels).permute(2, 0, 1))
+        assert torch.equal(image[:, height:], image[:, 2 * height - 11 : height].flip(1))
+        assert (mask[:height] != IGNORE).all() and (mask[height:] == IGNORE).all()
+        heights.add(height)
+    assert heights == {10, 11}
+    index = torch.arange(len(split.names)).repeat(50)
+    _, crops = take_batch(split.images, split.masks, index, config)
+    assert crops.shape[1:] == (8, 8) and not (crops == IGNORE).any()
+    with pytest.raises(UserError, match="has images of several sizes; set resize or crop"):
+        d.load_split(dict(pond, resize=[]), "training")
+
+
+def test_sizes_that_differ_much_are_refused(pond: dict) -> None:
+    first_pair = d.find_pairs(pond, "training")[0][0]
+    for path in (first_pair.image, first_pair.mask):
+        Image.open(path).resize((60, 60), Image.Resampling.NEAREST).save(path)
+    with pytest.raises(
+        UserError, match=r"padded to 60×60, its images have .* times their pixels; set resize"
+    ):
+        d.load_split(dict(pond, resize=[], crop=8), "training")
 
 
 def test_split_of_ignored_pixels_is_refused(pond: dict) -> None:

@@ -289,14 +289,19 @@ def test_small_objects_are_cropped_out_and_photographs_anywhere(tmp_path: Path) 
     assert "everything is an object" in text
 
 
-def test_images_of_many_sizes_are_resized(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [4, 80])
+def test_images_of_many_sizes_are_cropped_or_resized(tmp_path: Path, step: int) -> None:
     for i in range(5):
-        image, mask = draw(i, 96 + 4 * i, 128)
+        image, mask = draw(i, 96 + step * i, 96 + step * i)
         save(tmp_path / f"photos/{i}.png", image)
         save(tmp_path / f"labels/{i}.png", mask)
     config, text = write_config(tmp_path)
-    assert config["resize"] == [112, 128]  # the median height, 104, as a multiple of 16
-    assert "5 sizes, the median is 128×104" in text
+    if step == 4:
+        assert config["resize"] == [] and 0 < config["crop"] < 96
+        assert "# 5 sizes, 96 to 112 wide, 96 to 112 high: crops need no resize" in text
+    else:
+        assert config["resize"] == [256, 256]  # the median
+        assert "5 sizes, the median is 256×256" in text
 
 
 def test_a_file_that_exists_is_kept(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from conftest import config_for, corruptions
 from PIL import Image
 
 from common import UserError
-from images import count_near, read_image, read_mask, read_pair
+from images import count_near, read_image, read_mask, read_pair, read_size
 from metrics import IGNORE
 from pairs import find_pairs
 
@@ -21,10 +21,11 @@ def save(path: Path, pixels: list | np.ndarray, mode: str | None = None) -> Path
 
 
 def write_png16(path: Path, pixels: np.ndarray) -> Path:
-    """Write (H, W, 3) uint16 as a PNG, which Pillow cannot."""
-    height, width = pixels.shape[:2]
+    """Write (H, W, 2 to 4) uint16 as a PNG, which Pillow cannot."""
+    height, width, channels = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    kind = {2: 4, 3: 2, 4: 6}[channels]  # grey with alpha, RGB, RGBA
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n"
     for tag, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
         check = struct.pack(">I", zlib.crc32(tag + data))
@@ -110,6 +111,38 @@ def test_what_pillow_would_drop_is_refused(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "f.tif")
     with pytest.raises(UserError, match="floating-point numbers of 32 bits"):
         read_image(tmp_path / "f.tif", 3, [0, 4095])
+
+
+@pytest.mark.parametrize("name", ["la.png", "rgba.png", "rgba.tif"])
+def test_alpha_of_16_bits_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    pixels = np.full((2, 3, 2 if name == "la.png" else 4), 300, np.uint16)
+    if name.endswith("png"):
+        write_png16(path, pixels)
+    else:
+        write_tiff(path, pixels)
+    for channels in (1, 3, 4):
+        with pytest.raises(UserError, match=f"{name}: has .* of 16 bits"):
+            read_image(path, channels, [0, 65535])
+    with pytest.raises(UserError, match=f"{name}: h.* of 16 bits"):
+        read_mask(path, config_for(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
+def test_size_is_that_of_the_upright_image(tmp_path: Path, name: str) -> None:
+    for orientation in (None, 1, 3, 6):
+        exif = Image.Exif()
+        if orientation is not None:
+            exif[0x0112] = orientation
+        Image.new("RGB", (4, 2)).save(tmp_path / name, exif=exif)
+        assert read_size(tmp_path / name) == read_image(tmp_path / name).shape[:2]
+
+
+def test_masks_of_one_bit(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1").save(tmp_path / "m.tif")
+    assert read_mask(tmp_path / "m.tif", config_for(tmp_path, classes=TWO)).tolist() == [[0, 1]]
+    indices = config_for(tmp_path, classes=TWO, mask_format="indices")
+    assert read_mask(tmp_path / "m.tif", indices).tolist() == [[0, 1]]
 
 
 INDICES = [[0, 1, 2], [3, 255, 0]]

@@ -1,5 +1,6 @@
 """Tests of model.py: the architecture written out, its summary, checkpoints."""
 
+import copy
 import pickle
 import traceback
 from pathlib import Path
@@ -18,6 +19,7 @@ from model import (
     bilinear_start_applies,
     build_model,
     count_parameters,
+    load_weights,
     main,
     read_checkpoint,
     restore_model,
@@ -43,6 +45,7 @@ def small(skip: str = "pooled", **changes: object) -> UNet:
         "skip": skip,
         "dropout": 0.0,
         "upsampling_init": "random",
+        "background_bias": 0.0,
     }
     if skip == "full":
         arguments["decoder"] = [[6, 3], [5, 3], [7, 3]]
@@ -172,6 +175,15 @@ def test_bilinear_init_is_only_for_heads_of_as_many_channels_as_classes(
     random = small(skip, decoder=decoder, upsampling_init="random")
     assert torch.equal(bilinear.up[-1].weight, random.up[-1].weight) != applies
     assert bilinear_start_applies(bilinear) == applies  # train.py prints a note if it does not
+
+
+@both_skips
+def test_background_bias_raises_the_first_class_alone(skip: str) -> None:
+    images = random_images(2, 3, 16, 16)
+    with torch.no_grad():
+        difference = small(skip, background_bias=1.5)(images) - small(skip)(images)
+    expected = torch.tensor([1.5, 0, 0, 0])[:, None, None].expand_as(difference)
+    torch.testing.assert_close(difference, expected)
 
 
 def test_dropout_drops_whole_channels_after_each_double_conv_in_training_only() -> None:
@@ -335,6 +347,60 @@ def test_weights_of_another_model_are_one_line(tmp_path: Path) -> None:
         advice = "undo the change of model.py, or train again"
         expected = f"{tmp_path}/a.pt: its weights do not fit the model ({misfit}); {advice}"
         assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "fresh"),
+    [
+        ([], []),
+        (["classes={background: [0, 0, 0], disc: [1, 1, 1]}"], ["up.1"]),
+        (["classes={square: [1, 1, 1], a: [0, 0, 0], b: [2, 2, 2], c: [3, 3, 3]}"], ["up.1"]),
+        (["in_channels=1"], ["encoder.0.0"]),
+        (["decoder=[[4, 3], [9, 3]]"], [*(f"decoder.1.{i}" for i in (0, 1, 3, 4)), "up.1"]),
+    ],
+)
+def test_layers_that_fit_start_from_other_weights(
+    tmp_path: Path, change: list[str], fresh: list[str]
+) -> None:
+    """Classes of other names, or in another order, need a last layer of their own."""
+    saved = write_small(tmp_path / "a.pt")["model"]
+    stages = ["encoder=[[4, 3], [4, 3]]", "decoder=[[4, 3], [4, 3]]"]
+    config = load_config([], stages + change)
+    model = build_model(config)
+    before = copy.deepcopy(model.state_dict())
+    line = load_weights(model, tmp_path / "a.pt", list(config["classes"]))
+    expected_end = f", fresh are {', '.join(fresh)}" if fresh else ""
+    assert line == f"init: {18 - len(fresh)} of 18 layers start from {tmp_path}/a.pt{expected_end}"
+    for name, value in model.state_dict().items():
+        layer = name.rpartition(".")[0]
+        assert torch.equal(value, before[name] if layer in fresh else saved[name]), name
+
+
+def test_weights_of_no_layer_are_refused(tmp_path: Path) -> None:
+    write_small(tmp_path / "a.pt")
+    plain = build_plain(load_config([]))
+    with pytest.raises(UserError, match=r"a\.pt: init: no layer of it fits the model; set"):
+        load_weights(plain, tmp_path / "a.pt", [])
+    (tmp_path / "b.pt").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"b\.pt: cannot be read .*; give a \.pt file"):
+        load_weights(plain, tmp_path / "b.pt", [])
+
+
+def test_training_starts_from_other_weights_once(dataset: Path, tmp_path: Path) -> None:
+    init = tmp_path / "a.pt"
+    saved = write_small(init)["model"]
+    stages = {"encoder": "[[4, 3], [4, 3]]", "decoder": "[[4, 3], [4, 3]]", "skip": "pooled"}
+    changes = {"init": init, "epochs": 1, "learning_rate": 1e-12, **stages}
+    config = load_config([], tiny(dataset, **changes))
+    (tmp_path / "run").mkdir()
+    train(config, tmp_path / "run", CPU, resume=False, overwrite=False)
+    model, _ = restore_model(tmp_path / "run/best.pt", CPU)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value, saved[name], rtol=0, atol=1e-6)
+    init.unlink()  # a run that goes on does not need it
+    config = dict(config, epochs=2)
+    train(config, tmp_path / "run", CPU, resume=True, overwrite=False)
+    assert len(read_checkpoint(tmp_path / "run/last.pt", CPU)["history"]) == 2
 
 
 def fail_as_edited(*_arguments: object) -> None:

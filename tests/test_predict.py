@@ -1,5 +1,7 @@
 """Tests of predict.py: images of every kind and size, bad files, tiles, export, slim weights."""
 
+import importlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +43,7 @@ def make_checkpoint(path: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "best.pt")
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "best.pt", *SMALL)
 
 
 def save_noise(path: Path, height: int, width: int, mode: str = "RGB", **how: object) -> Path:
@@ -51,7 +53,7 @@ def save_noise(path: Path, height: int, width: int, mode: str = "RGB", **how: ob
     return path
 
 
-def test_every_kind_of_image(checkpoint: Path, tmp_path: Path, script) -> None:
+def test_every_kind_of_image(checkpoint: Path, tmp_path: Path, call) -> None:
     """Folders are mirrored, earlier results left out; Python does what the script does."""
     save_noise(tmp_path / "grey.png", 20, 31, mode="L")
     save_noise(tmp_path / "palette.png", 17, 16, mode="P")
@@ -71,8 +73,8 @@ def test_every_kind_of_image(checkpoint: Path, tmp_path: Path, script) -> None:
     out = tmp_path / "out"
     save_noise(out / "grey_mask.png", 4, 4)
     options = ("--checkpoint", checkpoint, "--out", out, "--probabilities")
-    done = script("predict.py", *options, tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, text, _ = call(predict.main, *options, tmp_path)
+    assert code == 0
     assert len([path for path in out.rglob("*") if path.is_file()]) == 3 * 5 + 1
 
     model, config = predict.load_model(checkpoint)
@@ -91,7 +93,7 @@ def test_every_kind_of_image(checkpoint: Path, tmp_path: Path, script) -> None:
             assert (stored["probabilities"].argmax(axis=0) == indices).all()
         background = (indices == 0).mean()
         line = f"{tmp_path / name}  {width}×{height}  background {background:.1%}"
-        assert line in done.stdout
+        assert line in text
 
 
 def test_images_of_16_bits_are_scaled_as_in_training(tmp_path: Path) -> None:
@@ -119,6 +121,28 @@ def test_bad_images_among_batches(checkpoint: Path, tmp_path: Path, call) -> Non
     for path in paths:
         mask = predict.predict_mask(model, config, path).numpy()
         assert (np.array(Image.open(out / f"{path.stem}_mask.png")) == mask).mean() > 0.99
+
+
+def test_large_images_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    sizes = ((10, 10), (10, 10), (10, 10), (30, 10), (10, 20), (5, 5))
+    images = {}
+    for i, (height, width) in enumerate(sizes):
+        images[tmp_path / f"{i}"] = save_noise(tmp_path / f"{i}.png", height, width)
+    images[tmp_path / "none"] = tmp_path / "none.png"
+    monkeypatch.setattr(predict, "PIXELS", 250)
+    windows = predict.split_by_pixels(images)
+    names = ["".join(target.name for target in window) for window in windows]
+    assert names == ["01", "2", "3", "45none"]
+    monkeypatch.setattr(predict, "BATCH", 1)
+    assert len(predict.split_by_pixels(images)) == len(images)
+
+
+def test_name_with_spaces_is_told_to_be_quoted(checkpoint: Path, tmp_path: Path, call) -> None:
+    save_noise(tmp_path / "my photo (1).png", 8, 8)
+    options = ("--checkpoint", checkpoint, "--out", tmp_path / "out")
+    code, text, _ = call(predict.main, *options, tmp_path / "my", "photo", "(1).png")
+    assert code == 2 and text.count("no such file; put a name with spaces in quotes: python") == 3
+    assert call(predict.main, *options, tmp_path / "my photo (1).png")[0] == 0
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -183,8 +207,9 @@ def test_classes_are_the_most_probable(tmp_path: Path, monkeypatch, resize: str)
 
 def test_exported_program_scores_what_predict_scores(tmp_path: Path, call, script) -> None:
     resizes = {"any": "[]", "resized": "[37, 29]"}
+    stages = ("encoder=[[4, 3]]", "decoder=[[8, 3], [4, 3]]")  # each more takes seconds to export
     for name, resize in resizes.items():
-        path = make_checkpoint(tmp_path / f"{name}.pt", f"resize={resize}", *SMALL)
+        path = make_checkpoint(tmp_path / f"{name}.pt", f"resize={resize}", *stages)
         exported = tmp_path / f"{name}.pt2"
         assert call(predict.main, "--checkpoint", path, "--export", exported)[0] == 0
     done = script("-I", "-c", USE, tmp_path, *resizes)  # isolated: torch alone
@@ -197,27 +222,22 @@ def test_exported_program_scores_what_predict_scores(tmp_path: Path, call, scrip
             assert (logits.softmax(dim=1) - expected).abs().max() < 1e-4
 
 
-WITHOUT_PRIVATE_MODULE = """
-import sys, torch
-from PIL import Image
-Image.MAX_IMAGE_PIXELS = 10
-del torch.fx.experimental._config
-sys.modules["torch.fx.experimental._config"] = None
-from predict import load_model, predict_mask
-print(predict_mask(*load_model(sys.argv[1], "cpu"), sys.argv[2]).shape)
-"""
-
-
 def test_predicting_needs_no_private_module_and_has_no_limit_of_pixels(
-    checkpoint: Path, tmp_path: Path, script
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delattr("torch.fx.experimental._config")
+    monkeypatch.setitem(sys.modules, "torch.fx.experimental._config", None)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    for name in ("images", "predict"):
+        monkeypatch.delitem(sys.modules, name)
+    alone = importlib.import_module("predict")  # once more, as in a new process
     image = save_noise(tmp_path / "a.png", 8, 9)
-    done = script("-c", WITHOUT_PRIVATE_MODULE, checkpoint, image)
-    assert done.stdout == "torch.Size([8, 9])\n", done.stderr
+    mask = alone.predict_mask(*alone.load_model(checkpoint, "cpu"), image)
+    assert mask.shape == (8, 9)
 
 
-def test_slim_weights_predict_alike(checkpoint: Path, tmp_path: Path, call) -> None:
-    slim = tmp_path / "slim.pt"
+def test_slim_weights_predict_alike(tmp_path: Path, call) -> None:
+    checkpoint, slim = make_checkpoint(tmp_path / "best.pt"), tmp_path / "slim.pt"
     assert call(predict.main, "--checkpoint", checkpoint, "--slim", slim)[0] == 0
     assert slim.stat().st_size < 0.55 * checkpoint.stat().st_size
     model, config = predict.load_model(checkpoint, "cpu")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from common import ROOT, SPLITS, UserError
 from config import add_arguments as add_config_arguments
 from config import load_config
-from data import evenly, in_parallel
+from data import evenly, in_parallel, padded_size
 from figures import grid, legend_of, overlay, save, thumbnail
 from images import count_near, is_turned, read_pair
 from masks import class_colours, missing_classes_problem
@@ -34,7 +34,7 @@ class Examined(NamedTuple):
     """What is known of a pair that was read."""
 
     counts: Tensor  # (256,) int64: pixels by their value in the mask
-    size: str  # of the files, as in 640×480
+    size: tuple[int, int]  # height and width of the files
     digest: str  # of the image's pixels
     is_plain: bool  # the image is of a single colour
     is_turned: bool  # the image was turned upright by its EXIF data, the mask was not
@@ -46,7 +46,7 @@ class Checked(NamedTuple):
 
     pairs: list[Pair]
     readable: list[Pair]
-    sizes: list[str]
+    sizes: list[str]  # that differ, as in 640×480
     counts: Tensor  # (256,) int64: pixels by their value in the mask
     problems: list[str]
     unusable: list[str]  # problems of single files
@@ -62,7 +62,7 @@ def examine(pair: Pair, config: dict) -> Examined:
     pixels = image.flatten(1)
     return Examined(
         counts=mask.flatten().bincount(minlength=256),
-        size=f"{mask.shape[1]}×{mask.shape[0]}",
+        size=(mask.shape[0], mask.shape[1]),
         digest=sha256(image.numpy().tobytes()).hexdigest(),
         is_plain=bool((pixels == pixels[:, :1]).all()),
         is_turned=is_turned(pair.image) and not is_turned(pair.mask),
@@ -95,11 +95,11 @@ def check_split(config: dict, split: str, seen: dict[str, tuple[Path, str]]) -> 
     counts = torch.zeros(256, dtype=torch.int64)
     for examined in examined_pairs:
         counts += examined.counts
-    sizes = sorted({examined.size for examined in examined_pairs})
-    if len(sizes) > 1 and not config["resize"]:
-        advice = "set resize: [height, width]; crops are cut after it"
-        problems.append(f"{split}: images of {len(sizes)} sizes; {advice}")
     notes = find_unread(config, split)
+    sizes = [examined.size for examined in examined_pairs]
+    size_problems, size_notes = look_at_sizes(split, sizes, config)
+    problems += size_problems
+    notes += size_notes
     notes += describe_exceptions(split, readable, examined_pairs)
     if readable:
         missing = [name for i, name in enumerate(config["classes"]) if counts[i] == 0]
@@ -108,7 +108,26 @@ def check_split(config: dict, split: str, seen: dict[str, tuple[Path, str]]) -> 
         elif missing:
             names = ", ".join(missing)
             notes.append(f"{split}: no mask has {names}; scores of this split say nothing of it")
-    return Checked(pairs, readable, sizes, counts, problems, unusable, notes)
+    size_texts = sorted({f"{width}×{height}" for height, width in sizes})
+    return Checked(pairs, readable, size_texts, counts, problems, unusable, notes)
+
+
+def look_at_sizes(
+    split: str, sizes: list[tuple[int, int]], config: dict
+) -> tuple[list[str], list[str]]:
+    """List the problem, or the note, that images of several sizes (height, width) are."""
+    n_sizes = len(set(sizes))
+    if n_sizes < 2 or config["resize"]:
+        return [], []
+    if config["crop"] == 0:
+        advice = "set resize: [height, width], or crop, to train on parts of images"
+        return [f"{split}: images of {n_sizes} sizes; {advice}"], []
+    try:
+        height, width = padded_size(sizes, config)
+    except UserError as error:
+        return [f"{split}: {error}"], []
+    text = f"images of {n_sizes} sizes are padded to {width}×{height}"
+    return [], [f"{split}: {text}; what is added counts nowhere"]
 
 
 def describe_exceptions(split: str, pairs: list[Pair], examined_pairs: list[Examined]) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from common import SPLITS, UserError, write_atomically
-from data import evenly
+from data import evenly, padding_factor
 from images import read_image
 from tools.meaning import (
     Examined,
@@ -38,6 +38,7 @@ SMALLEST_CROP = 64
 LARGEST_CROP = 256
 CROP_OF_PHOTOGRAPHS = 224  # where everything is an object
 LARGE_IMAGE = 1024
+MOST_PADDING = 2  # times their pixels; images whose sizes differ more are resized
 COLUMN = 44  # where comments begin
 
 
@@ -243,11 +244,15 @@ def describe_sizes(
     background = masks.values[meaning.classes[0]].share
     side, is_photograph = object_side(meaning, masks)
     sizes = len({pair.size for pair in examined})
-    factor = 1.0
-    if not is_photograph and 1.5 * side > LARGEST_CROP:
-        factor = LARGEST_CROP / (2 * side)
+    crop, factor = choose_crop(side, is_photograph)
+    # Crops of images of several sizes need no resizing, unless a crop is larger than an image.
+    fits_all = crop < min(heights + widths)
+    is_near = padding_factor([pair.size for pair in examined]) <= MOST_PADDING
     lines = []
-    if sizes > 1 or factor < 1:
+    if sizes > 1 and factor == 1 and fits_all and is_near:
+        text = f"{sizes} sizes, {min(widths)} to {max(widths)} wide, {min(heights)} to"
+        lines.append(Line(f"# {text} {max(heights)} high: crops need no resize"))
+    elif sizes > 1 or factor < 1:
         reason = f"{sizes} sizes, the median is {width}×{height}"
         if factor < 1:
             reason = f"objects of {side:.0f} pixels are large; images are {width}×{height}"
@@ -257,12 +262,10 @@ def describe_sizes(
         if sizes > 1:
             notes.append("resize: images of other proportions are distorted")
     if is_photograph:
-        crop = CROP_OF_PHOTOGRAPHS
         reason = f"everything is an object: {percent(1 - background)} is no background"
         if max(height, width) > LARGE_IMAGE:
             notes.append(f"crop: {crop} pixels are little of {width}×{height}; `resize` shows more")
     else:
-        crop = max(SMALLEST_CROP, round_to_16(1.5 * side * factor))
         reason = f"objects are about {side * factor:.0f} pixels wide"
     if crop >= min(height, width):
         crop = 0
@@ -273,6 +276,16 @@ def describe_sizes(
         reason = "crops anywhere" if is_photograph else f"{percent(background)} is background"
         lines.append(Line(f"crop_on_objects: {on_objects}", reason))
     return lines
+
+
+def choose_crop(side: float, is_photograph: bool) -> tuple[int, float]:
+    """Choose the side of a crop that shows objects of a side, and a factor to resize images by."""
+    if is_photograph:
+        return CROP_OF_PHOTOGRAPHS, 1.0
+    factor = 1.0
+    if 1.5 * side > LARGEST_CROP:
+        factor = LARGEST_CROP / (2 * side)
+    return max(SMALLEST_CROP, round_to_16(1.5 * side * factor)), factor
 
 
 def round_to_16(side: float) -> int:
