@@ -30,8 +30,8 @@ $(if $(filter generated afo,$(DATA))$(wildcard $(filter-out generated.yaml afo.y
   $(error DATA=$(DATA): must be generated, afo, or a file NAME.yaml of your own data, of another name))
 $(if $(filter quick full,$(PROFILE)),,$(error PROFILE=$(PROFILE): must be quick or full))
 
-# The files of runs, one for each seed: $(call files,testing,initial tuned).
-files = $(foreach name,$(2),$(foreach seed,$(SEEDS),$(RUNS)/$(name)/seed$(seed)/$(1).json))
+# The files that say that runs are finished, one for each seed: $(call runs,initial tuned).
+runs = $(foreach name,$(1),$(foreach seed,$(SEEDS),$(RUNS)/$(name)/seed$(seed)/summary.json))
 # What the quick profile changes in an experiment: its own file, or the common one. Overfitting,
 # heads, the weights and the speedrun are as short or long in either profile.
 quick = $(or $(wildcard configs/quick/$(1).yaml),$(if $(filter overfit/% heads/% weights speedrun,$(1)),,configs/quick.yaml))
@@ -58,7 +58,7 @@ setup: .venv/installed  ## create .venv with everything the project needs
 
 data: $(DATA_DIR)  ## prepare the data of DATA
 data/generated: | .venv/installed
-	$(PY) data.py generate --sequences 5400 1100 1100 --frames 2 --out $@
+	$(PY) data.py generate --sequences 5400 1100 1100 --frames 1 --out $@
 data/scenes: | .venv/installed
 	$(PY) data.py generate --seed 1 --sequences 21600 1000 1100 --frames 1 --out $@
 data/afo: | .venv/installed
@@ -81,28 +81,29 @@ $(RUNS)/%/summary.json: $(STAMP) FORCE
 	  $(if $(OWN)$(shell grep -s '^data:' configs/$(*D).yaml),,data=$(DATA_DIR)) $(SET) $(if $(OVERWRITE),,--since $(STAMP)) --finished $(if $(OVERWRITE),none,$(@D)) || \
 	  { test $$? -eq 3 && $(PY) train.py --config $(@D).yaml --run-dir $(@D) $(if $(OVERWRITE),--overwrite,--resume) --device $(DEVICE); }
 FORCE:
-test_run = @$(PY) evaluate.py $(@D)/best.pt --device $(DEVICE) --json $@ $(1) > /dev/null
-$(RUNS)/%/testing.json: $(RUNS)/%/summary.json
-	$(call test_run,--predictions $(@D)/testing.npz)
+test_on = @$(PY) evaluate.py $(@D)/best.pt --device $(DEVICE) --json $@ --data $(1) > /dev/null
 $(RUNS)/%/on-afo.json: $(RUNS)/%/summary.json | data/afo
-	$(call test_run,--data data/afo)
+	$(call test_on,data/afo)
 $(RUNS)/%/on-scenes.json: $(RUNS)/%/summary.json | data/scenes
-	$(call test_run,--data data/scenes)
+	$(call test_on,data/scenes)
+$(foreach name,$(NAMED),$(eval train-$(name): $(call runs,$(name))))
+overfit: $(call runs,$(OVERFIT:%=overfit/%))  ## force the models to overfit, with scores on validation
+tune: $(call runs,tuned $(TUNE:%=tune/%))  ## learning rate, dropout, width, kernel, skip, head, loss of tuned, on validation
+augment: $(call runs,tuned $(AUGMENT:%=augment/%))  ## flips, blur, jitter: the lab's nine runs and ours
+heads: $(call runs,$(HEADS:%=heads/%))  ## which classes the lab's models never predict, and what helps
+final: $(call runs,final)  ## tuned with vertical flips and twice the epochs
 
-$(foreach name,$(NAMED),$(eval train-$(name): $(call files,testing,$(name))))
-overfit: $(call files,summary,$(OVERFIT:%=overfit/%))  ## force the models to overfit, with scores on validation
-tune: $(call files,summary,tuned $(TUNE:%=tune/%))  ## learning rate, dropout, width, kernel, skip, head, loss of tuned, on validation
-augment: $(call files,testing,tuned $(AUGMENT:%=augment/%))  ## flips, blur, jitter: the lab's nine runs and ours
-heads: $(call files,summary,$(HEADS:%=heads/%))  ## which classes the lab's models never predict, and what helps
-final: $(call files,testing,final)  ## tuned with vertical flips and twice the epochs
-
-$(NAMED:%=train-%) overfit tune augment heads final:
+# One process tests all runs that were trained since their last test, and prints the table.
+test_runs = @$(PY) evaluate.py $(^:summary.json=best.pt) --beside --device $(DEVICE)
+$(NAMED:%=train-%) augment final:
+	$(test_runs)
+overfit tune heads:
 	@$(PY) evaluate.py $^
 
 # With -j, the report waits for the experiments named beside it.
-report: $(call files,testing,$(MODELS)) | $(filter overfit tune augment heads final,$(MAKECMDGOALS))  ## train and test the four models, write report/, print the comparison table
+report: $(call runs,$(MODELS)) | $(filter overfit tune augment heads final,$(MAKECMDGOALS))  ## train and test the four models, write report/, print the comparison table
+	$(test_runs)
 	@$(PY) report.py --runs $(RUNS) --out report
-	@$(PY) evaluate.py $^
 
 weights: | data/afo data/scenes  ## train the shipped weights again: 21,600 generated flights, hours
 	@$(MAKE) --no-print-directory DATA=configs/data/scenes.yaml RUNS=runs \

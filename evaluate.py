@@ -1,9 +1,11 @@
 """Score checkpoints on a whole split and print the comparison table.
 
     python evaluate.py CHECKPOINT... [--data DIR] [--split testing] [--json FILE]
+    python evaluate.py RUN/best.pt... --beside
 
 A file that --json wrote may stand in place of a checkpoint; it is read, and nothing is evaluated
-again. So may the summary.json of a run; its validation scores are shown.
+again. So may the summary.json of a run; its validation scores are shown. With --beside each run
+keeps its own results, and only those that were trained since are evaluated.
 """
 
 import argparse
@@ -279,12 +281,44 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--split", choices=SPLITS, default="testing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--predictions", type=Path, metavar="FILE.npz", help="of one checkpoint")
+    parser.add_argument(
+        "--beside",
+        action="store_true",
+        help="write testing.json and testing.npz beside each checkpoint; keep those that are newer",
+    )
     parser.add_argument("--goal", type=float, metavar="IOU", help="fail unless all runs reach it")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
     args = parser.parse_args()
     if args.predictions and len(args.files) > 1:
         raise UserError(f"{args.predictions}: holds the predictions of one checkpoint; give one")
+    if args.beside and (args.data or args.split != "testing"):
+        raise UserError("--beside: is for the test split that belongs to a run; use --json")
     return args
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write rows of the table as JSON."""
+    write_atomically(path, (json.dumps(rows, indent=2) + "\n").encode())
+
+
+def write_arrays(path: Path, arrays: dict) -> None:
+    """Write the arrays of `pack_arrays` as .npz."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    write_atomically(path, file.getvalue())
+
+
+def test_beside(path: Path, device: torch.device) -> Path:
+    """Test a run on its own data, unless it was tested after its training; returns testing.json."""
+    results = path.with_name("testing.json")
+    trained = path.with_name("summary.json")
+    if not trained.exists():
+        raise UserError(f"{path}: its run is not finished; train it to the end first")
+    if not results.exists() or results.stat().st_mtime_ns < trained.stat().st_mtime_ns:
+        row, arrays = evaluate_checkpoint(path, None, "testing", device)
+        write_arrays(path.with_name("testing.npz"), arrays)
+        write_rows(results, [row])
+    return results
 
 
 def check_goal(rows: list[dict], goal: float) -> None:
@@ -306,17 +340,17 @@ def main() -> None:
     device = pick_device(args.device)
     rows = []
     for path in args.files:
+        if args.beside:
+            path = test_beside(path, device)
         if path.suffix == ".json":
             rows += read_results(path)
             continue
         row, arrays = evaluate_checkpoint(path, args.data, args.split, device)
         rows.append(row)
         if args.predictions:
-            file = io.BytesIO()
-            np.savez_compressed(file, **arrays)
-            write_atomically(args.predictions, file.getvalue())
+            write_arrays(args.predictions, arrays)
     if args.json:
-        write_atomically(args.json, (json.dumps(rows, indent=2) + "\n").encode())
+        write_rows(args.json, rows)
     print(comparison_table(rows))
     if args.goal is not None:
         check_goal(rows, args.goal)

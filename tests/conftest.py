@@ -12,11 +12,10 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import torch
 
-from common import ROOT, run
+# Nothing that imports torch: pytest's first process reads this file before it starts the others.
+from common import ROOT, code_digest, run
 from config import load_config
-from model import build_model, save_checkpoint
 from tools.generate import generate
 
 # Settings of a run of a second: 3 sequences of 32×32, a small network.
@@ -30,12 +29,43 @@ TINY = {
 }
 
 
+# The files that take longest, the slowest first.
+SLOW = (
+    "test_readme.py",
+    "test_predict.py",
+    "test_train_ends.py",
+    "test_train.py",
+    "test_doctor.py",
+    "test_generate.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the slow files: at the end, one core would wait for the other."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.name
+        return SLOW.index(name) if name in SLOW else len(SLOW)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Generate a data set of 3, 2 and 2 sequences at 32×32. Read-only: copy it to change it."""
     root = tmp_path_factory.mktemp("data") / "set"
-    generate(root, {"training": 3, "validation": 2, "testing": 2}, size=32, seed=0)
+    generate(root, {"training": 3, "validation": 2, "testing": 2}, size=32, seed=0, frames=12)
     return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digest_once() -> Iterator[None]:
+    """Compute the digest of the code once: it takes as long as an epoch of a tiny run."""
+    digest = code_digest()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.code_digest", lambda: digest)
+        patch.setattr("table.code_digest", lambda: digest)
+        yield
 
 
 def config_for(root: Path, **values: object) -> dict:
@@ -101,6 +131,10 @@ def corruptions(data: bytes, number: int = 200) -> Iterator[bytes]:
 
 def write_checkpoint(folder: Path, data: Path, name: str, seed: int, **values: object) -> Path:
     """Write best.pt of a small model with random weights: poor, but it predicts several classes."""
+    import torch
+
+    from model import build_model, save_checkpoint
+
     config = config_for(data, name=name, seed=seed, precision="float32")
     config |= {"encoder": [[4, 3]], "decoder": [[6, 3]]} | values
     cost = config.pop("cost", {"images_seen": 1000 + seed, "train_seconds": 60.0 + seed})

@@ -90,11 +90,20 @@ def write_history(
     configure(run, epochs=len(losses), loss={"cross_entropy": 1.0}, schedule="constant")
 
 
-def findings(run: Path, call: Callable) -> list[list[str]]:
-    """Read title, evidence and advice of each finding in what the doctor prints."""
-    code, out, _ = call(doctor.main, run, "--device", "cpu")
-    assert code == 0
-    return [text.strip().split("\n") for text in out.split("\n\n")[1:]]
+@pytest.fixture
+def findings(call: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """`findings(run)`: title, evidence and advice of each finding that the doctor prints.
+
+    Without its figure, which takes longer than all the rest.
+    """
+    monkeypatch.setattr(doctor, "draw_curves", lambda *_: None)
+
+    def read(run: Path) -> list[list[str]]:
+        code, out, _ = call(doctor.main, run, "--device", "cpu")
+        assert code == 0
+        return [text.strip().split("\n") for text in out.split("\n\n")[1:]]
+
+    return read
 
 
 def test_healthy_run_gets_one_line_and_a_figure(run: Path, call: Callable) -> None:
@@ -116,12 +125,12 @@ BAD_DATA = {
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data_is_found_first(run: Path, case: str, call: Callable) -> None:
+def test_bad_data_is_found_first(run: Path, case: str, findings: Callable) -> None:
     folders, edit, expected = BAD_DATA[case]
     configure(run, limit_images=1000)  # without a limit, an absent class is an error of the data
     for path in (run.parent / "data").glob(f"{folders}/*.png"):
         Image.fromarray(edit(np.array(Image.open(path))).astype(np.uint8)).save(path)
-    titles = [title for title, _, _ in findings(run, call)]
+    titles = [title for title, _, _ in findings(run)]
     assert expected in titles[0]
     assert not any("loss" in title or "stopped" in title for title in titles)
 
@@ -153,11 +162,11 @@ HISTORIES = {  # training loss, validation loss, mean IoU, config → start of t
 
 
 @pytest.mark.parametrize("case", HISTORIES)
-def test_history_is_judged(run: Path, case: str, call: Callable) -> None:
+def test_history_is_judged(run: Path, case: str, findings: Callable) -> None:
     losses, val_losses, ious, values, title, evidence = HISTORIES[case]
     write_history(run, losses, val_losses, ious, {})
     configure(run, **values)
-    found = findings(run, call)
+    found = findings(run)
     if title == "":
         assert found == []
     else:
@@ -165,25 +174,27 @@ def test_history_is_judged(run: Path, case: str, call: Callable) -> None:
         assert found[0][0].startswith(title) and evidence in found[0][1]
 
 
-def test_classes_never_predicted_are_named_with_epoch_and_advice(run: Path, call: Callable) -> None:
+def test_classes_never_predicted_are_named_with_epoch_and_advice(
+    run: Path, findings: Callable
+) -> None:
     never = {2: ["circle"], 3: CLASSES[1:], 4: CLASSES[1:], 5: CLASSES[1:]}
     write_history(run, FALLING, FALLING, RISING, never)
-    [(title, evidence, advice)] = findings(run, call)
+    [(title, evidence, advice)] = findings(run)
     assert title == "The model predicts only background" and "dice_per_class: 1" in advice
     assert "since epoch 4 of 6: square, triangle, circle" in evidence
 
 
-def test_poor_class_is_named(run: Path, call: Callable) -> None:
+def test_poor_class_is_named(run: Path, findings: Callable) -> None:
     write_history(run, FALLING, FALLING, RISING, {})
     *lines, last = (run / "metrics.jsonl").read_text().splitlines()
     entry = json.loads(last)
     entry["validation"]["per_class_iou"]["circle"] = 0.002
     (run / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(entry)]))
-    [(title, _, advice)] = findings(run, call)
+    [(title, _, advice)] = findings(run)
     assert title == "The model has hardly learnt: circle" and "wider" in advice
 
 
-def test_stripes_are_found(run: Path, call: Callable, monkeypatch) -> None:
+def test_stripes_are_found(run: Path, findings: Callable, monkeypatch) -> None:
     def evaluate(model, images, masks, config, dtype) -> tuple:
         circles_on_odd_rows = masks.clone()
         circles_on_odd_rows[:, ::2][masks[:, ::2] == 3] = 0
@@ -191,19 +202,19 @@ def test_stripes_are_found(run: Path, call: Callable, monkeypatch) -> None:
         return matrices, 0.0, circles_on_odd_rows
 
     monkeypatch.setattr(doctor, "evaluate", evaluate)
-    [(title, evidence, advice)] = findings(run, call)
+    [(title, evidence, advice)] = findings(run)
     assert "striped" in title and evidence.endswith(": circle 2/4") and "wider" in advice
 
 
-def test_stopped_run_is_told_from_one_that_trains(run: Path, call: Callable) -> None:
+def test_stopped_run_is_told_from_one_that_trains(run: Path, findings: Callable) -> None:
     configure(run, epochs=9)
-    [(title, _, advice)] = findings(run, call)
+    [(title, _, advice)] = findings(run)
     assert title == "The run stopped after 3 of 9 epochs" and "--resume" in advice
     with locked(run):
-        assert findings(run, call) == []
+        assert findings(run) == []
     for name in ("metrics.jsonl", "best.pt", "last.pt"):
         (run / name).unlink()
-    assert findings(run, call)[0][0] == "The run stopped after 0 of 9 epochs"
+    assert findings(run)[0][0] == "The run stopped after 0 of 9 epochs"
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "best.pt"])

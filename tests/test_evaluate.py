@@ -175,11 +175,12 @@ def test_scores_do_not_depend_on_the_size_of_the_batches(
 
 @pytest.fixture(scope="module")
 def lab_data(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copy test images, fifty of them under the names of the lab's test batch."""
+    """Copy test images to sixty names, of which fifty are the lab's test batch."""
     root = tmp_path_factory.mktemp("lab")
-    sources = sorted((dataset / "testing/image").glob("*.png"))[:60]
+    sources = sorted((dataset / "testing/image").glob("*.png"))
     names = LAB["test_batch"] + [f"000060_square_red_{i:06d}" for i in range(10)]
-    for source, name in zip(sources, names, strict=True):
+    for i, name in enumerate(names):
+        source = sources[i % len(sources)]
         for folder, prefix in (("image", ""), ("gt_image", "gt_")):
             place = root / "testing" / folder
             place.mkdir(parents=True, exist_ok=True)

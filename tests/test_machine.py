@@ -73,6 +73,20 @@ def test_precision_that_is_asked_for_is_taken(cpuinfo: Path) -> None:
     assert machine.pick_precision(torch.device("mps"), "auto") == torch.float32
 
 
+def test_data_that_a_gpu_has_no_room_for_stay_on_the_host(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    gib = 2**30
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _device: (8 * gib, 80 * gib))
+    assert machine.fits(torch.device("cuda"), 4 * gib)
+    assert machine.fits(CPU, 100 * gib)
+    assert capsys.readouterr().out == ""
+    assert not machine.fits(torch.device("cuda"), 5 * gib)
+    assert (
+        capsys.readouterr().out == "note: 5.0 GiB of training data stay in the memory of the host\n"
+    )
+
+
 def test_processor_is_named(cpuinfo: Path) -> None:
     assert machine.name_device(CPU) != ""  # no /proc/cpuinfo
     cpuinfo.write_text(X86)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import tiny
 from PIL import Image
+from test_train import train_tiny
 
 import data
 import predict
@@ -66,11 +67,17 @@ def copy(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     return root
 
 
-def run(root: Path, *command: object) -> subprocess.CompletedProcess:
+def start(root: Path, *command: object) -> subprocess.CompletedProcess:
+    """Start a command in a folder, as in a fresh terminal."""
     hidden = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS")
     env = {key: value for key, value in os.environ.items() if key not in hidden}
     options = {"cwd": root, "env": env, "capture_output": True, "text": True, "timeout": 200}
-    done = subprocess.run(list(map(str, command)), **options)
+    return subprocess.run(list(map(str, command)), **options)
+
+
+def run(root: Path, *command: object) -> subprocess.CompletedProcess:
+    """Start a command that has to succeed."""
+    done = start(root, *command)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -129,10 +136,12 @@ def test_worked_example(copy: Path) -> None:
     run(mine, "git", "apply", "example.patch")
     [config] = [block for block in blocks("yaml") if block.startswith("base: tuned.yaml")]
     (mine / "configs/mine.yaml").write_text(config)
-    size = "images_per_epoch=16 batch_size=8 epochs=1"
-    done = run(mine, "make", "train-mine", "DATA=afo", f"SET={size}")
-    assert "mine epoch 1/1" in done.stdout and "mean IoU" in done.stdout
-    resolved = (mine / "runs/afo/quick/mine/seed0/config.yaml").read_text()
+    run(mine, "make", "-n", "train-mine", "DATA=afo")
+    files = ("--config", "configs/mine.yaml", "configs/quick.yaml", "--run-dir", "runs/mine")
+    size = ("data=data/afo", "images_per_epoch=16", "batch_size=8", "epochs=1")
+    done = run(mine, sys.executable, "train.py", *files, "--set", *size)
+    assert "mine epoch 1/1" in done.stdout
+    resolved = (mine / "runs/mine/config.yaml").read_text()
     assert "focal: 1.0" in resolved and "grey: 0.2" in resolved and "[128, 5]" in resolved
     # The example's loss is the one of its source: (1 − p)² times the cross-entropy.
     patched = importlib.util.spec_from_file_location("patched_losses", mine / "losses.py")
@@ -143,3 +152,19 @@ def test_worked_example(copy: Path) -> None:
     p = logits.softmax(dim=1).gather(1, mask[:, None])
     expected = -((1 - p) ** 2 * p.log()).mean()
     torch.testing.assert_close(losses.focal(logits, mask), expected)
+
+
+def test_mistake_in_edited_code_keeps_its_traceback(copy: Path, dataset: Path) -> None:
+    mine = copy / "mistake"
+    shutil.copytree(copy, mine, ignore=shutil.ignore_patterns("example", "runs"))
+    text = (mine / "model.py").read_text()
+    line, instead = "        skips = []\n", "        skips = [images @ images[0, 0, :5]]\n"
+    assert text.count(line) == 1
+    (mine / "model.py").write_text(text.replace(line, instead))
+    old_run = mine / "runs/afo/quick/tuned/seed0"
+    train_tiny(dataset, old_run, epochs=1)
+    done = start(mine, "make", "train-tuned", "DATA=afo", "OVERWRITE=1")
+    number = 1 + (mine / "model.py").read_text().splitlines().index(instead.rstrip("\n"))
+    assert done.returncode == 2 and "Traceback" in done.stderr
+    assert f'model.py", line {number}' in done.stderr
+    assert (old_run / "best.pt").exists()  # the old run is lost only after a batch has worked

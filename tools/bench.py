@@ -1,9 +1,10 @@
-"""Measure the speed of training: the loop of train.py beside a textbook loop.
+"""Measure the speed of training, beside a textbook loop, and of evaluation.
 
     python -m tools.bench [--data DIR] [--models initial tuned] [--rounds 3] [--seconds 2]
 
-Both loops train on whole images, in turn, and the median of the rounds is printed (min–max). "Of
-peak" compares the arithmetic of train.py with the arithmetic of one large matrix product.
+Both loops train on whole images, in turn, and evaluate.py's loop scores some; the median of the
+rounds is printed (min–max). "Of peak" compares the arithmetic of train.py, or of evaluate.py, with
+the arithmetic of one large matrix product.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import ROOT, run
 from config import load_config
 from data import load_split
+from evaluate import evaluate
 from images import read_pair
 from losses import weighted_loss
 from model import build_model
@@ -33,10 +35,12 @@ from runs import locked
 from train import train
 
 MODELS = ("initial", "modified", "tuned", "best")
+HEADINGS = ["images/s", "textbook", "train.py", "ratio", "of peak"]
+HEADINGS += ["evaluate.py", "of peak", "format"]
 MATRIX = 2048  # side of the matrices whose product is the peak
 
 
-# ---- the two loops
+# ---- the loops
 
 
 def decode_batch(files: list[tuple[Path, Path, dict]]) -> tuple[Tensor, Tensor]:
@@ -91,15 +95,30 @@ def train_ours(config: dict, device: torch.device, steps: int) -> float:
     return json.loads(lines[1])["images_per_s"]
 
 
+def evaluate_ours(config: dict, device: torch.device, images: int) -> float:
+    """Score a number of training images with a fresh model; returns images per second."""
+    keep_memory(True)
+    split = load_split(config, "training")
+    chosen = torch.arange(images) % len(split.images)
+    model = build_model(config).to(device, memory_format=torch.channels_last)
+    dtype = pick_precision(device, config["precision"])
+    started = timeit.default_timer()
+    evaluate(model, split.images[chosen], split.masks[chosen], config, dtype)
+    return images / (timeit.default_timer() - started)
+
+
 # ---- arithmetic
 
 
-def gflop_per_image(config: dict) -> float:
-    """Count the arithmetic of one image, forward and backward, in 10⁹ operations."""
+def gflop_per_image(config: dict) -> tuple[float, float]:
+    """Count the arithmetic of one image in 10⁹ operations: forward and backward; forward alone."""
     image = load_split(config, "training").images[:1] / 255
+    model = build_model(config)
     with FlopCounterMode(display=False) as counter:
-        build_model(config)(image).sum().backward()
-    return counter.get_total_flops() / 1e9
+        logits = model(image)
+        forward = counter.get_total_flops() / 1e9
+        logits.sum().backward()
+    return counter.get_total_flops() / 1e9, forward
 
 
 def peak_gflop_per_s(device: torch.device, dtype: torch.dtype) -> float:
@@ -121,16 +140,17 @@ def format_median(values: list[float]) -> str:
     return f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f})"
 
 
-def format_line(
-    name: str, textbook: str, ours: str, ratio: str, gflops: str, share: str, precision: str
-) -> str:
+def format_line(cells: list[str]) -> str:
     """Align the cells of a line of the table."""
-    return f"{name:<9}{textbook:>20}{ours:>20}{ratio:>16}{gflops:>9}{share:>9}{precision:>11}"
+    widths = [8, 19, 20, 16, 9, 20, 9, 10]
+    padded = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+    return cells[0].ljust(widths[0]) + "".join(padded)
 
 
 def bench(config: dict, device: torch.device, rounds: int, seconds: float) -> None:
-    """Time both loops for a number of rounds and print the line of a config."""
-    gflop = gflop_per_image(config)  # builds the cache of the data as well
+    """Time the loops for a number of rounds and print the line of a config."""
+    # Builds the cache of the data as well.
+    training_gflop, evaluation_gflop = gflop_per_image(config)
 
     # One step of each loop warms up and tells how many steps take so many seconds.
     batch_size = config["batch_size"]
@@ -138,28 +158,33 @@ def bench(config: dict, device: torch.device, rounds: int, seconds: float) -> No
     textbook_steps = max(1, int(seconds * rate / batch_size))
     rate = train_ours(config, device, steps=1)
     our_steps = max(1, int(seconds * rate / batch_size))
+    rate = evaluate_ours(config, device, batch_size)
+    evaluated_images = max(batch_size, int(seconds * rate))
 
     textbook = []
     ours = []
+    evaluation = []
     for _ in range(rounds):
         textbook.append(train_textbook(config, device, textbook_steps))
         ours.append(train_ours(config, device, our_steps))
+        evaluation.append(evaluate_ours(config, device, evaluated_images))
     ratios = [our_rate / rate for our_rate, rate in zip(ours, textbook, strict=True)]
 
     dtype = pick_precision(device, config["precision"])
-    precision = str(dtype).removeprefix("torch.")
-    gflop_per_s = gflop * statistics.median(ours)
-    share_of_peak = gflop_per_s / peak_gflop_per_s(device, dtype)
-    line = format_line(
+    peak = peak_gflop_per_s(device, dtype)
+    training_share = training_gflop * statistics.median(ours) / peak
+    evaluation_share = evaluation_gflop * statistics.median(evaluation) / peak
+    cells = [
         config["name"],
         format_median(textbook),
         format_median(ours),
         format_median(ratios),
-        f"{gflop_per_s:.0f}",
-        f"{share_of_peak:.0%}",
-        precision,
-    )
-    print(line, flush=True)
+        f"{training_share:.0%}",
+        format_median(evaluation),
+        f"{evaluation_share:.0%}",
+        str(dtype).removeprefix("torch."),
+    ]
+    print(format_line(cells), flush=True)
 
 
 def main() -> None:
@@ -173,7 +198,7 @@ def main() -> None:
     args = parser.parse_args()
     device = pick_device(args.device)
     overrides = [f"data={args.data}", "limit_validation=8", *args.overrides, "crop=0"]
-    print(format_line("images/s", "textbook", "train.py", "ratio", "GFLOP/s", "of peak", "format"))
+    print(format_line(HEADINGS))
     for name in args.models:
         config = load_config([ROOT / f"configs/{name}.yaml"], overrides)
         bench(config, device, args.rounds, args.seconds)
