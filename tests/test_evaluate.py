@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -313,3 +314,27 @@ def test_unknown_loss_of_a_checkpoint_is_one_line(
     path = write_checkpoint(tmp_path, dataset, "small", 0, loss={"hinge": 1.0})
     code, _, error = run(path)
     assert code == 2 and error.startswith("error: loss: ") and "hinge" in error
+
+
+def test_run_is_tested_again_only_after_its_training(
+    run: Callable, paths: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(paths[0].parent, folder)
+    best, summary, results = folder / "best.pt", folder / "summary.json", folder / "testing.json"
+    code, _, error = run(best, "--beside")
+    assert code == 2 and "best.pt: its run is not finished" in error
+    summary.write_text("{}")
+    code, table, _ = run(best, "--beside")
+    assert code == 0 and (folder / "testing.npz").exists()
+    [row] = json.loads(results.read_text())
+    assert row["split"] == "testing"
+
+    results.write_text(json.dumps([row]))  # known by its bytes
+    written = results.read_bytes()
+    assert run(best, "--beside")[:2] == (0, table)
+    assert results.read_bytes() == written
+    later = results.stat().st_mtime + 1
+    os.utime(summary, (later, later))
+    assert run(best, "--beside")[:2] == (0, table)
+    assert results.read_bytes() != written
