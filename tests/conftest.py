@@ -84,7 +84,7 @@ def tiny(root: Path, **values: object) -> list[str]:
 def script() -> Callable[..., subprocess.CompletedProcess]:
     """`script("data.py", "check", folder)` runs a script of the project as a user does."""
 
-    def run(*args: object, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
+    def run(*args: object, timeout: float = 600, **env: str) -> subprocess.CompletedProcess:
         command = [sys.executable, *map(str, args)]
         options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": timeout}
         return subprocess.run(command, env=os.environ | env, **options)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import data
+from tools.check import note_shared_groups
 
 
 @pytest.fixture
@@ -163,3 +164,26 @@ def test_two_split_folders(root: Path, call) -> None:
     code, out, _ = call(data.main, "check", root, *options)
     assert code == 0 and "is also in" not in out
     assert out.count("note: split_folders: the folder validation stands in for the test") == 1
+
+
+def test_groups_in_several_splits_are_noted(root: Path, call) -> None:
+    code, out, _ = call(data.main, "check", root)  # each split counts its flights from 1
+    assert code == 0 and "has images in" not in out
+    for split, add in (("validation", 100), ("testing", 200)):  # as if one flight went on
+        for path in [*(root / split).glob("*/*.png")]:
+            start, _, number = path.stem.rpartition("_")
+            path.rename(path.with_stem(f"{start}_{int(number) + add:06}"))
+    code, out, _ = call(data.main, "check", root)
+    text = "group 000001 has images in training and validation and testing, 000002 has images in"
+    assert code == 0 and out.count("has images in") == 2 and f"note: {text}" in out
+    assert "testing: their scores look better than they are\n" in out
+    code, out, _ = call(data.main, "check", root, "--set", "group=''")  # each image is a group
+    assert code == 0 and "has images in" not in out
+
+
+def test_of_many_shared_groups_a_few_are_named() -> None:
+    names = {}
+    for split, image in (("training", 1), ("testing", 2)):
+        names[split] = [(group, f"{group}_{image}") for group in "abcde"]
+    [note] = note_shared_groups(names)
+    assert "c has images in training and testing (and 2 more groups are in several" in note

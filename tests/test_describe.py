@@ -131,15 +131,27 @@ def test_endings_are_mixed_and_folders_of_any_depth(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", ["", "train"])  # given the root, or the training folder alone
 def test_split_folders_are_found(tmp_path: Path, folder: str) -> None:
     pixels, values = draw(0, 24, 32)
-    for split in ("train", "val", "test"):
+    for start, split in ((0, "train"), (10, "val"), (20, "test")):
         for i in range(6):
-            save(tmp_path / f"set/{split}/v{i // 2}_{i}.png", pixels)
-            save(tmp_path / f"set/{split}annot/v{i // 2}_{i}.png", values)
+            save(tmp_path / f"set/{split}/v{i // 2}_{start + i}.png", pixels)
+            save(tmp_path / f"set/{split}annot/v{i // 2}_{start + i}.png", values)
     masks = f"set/{folder}annot" if folder else "set"
     config, text = write_config(tmp_path, f"set/{folder}", masks)
     assert (config["images"], config["masks"]) == ("{split}/*.png", "{split}annot/*.png")
     assert config["split_folders"] == ["train", "val", "test"]
     assert config["group"] == "^[^_]+" and "3 groups" in text
+    assert "# To decide: group v0 has images in training and validation and testing, v1 " in text
+
+
+def test_groups_of_one_split_each_are_no_doubt(tmp_path: Path) -> None:
+    pixels, values = draw(0, 24, 32)
+    for number, split in enumerate(("train", "val")):
+        for i in range(6):
+            save(tmp_path / f"set/{split}/{number}{i // 2}_{i}.png", pixels)
+            save(tmp_path / f"set/{split}annot/{number}{i // 2}_{i}.png", values)
+    config, text = write_config(tmp_path, "set", "set")
+    assert config["split_folders"] == ["train", "val"] and "6 groups" in text
+    assert "has images in" not in text
 
 
 def test_names_that_share_a_part_are_proposed_as_groups() -> None:
@@ -208,6 +220,35 @@ def test_outlines_are_ignored(tmp_path: Path) -> None:
     assert all((mask[:, 60:64] == IGNORE).all() for mask in read_masks(config))
 
 
+@pytest.mark.parametrize("has_border", [False, True])
+def test_a_class_that_may_be_no_label_can_be_ignored(tmp_path: Path, has_border: bool) -> None:
+    write_set(tmp_path, np.array([0, 1, 2], np.uint8))
+    for path in (tmp_path / "labels").iterdir():
+        mask = np.array(Image.open(path))
+        mask[80:, :20] = 3
+        mask[80:, 20:40] = 4
+        mask[:, 60:64] = 255 if has_border else 0
+        save(path, mask)
+    config, text = write_config(tmp_path)
+    assert len(config["classes"]) == 5
+    if has_border:
+        assert config["ignore"] == [255] and "# ignore:" not in text
+        assert "set ignore: [4, 255] and remove its class" in text
+        return
+    lines = text.splitlines()
+    [place] = [i for i, line in enumerate(lines) if line.startswith("# ignore: [4]  ")]
+    assert lines[place - 1].startswith("mask_format: ")
+    assert lines[place].endswith("# use this line if 4 marks pixels without a label")
+    lines[place] = lines[place].removeprefix("# ")
+    [class_line] = [line for line in lines if "remove this line if you use ignore: [4]" in line]
+    assert class_line.startswith("  class_4: ")
+    lines.remove(class_line)
+    (tmp_path / "own.yaml").write_text("\n".join(lines))
+    config = load_config([tmp_path / "own.yaml"])
+    assert config["ignore"] == [4] and len(config["classes"]) == 4
+    assert all((mask[80:, 20:40] == IGNORE).all() for mask in read_masks(config))
+
+
 @pytest.mark.parametrize("ending", ["png", "jpg"])
 def test_smoothed_and_jpeg_masks_get_a_tolerance(tmp_path: Path, ending: str) -> None:
     write_set(tmp_path, BLACK_RED_BLUE)
@@ -274,7 +315,7 @@ def test_alpha_is_a_channel_if_it_says_anything(tmp_path: Path, opacity: int) ->
     assert config["in_channels"] == (4 if opacity == 128 else 3)
 
 
-def test_small_objects_are_cropped_out_and_photographs_anywhere(tmp_path: Path) -> None:
+def test_small_objects_are_cropped_out_and_photographs_anywhere(tmp_path: Path, capsys) -> None:
     for i in range(4):
         image, mask = draw(i, 256, 384)
         small = np.zeros_like(mask)
@@ -284,9 +325,14 @@ def test_small_objects_are_cropped_out_and_photographs_anywhere(tmp_path: Path) 
             save(tmp_path / f"{folder}/labels/{i}.png", values)
     config, _ = write_config(tmp_path / "small")
     assert (config["crop"], config["crop_on_objects"]) == (64, 1.0)
+    assert next(iter(config["classes"])) == "background"
+    assert f"make train-best DATA={tmp_path}/small/own.yaml\n" in capsys.readouterr().out
     config, text = write_config(tmp_path / "large")
     assert (config["crop"], config["crop_on_objects"]) == (224, 0.0)
     assert "everything is an object" in text
+    assert list(config["classes"]) == ["class_0", "class_1", "class_2"]
+    assert "encoder" not in text and "decoder" not in text
+    assert f"make train-photos DATA={tmp_path}/large/own.yaml\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("step", [4, 80])

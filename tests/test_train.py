@@ -33,7 +33,7 @@ RANDOM = {  # everything that draws random numbers
     **{"schedule": "one_cycle", "dropout": 0.3, "crop": 16, "crop_on_objects": 0.5},
     **{"horizontal_flip": 0.5, "vertical_flip": 0.5, "blur": 0.5, "jitter": 0.5},
     **{"name": "random", "epochs": 3, "images_per_epoch": 22, "precision": "float32"},
-    **{"last_batch": "keep", "group": "'^.{1,6}'"},
+    **{"last_batch": "keep", "group": "'^.{1,6}'", "adam_beta2": 0.9},
 }
 CLOCK = ("train_seconds", "images_per_s", "peak_memory_mib")
 
@@ -158,6 +158,7 @@ def test_best_checkpoint_describes_itself_and_scores_what_it_says(run: Path) -> 
     best, last = load(run / "best.pt"), load(run / "last.pt")
     config = load_config([run / "config.yaml"])
     assert best["config"] == last["config"] == config
+    assert last["optimizer"]["param_groups"][0]["betas"][1] == 0.9
     assert plain(last["history"]) == plain(lines(run))
     model = build_model(config).eval()
     model.load_state_dict(best["model"])

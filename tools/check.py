@@ -8,6 +8,7 @@ the data have the layout of the Artificial Flying Objects.
 """
 
 import argparse
+import re
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from pairs import Pair, check_data_keys, data_root, find_pairs, find_unread, sta
 
 SAMPLES = 6  # pairs of each split in the picture
 MOST_ALIKE = 3  # unusable files that are named if all have the same mistake
+MOST_GROUPS = 3  # that are named of those in several splits
 
 
 class Examined(NamedTuple):
@@ -157,6 +159,34 @@ def describe_exceptions(split: str, pairs: list[Pair], examined_pairs: list[Exam
     return notes
 
 
+def note_shared_groups(names: dict[str, list[tuple[str, str]]]) -> list[str]:
+    """Write the note that some groups are in several splits; [] if none is.
+
+    `names` has the (group, name) of each image, by split. Where images of two splits have the same
+    group and number, each split counts from the start, so that its groups are different ones.
+    """
+    first_split = {}  # (group, numbers in the rest of the name) → split
+    splits_of = {}  # group → its splits
+    for split, images in names.items():
+        for group, name in images:
+            numbers = tuple(re.findall(r"\d+", name.replace(group, "", 1))) or name
+            if first_split.setdefault((group, numbers), split) != split:
+                return []
+            splits = splits_of.setdefault(group, [])
+            if split not in splits:
+                splits.append(split)
+    shared = []
+    for group, splits in sorted(splits_of.items()):
+        if len(splits) > 1:
+            shared.append(f"{group} has images in {' and '.join(splits)}")
+    if not shared:
+        return []
+    text = ", ".join(shared[:MOST_GROUPS])
+    if len(shared) > MOST_GROUPS:
+        text += f" (and {len(shared) - MOST_GROUPS} more groups are in several splits)"
+    return [f"group {text}: their scores look better than they are"]
+
+
 def shorten_alike(errors: list[str]) -> list[str]:
     """Keep a few of the errors that give the same advice, and say how many more there are."""
     alike: dict[str, list[str]] = {}  # by advice
@@ -229,6 +259,7 @@ def main(args: argparse.Namespace) -> None:
     notes = []
     rows = []
     seen = {}
+    names = {}
     stand_in = stand_in_note(config)
     if stand_in:
         notes.append(stand_in)
@@ -239,9 +270,11 @@ def main(args: argparse.Namespace) -> None:
         problems += checked.problems
         unusable += checked.unusable
         notes += checked.notes
+        names[split] = [(pair.group, pair.name) for pair in checked.pairs]
         print(describe(split, checked, columns))
         if args.picture:
             rows.append(draw_samples(checked.readable, config))
+    notes += note_shared_groups(names)
     if any(rows):
         save(grid(rows, legend_of(dict(config, classes=class_colours(config)))), args.picture)
 

@@ -8,6 +8,7 @@ stands above the lines.
 
 import argparse
 import colorsys
+import re
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -19,15 +20,19 @@ import yaml
 from common import SPLITS, UserError, write_atomically
 from data import evenly, padding_factor
 from images import read_image
+from patterns import find_files
+from tools.check import note_shared_groups
 from tools.meaning import (
     Examined,
     Masks,
     Meaning,
     Value,
+    are_photographs,
     collect,
     colour_of,
     examine_all,
     find_meaning,
+    find_unlabelled,
     object_side,
     read_class_names,
 )
@@ -97,6 +102,7 @@ def describe_group(layout: Layout, notes: list[str]) -> list[Line]:
     expression, reason = propose_group(layout.names)
     if expression:
         notes.append(f"group: {reason}; set '' if such images are independent")
+        notes += note_shared_groups(list_groups(layout, expression))
         return [Line(f"group: {quote(expression)}", reason)]
     if not layout.split_folders:
         if len(layout.pairs) < len(SPLITS):
@@ -104,6 +110,20 @@ def describe_group(layout: Layout, notes: list[str]) -> list[Line]:
         name = layout.names[0]
         notes.append(f"group: which images, as {name}, are of one video or patient is not known")
     return [Line('group: ""', reason)]
+
+
+def list_groups(layout: Layout, expression: str) -> dict[str, list[tuple[str, str]]]:
+    """List (group, name) of the images in the folder of each split, if splits have folders."""
+    groups = {}
+    images = [image for image, _ in layout.pairs]
+    names = dict(zip(images, layout.names, strict=True))
+    for split, folder in zip(SPLITS, layout.split_folders, strict=False):  # two folders or three
+        groups[split] = []
+        for file in find_files(layout.root, layout.images.replace("{split}", folder)):
+            if file.path in names:
+                name = names[file.path]
+                groups[split].append((re.search(expression, name)[0], name))
+    return groups
 
 
 def describe_format(meaning: Meaning, masks: Masks) -> list[Line]:
@@ -120,6 +140,10 @@ def describe_format(meaning: Meaning, masks: Masks) -> list[Line]:
         shares = sum(masks.values[n].share for n in meaning.ignored if n in masks.values)
         reason = f"{percent(shares)} of the pixels: {meaning.ignore_reason}"
         lines.append(Line(f"ignore: {values}", reason))
+    unlabelled = find_unlabelled(meaning, masks)
+    if unlabelled is not None and not meaning.ignored:
+        reason = f"use this line if {unlabelled} marks pixels without a label"
+        lines.append(Line(f"# ignore: [{unlabelled}]", reason))
     return lines
 
 
@@ -138,8 +162,10 @@ def describe_classes(meaning: Meaning, masks: Masks, names: list[str]) -> list[L
         what = "rename them; the colours are in the masks"
     lines = [Line("classes:", what)]
     number_of_classes = len(meaning.classes)
+    has_background = meaning.numbers_objects or not are_photographs(meaning, masks)
+    unlabelled = find_unlabelled(meaning, masks)
     for index, number in enumerate(meaning.classes):
-        name = "background" if index == 0 else f"class_{index}"
+        name = "background" if index == 0 and has_background else f"class_{index}"
         if masks.kind != "colours" and number < len(names):
             name = names[number]
         colour = colour_of(masks, number)
@@ -150,6 +176,8 @@ def describe_classes(meaning: Meaning, masks: Masks, names: list[str]) -> list[L
         reason = f"{percent(value.share)} of the pixels, in {masks_with_it}"
         if meaning.mask_format == "indices" or masks.kind == "palette":
             reason = f"{number}: {reason}"
+        if number == unlabelled and not meaning.ignored:
+            reason += f"; remove this line if you use ignore: [{number}]"
         lines.append(Line(f"  {quote(name)}: {colour}", reason))
     if meaning.numbers_objects:
         share = 1 - masks.values[meaning.classes[0]].share
@@ -161,18 +189,13 @@ def describe_classes(meaning: Meaning, masks: Masks, names: list[str]) -> list[L
 def note_doubts(meaning: Meaning, masks: Masks, is_drawn: bool, notes: list[str]) -> None:
     """Say which values may mean something else."""
     values = masks.values
-    first = meaning.classes[0]
-    last = meaning.classes[-1]
     shares = [values[number].share for number in meaning.classes]
-    unlabelled = None
-    if meaning.mask_format == "indices" and len(shares) > 2 and shares[0] == min(shares):
-        unlabelled = first
-    elif meaning.mask_format == "indices" and len(shares) > 4:
-        unlabelled = last
+    unlabelled = find_unlabelled(meaning, masks)
     if unlabelled is not None:
-        text = f"if {unlabelled} marks pixels without a label, set ignore: [{unlabelled}]"
+        ignored = sorted([*meaning.ignored, unlabelled])
+        text = f"if {unlabelled} marks pixels without a label, set ignore: {ignored}"
         notes.append(f"classes: {text} and remove its class")
-    if shares[0] < 0.5:
+    if are_photographs(meaning, masks):
         notes.append("classes: the first counts as background, but others cover most of the pixels")
     rare = [number for number in meaning.classes if values[number].n_masks < len(SPLITS)]
     if rare and is_drawn:
@@ -242,7 +265,8 @@ def describe_sizes(
     height = int(np.median(heights))
     width = int(np.median(widths))
     background = masks.values[meaning.classes[0]].share
-    side, is_photograph = object_side(meaning, masks)
+    side = object_side(meaning, masks)
+    is_photograph = are_photographs(meaning, masks)
     sizes = len({pair.size for pair in examined})
     crop, factor = choose_crop(side, is_photograph)
     # Crops of images of several sizes need no resizing, unless a crop is larger than an image.
@@ -293,17 +317,6 @@ def round_to_16(side: float) -> int:
     return max(16, -(-round(side) // 16) * 16)
 
 
-def describe_depth(meaning: Meaning, masks: Masks) -> list[Line]:
-    """Offer a deeper model where what stands around an object says what it is."""
-    if not object_side(meaning, masks)[1]:
-        return []
-    return [
-        Line("# For `best` on photographs: a stage more sees more of the surroundings (slower)."),
-        Line("# encoder: [[16, 3], [32, 3], [64, 3], [128, 3], [256, 3]]"),
-        Line("# decoder: [[256, 3], [128, 3], [64, 3], [32, 3], [16, 3], [16, 3]]"),
-    ]
-
-
 # ---- the config
 
 
@@ -343,7 +356,6 @@ def main(args: argparse.Namespace) -> None:
     lines += describe_classes(meaning, masks, names)
     lines += describe_images(examined, notes)
     lines += describe_sizes(examined, meaning, masks, notes)
-    lines += describe_depth(meaning, masks)
     note_doubts(meaning, masks, not layout.split_folders, notes)
     text = write_config(lines, notes, args)
     if args.out is None:
@@ -352,4 +364,6 @@ def main(args: argparse.Namespace) -> None:
     write_atomically(args.out, text.encode())
     for note in notes:
         print(f"to decide: {note}")
-    print(f"wrote {args.out}; rename the classes in it, then: make check DATA={args.out}")
+    experiment = "photos" if are_photographs(meaning, masks) else "best"
+    check, train = f"make check DATA={args.out}", f"make train-{experiment} DATA={args.out}"
+    print(f"wrote {args.out}; rename the classes in it, then: {check}, and then: {train}")

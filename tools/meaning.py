@@ -357,8 +357,25 @@ def colour_of(masks: Masks, number: int) -> list[int]:
     return split_colour(colour_number(number, masks.kind, masks.palette))
 
 
-def object_side(meaning: Meaning, masks: Masks) -> tuple[float, bool]:
-    """Estimate the side of the objects in pixels; also tell whether everything is an object."""
+def find_unlabelled(meaning: Meaning, masks: Masks) -> int | None:
+    """Find an index that may mark pixels without a label: a rare first one, or the last of many."""
+    if meaning.mask_format != "indices":
+        return None
+    shares = [masks.values[number].share for number in meaning.classes]
+    if len(shares) > 2 and shares[0] == min(shares):
+        return meaning.classes[0]
+    if len(shares) > 4:
+        return meaning.classes[-1]
+    return None
+
+
+def are_photographs(meaning: Meaning, masks: Masks) -> bool:
+    """Tell whether everything is an object, as in a street: no background covers half of it."""
+    return masks.values[meaning.classes[0]].share < 0.5
+
+
+def object_side(meaning: Meaning, masks: Masks) -> float:
+    """Estimate the side of the objects in pixels."""
     background = meaning.classes[0]
     share = 0.0
     thickness = 0.0
@@ -368,4 +385,4 @@ def object_side(meaning: Meaning, masks: Masks) -> tuple[float, bool]:
             share += value.share
             thickness += value.share * value.thickness
     # A row through a disc is about two thirds of its diameter long, on average over its pixels.
-    return 1.5 * thickness / max(share, 1e-9), masks.values[background].share < 0.5
+    return 1.5 * thickness / max(share, 1e-9)
