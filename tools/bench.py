@@ -1,6 +1,6 @@
 """Measure the speed of training, beside a textbook loop, and of evaluation.
 
-    python -m tools.bench [--data DIR] [--models initial tuned] [--rounds 3] [--seconds 2]
+    python -m tools.bench [--data DIR] [--models initial tuned] [--rounds 3] [--seconds 1]
 
 Both loops train on whole images, in turn, and evaluate.py's loop scores some; the median of the
 rounds is printed (min–max). "Of peak" compares the arithmetic of train.py, or of evaluate.py, with
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--data", default="data/generated", metavar="DIR")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=2, help="of each loop in each round")
+    parser.add_argument("--seconds", type=float, default=1, help="of each loop in each round")
     parser.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
     args = parser.parse_args()
