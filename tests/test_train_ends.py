@@ -13,7 +13,6 @@ from conftest import tiny
 from PIL import Image
 from test_train import lines, load, train_tiny
 from torch import Tensor
-from torch.distributed.run import main as torchrun
 
 import runs
 import train as script_module
@@ -138,7 +137,7 @@ def test_epoch_without_a_labelled_pixel_in_training_is_logged(
 
 
 def test_two_processes_train_one_model_on_hosts_of_which_one_has_the_files(
-    dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    script: Callable, dataset: Path, tmp_path: Path
 ) -> None:
     values = {"schedule": "constant", "precision": "float32", "images_per_epoch": 21}
     host = tmp_path / "host0"
@@ -152,8 +151,10 @@ def test_two_processes_train_one_model_on_hosts_of_which_one_has_the_files(
     )
     command = ["--nproc_per_node=2", "--standalone", str(program), "--resume"]
     command += ["--config", str(ROOT / "configs/default.yaml"), "--set"]
-    torchrun(command + tiny(dataset, epochs=2, **values))
-    assert capfd.readouterr().out.count("epoch 2/2") == 1  # rank 0 alone speaks and writes
+    # In a process of its own: torchrun catches SIGTERM, and so would the workers of later tests.
+    done = script("-m", "torch.distributed.run", *command, *tiny(dataset, epochs=2, **values))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2/2") == 1  # rank 0 alone speaks and writes
     assert not (tmp_path / "host1").exists()
     assert [entry["images_seen"] for entry in lines(host)] == [16, 32]  # no uneven last batch
     assert json.loads((host / "environment.json").read_text())["processes"] == 2
