@@ -4,8 +4,9 @@ matplotlib is imported where a figure is drawn: a script that only needs the pic
 does, does not load it.
 """
 
+import colorsys
 import io
-from itertools import cycle, zip_longest
+from itertools import combinations, cycle, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from common import write_atomically
-from masks import class_colours
+from masks import list_colours
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GREY = [128, 128, 128]  # pixels that are ignored
+ALIKE = 32  # colours that differ by less than this in each channel look alike
 SIDE = 160  # pixels of a picture in a grid
 DPI = 110
 
@@ -36,6 +38,41 @@ LOOKS = [
     ("#D55E00", "-.", "X"),
     ("#999999", ":", "*"),
 ]
+
+# ---- the colours of classes
+
+
+def class_colours(config: dict) -> dict[str, list[int]]:
+    """Choose the colour of each class in pictures: name → [red, green, blue].
+
+    It is the first colour that the config gives the class. But where two of these look alike, as
+    the greys 0, 1 and 2 do, all classes get other colours.
+    """
+    colours = {name: list_colours(value)[0] for name, value in config["classes"].items()}
+    for one, other in combinations(colours.values(), 2):
+        difference = max(abs(one[channel] - other[channel]) for channel in range(3))
+        if difference < ALIKE:
+            return dict(zip(colours, distinct_colours(len(colours)), strict=True))
+    return colours
+
+
+def distinct_colours(number: int) -> list[list[int]]:
+    """Make colours that the eye tells apart: black, then bright ones of different hues."""
+    colours = [[0, 0, 0]]
+    for i in range(number - 1):
+        hue = i * 0.618 % 1  # the golden ratio: each hue lies far from those just before it
+        red, green, blue = colorsys.hsv_to_rgb(hue, 1, 1)
+        colours.append([round(255 * red), round(255 * green), round(255 * blue)])
+    return colours
+
+
+def legend_of(config: dict) -> dict[str, list[int]]:
+    """List the colours of masks in pictures by name: the classes, and ignored pixels if any."""
+    legend = class_colours(config)
+    if config["ignore"]:
+        legend["ignored"] = GREY
+    return legend
+
 
 # ---- pictures: (3, H, W) uint8 tensors
 
@@ -83,14 +120,6 @@ def thumbnail(picture: Tensor) -> Tensor:
     return F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0]
 
 
-def legend_of(config: dict) -> dict[str, list[int]]:
-    """List the colours of masks in pictures by name: the classes, and ignored pixels if any."""
-    legend = class_colours(config)
-    if config["ignore"]:
-        legend["ignored"] = GREY
-    return legend
-
-
 # ---- figures
 
 
@@ -112,8 +141,15 @@ def save(figure: "Figure", path: Path) -> None:
     write_atomically(path, file.getvalue())
 
 
-def grid(rows: list[list[tuple[str, Tensor]]], legend: dict[str, list[int]]) -> "Figure":
-    """Draw rows of (3, H, W) uint8 pictures with their captions, under a legend: name → colour."""
+def grid(
+    rows: list[list[tuple[str, Tensor]]],
+    legend: dict[str, list[int]],
+    row_names: tuple[str, ...] = (),
+) -> "Figure":
+    """Draw rows of (3, H, W) uint8 pictures with their captions, under a legend: name → colour.
+
+    `row_names` stand at the left of the rows.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -123,8 +159,10 @@ def grid(rows: list[list[tuple[str, Tensor]]], legend: dict[str, list[int]]) -> 
     inches = SIDE / DPI
     top = 0.6  # inches for the legend
     height = top + len(rows) * (inches * min(2, tallest) + 0.25)
-    figure = Figure(figsize=(max(4, inches * columns), height), dpi=DPI)
-    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - top / height, wspace=0.05)
+    width = max(4, inches * columns)
+    left = 0.25 / width if row_names else 0.01
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    figure.subplots_adjust(left, 0.01, 0.99, 1 - top / height, wspace=0.05)
     no_frame = {"frame_on": False, "xticks": [], "yticks": []}
     axes = figure.subplots(len(rows), columns, squeeze=False, subplot_kw=no_frame)
     for y, row in enumerate(rows):
@@ -132,6 +170,8 @@ def grid(rows: list[list[tuple[str, Tensor]]], legend: dict[str, list[int]]) -> 
             axes[y, x].imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
             axes[y, x].set(frame_on=True)  # a white picture has no edge of its own
             axes[y, x].set_title(caption[-25:], fontsize=7, pad=2, parse_math=False)
+    for y, name in enumerate(row_names):
+        axes[y, 0].set_ylabel(name, fontsize=8)
     handles = []
     for name, colour in legend.items():
         handles.append(Patch(facecolor=np.divide(colour, 255), edgecolor="grey", label=name))

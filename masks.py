@@ -37,11 +37,6 @@ def list_colours(value: object) -> list:
     return [value]
 
 
-def class_colours(config: dict) -> dict[str, list[int]]:
-    """The colour of each class in pictures: the first of its colours."""
-    return {name: list_colours(value)[0] for name, value in config["classes"].items()}
-
-
 def ignored_values(config: dict) -> list[list[int]]:
     """List what ignored pixels hold in a mask: [red, green, blue], or [index]."""
     ignore = config["ignore"]

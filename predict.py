@@ -4,7 +4,7 @@
     python predict.py [--checkpoint CHECKPOINT] [--export FILE.pt2] [--slim FILE.pt]
 
 IMAGE is a file or a folder. A folder is searched with its subfolders, which are kept below DIR.
-Writes NAME_mask.png (class indices, with a palette in the colours of the masks), NAME_overlay.png
+Writes NAME_mask.png (class indices, with a palette of colours), NAME_overlay.png
 and contact_sheet.png. In Python:
 
     from predict import load_model, predict_mask
@@ -30,9 +30,8 @@ from torch import Tensor, nn
 from common import ROOT, UserError, run, write_atomically
 from data import evenly
 from evaluate import cost_of, predict_batches
-from figures import grid, overlay, save, thumbnail
+from figures import class_colours, grid, overlay, save, thumbnail
 from images import read_image, read_size
-from masks import class_colours
 from model import restore_model, save_checkpoint
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")

@@ -12,7 +12,6 @@ import torch
 
 import figures
 from evaluate import SHOWN
-from masks import class_colours
 from metrics import IGNORE, Comparison, mean_iou, welch
 from report_runs import Run, Runs, Study
 from table import COLUMNS, LAB, NONE, background_only, format_stat, markdown, rank, tabulate
@@ -218,7 +217,7 @@ def section_pictures(study: Study) -> str | None:
     judged = list(arrays)[-1]
     shown = list(arrays[judged]["shown"])
     even = min(SHOWN, len(arrays[judged]["names"]))  # evenly spaced ones, then the worst
-    classes = class_colours(study.models[judged][0].config)
+    classes = figures.class_colours(study.models[judged][0].config)
     if len(classes) <= len(PICTURE_COLOURS):
         classes = dict(zip(classes, PICTURE_COLOURS, strict=False))
     legend = dict(classes)

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from common import ROOT, UserError, reading, require, write_atomically
 from config import dump
 from data import evenly
-from figures import colourise
-from masks import class_colours
+from figures import class_colours, colourise
 from model import count_parameters, read_checkpoint
 
 if TYPE_CHECKING:  # takes seconds to import

@@ -187,3 +187,10 @@ def test_of_many_shared_groups_a_few_are_named() -> None:
         names[split] = [(group, f"{group}_{image}") for group in "abcde"]
     [note] = note_shared_groups(names)
     assert "c has images in training and testing (and 2 more groups are in several" in note
+
+
+def test_splits_of_few_groups_are_named(dataset: Path, call) -> None:
+    _, out, _ = call(data.main, "check", dataset)  # three flights, two and two
+    assert "note: validation: has 2 groups only" in out
+    assert "note: testing: has 2 groups only" in out
+    assert "note: training: has" not in out

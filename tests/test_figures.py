@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common import ROOT
-from figures import GREY, colourise, legend_of, overlay, thumbnail
+from figures import GREY, class_colours, colourise, legend_of, overlay, thumbnail
 
 CLASSES = {"background": [0, 0, 0], "square": [255, 0, 0], "circle": [0, 0, 255]}
 
@@ -18,6 +18,18 @@ def test_masks_have_the_colours_of_their_classes() -> None:
     assert picture.permute(1, 2, 0).tolist() == [[[0, 0, 0], [255, 0, 0]], [[0, 0, 255], GREY]]
     assert legend_of({"classes": CLASSES, "ignore": []}) == CLASSES
     assert legend_of({"classes": CLASSES, "ignore": [9]})["ignored"] == GREY
+
+
+def test_classes_that_look_alike_get_other_colours() -> None:
+    greys = {"road": [0, 0, 0], "car": [[7, 7, 7], [8, 8, 8]], "sky": [26, 26, 26]}
+    colours = class_colours({"classes": greys})
+    assert list(colours) == list(greys)
+    assert list(colours.values()) == [[0, 0, 0], [255, 0, 0], [0, 74, 255]]  # hue 0.618
+    assert class_colours({"classes": CLASSES}) == CLASSES
+
+    numbers = {f"class_{i}": [i, i, i] for i in range(30)}
+    many = list(class_colours({"classes": numbers}).values())
+    assert len({tuple(colour) for colour in many}) == 30
 
 
 def test_every_colour_of_an_overlay_is_in_the_legend() -> None:

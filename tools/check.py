@@ -21,10 +21,10 @@ from common import ROOT, SPLITS, UserError
 from config import add_arguments as add_config_arguments
 from config import load_config
 from data import evenly, in_parallel, padded_size
-from figures import grid, legend_of, overlay, save, thumbnail
+from figures import class_colours, grid, legend_of, overlay, save, thumbnail
 from images import count_near, is_turned, read_pair
-from masks import class_colours, missing_classes_problem
-from metrics import IGNORE
+from masks import missing_classes_problem
+from metrics import IGNORE, MIN_GROUPS
 from pairs import Pair, check_data_keys, data_root, find_pairs, find_unread, stand_in_note
 
 SAMPLES = 6  # pairs of each split in the picture
@@ -110,6 +110,7 @@ def check_split(config: dict, split: str, seen: dict[str, tuple[Path, str]]) -> 
         elif missing:
             names = ", ".join(missing)
             notes.append(f"{split}: no mask has {names}; scores of this split say nothing of it")
+        notes += note_few_groups(split, readable)
     size_texts = sorted({f"{width}×{height}" for height, width in sizes})
     return Checked(pairs, readable, size_texts, counts, problems, unusable, notes)
 
@@ -157,6 +158,15 @@ def describe_exceptions(split: str, pairs: list[Pair], examined_pairs: list[Exam
         text = f"gives {n_near} pixels ({share:.2%}) the nearest class"
         notes.append(f"{split}: mask_tolerance {text}")
     return notes
+
+
+def note_few_groups(split: str, pairs: list[Pair]) -> list[str]:
+    """Write the note that the images of a split come from too few groups; [] if it has enough."""
+    groups = len({pair.group for pair in pairs})
+    if split == "training" or groups >= MIN_GROUPS:
+        return []
+    number = "one group" if groups == 1 else f"{groups} groups"
+    return [f"{split}: has {number} only; its scores may be luck, and say little of other images"]
 
 
 def note_shared_groups(names: dict[str, list[tuple[str, str]]]) -> list[str]:
@@ -276,7 +286,7 @@ def main(args: argparse.Namespace) -> None:
             rows.append(draw_samples(checked.readable, config))
     notes += note_shared_groups(names)
     if any(rows):
-        save(grid(rows, legend_of(dict(config, classes=class_colours(config)))), args.picture)
+        save(grid(rows, legend_of(config), tuple(names)), args.picture)
 
     # The three splits of one folder have the same ones.
     for note in dict.fromkeys(notes):
