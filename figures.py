@@ -206,22 +206,19 @@ def curves(
     save(figure, path)
 
 
-def confusion(path: Path, matrices: dict[str, np.ndarray], classes: list[str]) -> None:
-    """Draw a confusion matrix for each model, each row in per cent of the true class's pixels."""
-    from matplotlib.colors import PowerNorm
-
-    side = max(2.75, 0.45 * len(classes))
-    figure, axes = new_figure(side * len(matrices), side + 0.45, len(matrices))
-    for ax, (name, matrix) in zip(axes, matrices.items(), strict=True):
-        share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-        ax.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 100))  # mistakes stay visible
-        for (y, x), value in np.ndenumerate(share):
-            text = f"{value:.2f}" if value < 99.995 else "100"
-            ax.text(x, y, text, ha="center", va="center", color="white" if value > 40 else "black")
-        ax.set(title=name, xlabel="predicted", yticks=[])
-        ax.set_xticks(range(len(classes)), classes, rotation=35, ha="right")
-    label = "true class (% of its pixels)"
-    axes[0].set(yticks=range(len(classes)), yticklabels=classes, ylabel=label)
+def scatter(
+    path: Path, groups: dict[str, list[tuple[float, float]]], x_label: str, y_label: str
+) -> None:
+    """Draw three groups of points (x, y), the first as crosses: name → points."""
+    figure, (ax,) = new_figure(7.5, 4)
+    looks = [("#999999", "x", "#999999"), ("#D55E00", "s", "none"), ("#0072B2", "o", "#0072B2")]
+    for (name, points), (colour, marker, inside) in zip(groups.items(), looks, strict=True):
+        x, y = zip(*points, strict=True)
+        style = {"marker": marker, "color": colour, "markerfacecolor": inside, "label": name}
+        ax.plot(x, y, linestyle="", ms=7, **style)
+    ax.set(xlabel=x_label, ylabel=y_label)
+    ax.grid(alpha=0.3)
+    ax.legend(loc="lower left")
     save(figure, path)
 
 

@@ -8,7 +8,8 @@ second reads results/runs.jsonl alone and writes RESULTS.md, the tables of READM
 and results/figures/.
 
 To add a sentence with a number: report_page.py lists the sections of both pages in SECTIONS.
-A section is written by its function section_X (report_models.py, report_sweeps.py, report_lab.py).
+A section is written by its functions section_X and details_X (report_models.py, report_sweeps.py,
+report_lost.py, report_lab.py).
 Its numbers come from `Run` in report_runs.py: rows run.test and run.validation (keys: evaluate.py).
 """
 
@@ -20,18 +21,20 @@ from pathlib import Path
 from markdown import markdown as convert
 
 from common import ROOT, UserError, run, write_atomically
-from report_models import table
+from report_models import section_pictures, table
 from report_page import (
+    MODELS_SECTION,
     SECTIONS,
     STUDIES,
     definitions,
     in_short,
     machines,
     what_is_missing,
+    write_details,
     write_section,
 )
 from report_runs import MODELS, Run, Study, find_runs, read_published, sort_runs
-from table import COLUMNS, comparison_table, markdown
+from table import COLUMNS, comparison_table
 
 # ---- the report of a folder
 
@@ -48,11 +51,29 @@ def page_of_folder(study: Study, unfinished: list[str]) -> str:
         f"It rests on {len(runs)} runs of {len(study.runs)} experiments ({study.profile} profile,"
         f" data `{study.data}`, seeds {seeds}). Every number comes from the files of the runs,"
         " except for what the lab published.",
-        in_short([study]),
+        write_section(MODELS_SECTION, [study]),
     ]
-    parts += [write_section(section, [study]) for section in SECTIONS]
-    parts += [definitions(study.group), machines(runs), what_is_missing([study], unfinished)]
+    pictures = section_pictures(study)
+    if pictures is not None:
+        parts.append(f"## What the models see\n\n{pictures}")
+    parts.append(in_short([study]))
+    for section in SECTIONS:
+        if section is not MODELS_SECTION:
+            parts.append(write_section(section, [study]))
+    parts.append(what_is_missing([study], unfinished))
+    parts.append(details_of([study]))
+    parts += [definitions(study.group), machines(runs)]
     return "\n\n".join(part for part in parts if part is not None) + "\n"
+
+
+def details_of(studies: list[Study]) -> str:
+    """Write the full tables of all sections, under one heading."""
+    parts = ["## Details"]
+    for section in SECTIONS:
+        details = write_details(section, studies)
+        if details is not None:
+            parts.append(details)
+    return "\n\n".join(parts)
 
 
 def to_html(text: str, folder: Path) -> str:
@@ -87,15 +108,15 @@ def write_report(root: Path, out: Path) -> None:
 # ---- the published runs
 
 
-def scores_of_weights(runs: list[Run]) -> list[list[str]]:
-    """Tabulate the models that were trained on generated flights, on both test splits."""
+def scores_of_weights(runs: list[Run]) -> str:
+    """Say what the models score that were trained on generated flights."""
     members = [member for member in runs if member.experiment == "weights"]
-    real = [member.on_afo for member in members]
-    generated = [member.on_scenes for member in members]
-    heading = ["model", "n", "images seen", "real test images", "generated test images"]
-    cells = ["weights", str(len(members)), COLUMNS["images seen"](real)]
-    cells += [COLUMNS["mean IoU"](real), COLUMNS["mean IoU"](generated)]
-    return [heading, cells]
+    shipped = next(member.on_afo for member in members if member.on_afo)
+    generated = COLUMNS["mean IoU"]([member.on_scenes for member in members])
+    return (
+        f"The file scores {shipped['mean_iou']:.4f} on all {shipped['images']:,} real test images."
+        f" On other generated flights {len(members)} runs of its recipe score {generated}."
+    )
 
 
 def models_on_generated(runs: list[Run]) -> str:
@@ -147,20 +168,20 @@ def page_of_published(runs: list[Run], studies: list[Study]) -> str:
         "This run of `tuned`, here without flips, sees every triangle, but predicts it in every"
         " second row only. The same code with another seed predicts whole triangles. The lab could"
         " not say why its runs differed so much: this is the likely reason.",
+        in_short(studies),
         "- **By the lab's protocol** (`PROFILE=full`) means: whole images, batches of 32, Adam at"
         " 0.005, 15 epochs and the lab's losses. Three things differ from the lab. Images are RGB,"
         " without a fourth channel computed from the three. Most runs compute in bfloat16. The"
         " epoch that is best on the validation split is tested. `best` has a recipe of its own.\n"
-        "- **On small budgets** (`PROFILE=quick`) means: minutes of training on small crops. The"
-        " last layer starts as a plain enlargement, so that it loses fewer classes.",
-        in_short(studies),
+        "- **In short runs** (`PROFILE=quick`) means: one or two minutes of training on small"
+        " crops, without horizontal flips. The last layer starts as a plain enlargement, so that it"
+        " loses fewer classes.",
     ]
     parts += [write_section(section, studies) for section in SECTIONS]
     parts += [
         "## The weights that come with the project",
         "`best`, trained on 21,600 generated flights and no real image. Seed 0 is the file"
-        " `weights/best.pt` ([model card](weights/README.md)).",
-        markdown(scores_of_weights(runs)),
+        f" `weights/best.pt` ([model card](weights/README.md)). {scores_of_weights(runs)}",
         "    make weights\n    python evaluate.py weights/best.pt --data data/afo",
         "## One minute of training",
         "`speedrun` trains `best` on generated flights until it scores 0.995 on the real images.",
@@ -171,6 +192,7 @@ def page_of_published(runs: list[Run], studies: list[Study]) -> str:
         " start of the last layer, then look for stripes in `predictions.png`.\n"
         "- `python evaluate.py weights/best.pt --data data/generated`: does the shipped model know"
         " the generated images as well?",
+        details_of(studies),
         definitions(studies[0].group),
         machines(runs),
         what_is_missing(studies, []),

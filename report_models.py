@@ -146,49 +146,45 @@ def answer_models(study: Study) -> Answer | None:
 
 
 def section_models(study: Study) -> str | None:
-    """Compare the models: a table, curves and confusion matrices."""
+    """Compare the models: the most important columns, and curves."""
     if not study.models:
         return None
-    draw_models(study)
-    curves = (
-        "Mean IoU and loss by epoch. With several seeds, lines are means and bands reach from the"
-        " lowest to the highest. The models minimise different losses: compare the shapes of those"
-        " curves, not their heights."
-    )
-    matrices = "Confusion matrices: of the pixels of each true class, per cent by predicted class."
-    parts = [
-        models_table(study),
-        picture(study, "curves.png", curves),
-        picture(study, "confusion.png", matrices),
-    ]
-    return "\n\n".join(parts)
-
-
-def draw_models(study: Study) -> None:
-    """Draw curves.png and confusion.png."""
     panels = {
         "training mean IoU": panel(study.models, "training"),
         "validation mean IoU": panel(study.models, "validation"),
         "validation loss": panel(study.models, "validation", "loss"),
     }
     figures.curves(study.figures / "curves.png", panels)
-    matrices = {}
-    for name, members in study.models.items():
-        matrices[name] = sum(np.array(run.test["confusion_matrix"]) for run in members)
-        classes = list(members[0].test["per_class_iou"])
-    figures.confusion(study.figures / "confusion.png", matrices, classes)
+    several = any(len(members) > 1 for members in study.models.values())
+    caption = "Mean IoU and loss by epoch."
+    if several:
+        caption += " Lines are means, bands reach from the lowest to the highest seed."
+    caption += (
+        " The models minimise different losses: compare the shapes of those curves, not their"
+        " heights."
+    )
+    headings = ["mean IoU", "n", "accuracy", "never predicted", "striped", "lab IoU", "images seen"]
+    return f"{models_table(study, headings)}\n\n{picture(study, 'curves.png', caption)}"
 
 
-def models_table(study: Study) -> str:
+def details_models(study: Study) -> str | None:
+    """Tabulate the models with all columns, and the interval over flights."""
+    if not study.models:
+        return None
+    headings = ["mean IoU", "n", "boundary IoU (2 px)", "accuracy", "mean Dice", "never predicted"]
+    headings += ["striped", "parameters", "images seen", "training"]
+    return models_table(study, headings, interval=True)
+
+
+def models_table(study: Study, headings: list[str], interval: bool = False) -> str:
     """Tabulate the models below a model that predicts background everywhere."""
     rows = rows_of(study.models, "test")
     nothing = background_only(next(iter(rows.values()))[0])
     lines_of = {nothing["name"]: [nothing]}
     lines_of.update(rows)
-    headings = ["mean IoU", "n", "boundary IoU (2 px)", "accuracy", "never predicted"]
-    headings += ["striped", "lab IoU", "parameters", "images seen", "training"]
     columns = {heading: COLUMNS[heading] for heading in headings}
-    columns[f"95 % over {study.group}s"] = over_groups
+    if interval:
+        columns[f"95 % over {study.group}s"] = over_groups
     return markdown(tabulate(lines_of, columns))
 
 
@@ -271,18 +267,22 @@ def section_modified(study: Study) -> str | None:
     )
 
 
-def section_other_runs(study: Study) -> str | None:
-    """Tabulate the tested runs that share no table with the models."""
-    if not study.others:
-        return None
+def details_other_runs(study: Study) -> str | None:
+    """Tabulate the tested runs that share no table with the models, and the earlier runs."""
     parts = []
-    half = study.augment.get("augment/flip-0.5")
-    final = study.others.get("final")
-    if final and half:
-        a, b = scores_of(final, "test"), scores_of(half, "test")
-        answer = compare("`final`, with twice the epochs,", a, "`flip-0.5`", b)
-        parts.append(answer.text)
-    headings = ["mean IoU", "n", "never predicted", "striped", "lab IoU", "images seen", "training"]
-    parts.append(table(rows_of(study.others, "test"), headings))
-    parts.append(draw_mean_iou(study, "others.png", study.others))
-    return "\n\n".join(parts)
+    if study.others:
+        half = study.augment.get("augment/flip-0.5")
+        final = study.others.get("final")
+        if final and half:
+            a, b = scores_of(final, "test"), scores_of(half, "test")
+            parts.append(compare("`final`, with twice the epochs,", a, "`flip-0.5`", b).text)
+        headings = ["mean IoU", "n", "never predicted", "striped", "lab IoU", "images seen"]
+        parts.append(table(rows_of(study.others, "test"), [*headings, "training"]))
+    if study.earlier:
+        parts.append(
+            "Earlier runs, without horizontal flips, have scores on the validation split alone."
+            " `modified-no-flip` stopped after 6 of 15 epochs."
+        )
+        headings = ["mean IoU", "n", "never predicted", "images seen", "training"]
+        parts.append(table(rows_of(study.earlier, "validation"), headings))
+    return "\n\n".join(parts) or None

@@ -1,13 +1,15 @@
 """List the sections of the page in order, and write its general parts: short answers, definitions.
 
 The functions that write a section are in report_models.py (the models), report_sweeps.py (series
-of experiments) and report_lab.py (what went wrong in the lab).
+of experiments), report_lost.py (lost classes and positions) and report_lab.py (the lab's metric,
+test and choices).
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import report_lab
+import report_lost
 import report_models
 import report_sweeps
 from common import ROOT
@@ -15,14 +17,8 @@ from report_models import Answer
 from report_runs import MODELS, SWEEPS, Run, Study
 from table import LAB, markdown
 
-# The studies of RESULTS.md: (data, profile) → what the page calls it. The first runs were made with
-# afo-half, the real data with half of the test images.
-STUDIES = {
-    ("afo", "full"): "By the lab's protocol",
-    ("afo-half", "full"): "By the lab's protocol without flips, half of the test images",
-    ("afo", "quick"): "On small budgets",
-    ("afo-half", "quick"): "On small budgets, half of the test images",
-}
+# The studies of RESULTS.md: (data, profile) → what the page calls it.
+STUDIES = {("afo", "full"): "By the lab's protocol", ("afo", "quick"): "In short runs"}
 LAB_IOU = LAB["test_iou"]
 
 
@@ -31,12 +27,21 @@ class Section(NamedTuple):
 
     title: str
     introduction: str
-    write: Callable[[Study], str | None]
+    write: Callable[[Study], str | None] | None = None
     answer: Callable[[Study], Answer | None] | None = None  # stands first, and in the short answers
+    details: Callable[[Study], str | None] | None = None  # the full tables, at the end of the page
     lab_said: str = "–"
     once: bool = False  # True: one study is enough
 
 
+MODELS_SECTION = Section(
+    "Which model wins?",
+    "`best` has a training length of its own: look at the images seen.",
+    report_models.section_models,
+    report_models.answer_models,
+    report_models.details_models,
+    lab_said=f"`tuned`, {LAB_IOU['tuned']:.4f}",
+)
 SECTIONS = [
     Section(
         "Does a high accuracy mean a good model?",
@@ -51,43 +56,36 @@ SECTIONS = [
         "The last layer of the lab's networks computes each of the four positions of every 2×2"
         " pixels with weights of its own (Odena et al. 2016, doi:10.23915/distill.00003). Some of"
         " them may never learn a class: the masks then have stripes or regular holes.",
-        report_lab.section_seeds,
-        report_lab.answer_seeds,
+        report_lost.section_seeds,
+        report_lost.answer_seeds,
+        report_lost.details_seeds,
         lab_said="could not say",
-    ),
-    Section(
-        "Classes that are never predicted",
-        "The lab's last decoder stage is a ReLU as narrow as the number of classes. It may stop"
-        " passing on a class, whose IoU is then 0. Accuracy hardly shows it.",
-        report_lab.section_never_predicted,
+        once=True,
     ),
     Section(
         "How often does the last layer lose a class?",
-        "",
-        report_lab.section_heads,
-        report_lab.answer_heads,
+        "The lab's last decoder stage is a ReLU as narrow as the number of classes. It may stop"
+        " passing on a class, whose IoU is then 0. Accuracy hardly shows it.",
+        report_lost.section_heads,
+        report_lost.answer_heads,
+        report_lost.details_heads,
+        once=True,
     ),
     Section(
-        "Curves that are running averages",
+        "Curves that lied",
         "The lab never reset its metric object. Each point of its curves is an average over all"
         " epochs so far, and some runs began with what the run before had left.",
         report_lab.section_running_average,
         once=True,
     ),
     Section(
-        "Fifty test images",
+        "The lab's measurement, and ours",
         "The lab tested on one batch of 50 images, the same for every run, with the model left in"
         " training mode.",
         report_lab.section_fifty_images,
+        once=True,
     ),
-    Section(
-        "Which model is best?",
-        "`best` has a training length of its own: look at the images seen.",
-        report_models.section_models,
-        report_models.answer_models,
-        lab_said=f"`tuned`, {LAB_IOU['tuned']:.4f}",
-    ),
-    Section("What the models see", "", report_models.section_pictures),
+    MODELS_SECTION,
     Section(
         "Did `modified` beat `initial`?",
         "",
@@ -98,10 +96,11 @@ SECTIONS = [
     Section(
         "Did augmentation help?",
         "The number in a name is a probability. The lab's blurs differ in strength as well"
-        " (`configs/augment/`). The lab's `tuned` was trained with horizontal flips, so the lab"
-        " compared one augmentation with another.",
+        " (`configs/augment/`), and go over the masks, as the lab's did. The lab's `tuned` was"
+        " trained with horizontal flips, so the lab compared one augmentation with another.",
         report_sweeps.section_augmentation,
         report_sweeps.answer_augmentation,
+        report_sweeps.details_augmentation,
         lab_said=f"vertical flips {LAB_IOU['flip-0.5']:.4f}, `tuned` {LAB_IOU['tuned']:.4f}",
     ),
     Section(
@@ -110,6 +109,7 @@ SECTIONS = [
         " because the test split is not there to choose by.",
         report_sweeps.section_tuning,
         report_sweeps.answer_tuning,
+        report_sweeps.details_tuning,
     ),
     Section(
         "Can the network be forced to overfit?",
@@ -117,40 +117,71 @@ SECTIONS = [
         " networks are the lab's; the loss is cross-entropy and a Dice of each class.",
         report_sweeps.section_overfitting,
         report_sweeps.answer_overfitting,
+        report_sweeps.details_overfitting,
         lab_said="tried, and failed",
+        once=True,
+    ),
+    Section(
+        "A last batch of one image",
+        "Each of the lab's epochs ended with a batch of one image, just before validation.",
+        report_lab.section_last_batch,
+        once=True,
     ),
     Section("What the lab's choices were worth", "", report_lab.section_choices),
     Section(
-        "The last run, and runs of other lengths",
-        "These rows share no table with the models: look at the images seen. `final` is the lab's"
-        " last run, with vertical flips and twice the epochs. `no-flip` means: without the"
-        " horizontal flips that the lab trained with. `modified-no-flip` stopped after 6 of 15"
-        " epochs.",
-        report_models.section_other_runs,
+        "Other runs",
+        "`final` is the lab's last run, with vertical flips and twice the epochs. These rows share"
+        " no table with the models: look at the images seen.",
+        details=report_models.details_other_runs,
     ),
 ]
 
 
 def write_section(section: Section, studies: list[Study]) -> str | None:
     """Write what each study says under one heading; None if none of them says anything."""
-    parts = []
+    if section.write is None:
+        return None
+    texts = {}
     for study in studies:
-        if section.once and parts:
+        if section.once and texts:
             break
         text = section.write(study)
         if text is None:
             continue
-        if len(studies) > 1 and not section.once:
-            parts.append(f"### {STUDIES[study.data, study.profile]}")
         answer = section.answer(study) if section.answer else None
         if answer is not None:
-            parts.append(answer.text)
-        parts.append(text)
-    if not parts:
+            text = f"{answer.text}\n\n{text}"
+        texts[study.profile] = text
+    return under_heading(f"## {section.title}", section.introduction, texts, studies)
+
+
+def write_details(section: Section, studies: list[Study]) -> str | None:
+    """Write the full tables of a section; None if no study has any."""
+    if section.details is None:
         return None
-    if section.introduction:
-        parts.insert(0, section.introduction)
-    parts.insert(0, f"## {section.title}")
+    texts = {}
+    for study in studies:
+        text = section.details(study)
+        if text is not None:
+            texts[study.profile] = text
+    return under_heading(f"### {section.title}", "", texts, studies)
+
+
+def under_heading(
+    heading: str, introduction: str, texts: dict[str, str], studies: list[Study]
+) -> str | None:
+    """Join the texts of studies, profile → text, under a heading; None if there is none."""
+    if not texts:
+        return None
+    parts = [heading]
+    if introduction:
+        parts.append(introduction)
+    for study in studies:
+        if study.profile not in texts:
+            continue
+        if len(studies) > 1:
+            parts.append(f"**{STUDIES[study.data, study.profile]}** (`PROFILE={study.profile}`)")
+        parts.append(texts[study.profile])
     return "\n\n".join(parts)
 
 
@@ -209,7 +240,7 @@ def definitions(group: str) -> str:
         " the scores would be within these limits. They come from a bootstrap and are means over"
         f" the seeds. With fewer than five {group}s in the test split there are none."
     )
-    return "## Definitions\n\n" + bullet_list(bullets)
+    return "### Definitions\n\n" + bullet_list(bullets)
 
 
 def bullet_list(lines: list[str]) -> str:
@@ -230,18 +261,20 @@ def machines(runs: list[Run]) -> str:
         number = len(commits[name])
         runs_of = "1 run" if number == 1 else f"{number} runs"
         lines.append(f"{name}: {runs_of}. Code: {', '.join(sorted(set(commits[name])))}.")
-    return "## Machines\n\n" + bullet_list(lines)
+    return "### Machines\n\n" + bullet_list(lines)
 
 
 def missing(study: Study, studies: list[Study]) -> list[str]:
     """List what is not run, with the command that makes it.
 
-    Heads and overfitting runs do not depend on the profile: those of one study are enough.
+    Heads and overfitting runs do not depend on the profile, and settings are tuned in short runs:
+    those of one study are enough.
     """
     done = set(study.runs)
     for other in studies:
         done.update(other.heads)
         done.update(other.overfit)
+        done.update(other.tune)
     tuned = study.runs.get("tuned")
     if tuned and tuned[0].config["horizontal_flip"] == 0:
         done.add("augment/no-augmentation")  # the same as tuned
@@ -263,9 +296,9 @@ def missing(study: Study, studies: list[Study]) -> list[str]:
 
 
 def what_is_missing(studies: list[Study], unfinished: list[str]) -> str:
-    parts = ["## What is missing"]
+    texts = {}
     for study in studies:
-        if len(studies) > 1:
-            parts.append(f"### {STUDIES[study.data, study.profile]}")
-        parts.append(bullet_list(missing(study, studies) + unfinished) or "Nothing.")
-    return "\n\n".join(parts)
+        lines = missing(study, studies) + unfinished
+        texts[study.profile] = bullet_list(lines) or "Nothing."
+    heading = "### What is missing" if len(studies) > 1 else "## What you can run next"
+    return under_heading(heading, "", texts, studies)

@@ -14,7 +14,9 @@ from table import LAB, ROW, read_results
 PUBLISHED = ROOT / "results/runs.jsonl"  # a run a line; tools/publish.py writes it
 LAB_MODELS = ("initial", "modified", "tuned")
 MODELS = (*LAB_MODELS, "best")
-UNTESTED = ("tune", "overfit", "heads")  # these look at validation, and never at the test split
+# These look at validation, and never at the test split. "earlier" are published runs from before
+# the whole test split was there.
+UNTESTED = ("tune", "overfit", "heads", "earlier")
 SWEEPS = ("augment", *UNTESTED)  # folders of experiments that have a section of their own
 KEPT = ("data", "profile", "experiment", "seed", "config", "machine")  # of a published run
 KEPT += ("validation", "test", "on_afo", "on_scenes", "history")
@@ -192,6 +194,7 @@ class Study:
     tune: Runs  # tuned, and tune/*
     heads: Runs
     overfit: Runs
+    earlier: Runs
     others: Runs  # tested runs that are not in the tables above
     left_out: list[str]  # a sentence for each run in no table
 
@@ -199,7 +202,7 @@ class Study:
     def settings(self) -> str:
         """Give the variables that make needs for these runs, with a space in front."""
         text = ""
-        if self.data in ("afo", "afo-half"):
+        if self.data == "afo":
             text += " DATA=afo"
         elif self.data != "generated":  # own data: the name of their config
             text += f" DATA={self.data}.yaml"
@@ -333,6 +336,7 @@ def sort_runs(runs: list[Run], figures: Path, link: str) -> Study:
         tune=by_experiment(tuned + sweeps["tune"]) if sweeps["tune"] else {},
         heads=by_experiment(sweeps["heads"]),
         overfit=by_experiment(sweeps["overfit"]),
+        earlier=by_experiment(sweeps["earlier"]),
         others=by_length(others),
         left_out=left_out,
     )

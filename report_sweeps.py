@@ -72,29 +72,28 @@ def answer_augmentation(study: Study) -> Answer | None:
     return Answer(text, answer.sure)
 
 
-def section_augmentation(study: Study) -> str | None:
-    """Tabulate the augmentations."""
-    if not study.augment:
-        return None
+def ranked_augmentations(study: Study) -> Rows:
+    """Collect the test rows of the augmentations, the highest mean IoU first."""
     runs, _ = augmentations(study)
-    parts = []
-    sharp = []
-    for name, members in runs.items():
-        if members[0].config["blur"] > 0 and not members[0].config.get("blur_masks"):
-            sharp.append(f"`{name}`")
-    if sharp:
-        parts.append(
-            "The lab blurred the masks with the images. The masks stayed sharp in"
-            f" {', '.join(sharp)}."
-        )
     rows = rows_of(runs, "test")
     if PLAIN_TUNED in rows:  # the lab's tuned had flips: its IoU does not belong here
         rows[PLAIN_TUNED] = [dict(row, name=PLAIN_TUNED) for row in rows[PLAIN_TUNED]]
-    ranked = rank(rows)
+    return rank(rows)
+
+
+def section_augmentation(study: Study) -> str | None:
+    """Draw the augmentations by their score."""
+    if not study.augment:
+        return None
+    return draw_ranking(study, "augment.png", ranked_augmentations(study), "test", "Augmentations")
+
+
+def details_augmentation(study: Study) -> str | None:
+    """Tabulate the augmentations."""
+    if not study.augment:
+        return None
     headings = ["mean IoU", "n", "never predicted", "striped", "lab IoU", "images seen"]
-    parts.append(table(ranked, headings))
-    parts.append(draw_ranking(study, "augment.png", ranked, "test", "Augmentations"))
-    return "\n\n".join(parts)
+    return table(ranked_augmentations(study), headings)
 
 
 # ---- tune
@@ -169,7 +168,7 @@ def factors_table(factors: list[Factor]) -> str:
 
 
 def section_tuning(study: Study) -> str | None:
-    """Tabulate the settings that were tried, and the range of each factor."""
+    """Draw the settings by their score, and name the factor that differs most."""
     if len(study.tune) < 2:
         return None
     parts = []
@@ -181,6 +180,18 @@ def section_tuning(study: Study) -> str | None:
                 f"The settings of {widest.name} differ by more ({widest.spread:.4f}), but that may"
                 " be luck of the seed."
             )
+    ranked = rank(rows_of(study.tune, "validation"))
+    parts.append(draw_ranking(study, "tune.png", ranked, "validation", "Settings"))
+    return "\n\n".join(parts)
+
+
+def details_tuning(study: Study) -> str | None:
+    """Tabulate the range of each factor, and all settings that were tried."""
+    if len(study.tune) < 2:
+        return None
+    parts = []
+    factors = find_factors(study)
+    if len(factors) > 1:
         parts.append(factors_table(factors))
         parts.append(
             "A range grows with the number of settings tried, and a setting in which some runs"
@@ -189,7 +200,6 @@ def section_tuning(study: Study) -> str | None:
     ranked = rank(rows_of(study.tune, "validation"))
     parts.append("All settings, by their score on the validation split:")
     parts.append(table(ranked, ["mean IoU", "n", "never predicted", "images seen", "training"]))
-    parts.append(draw_ranking(study, "tune.png", ranked, "validation", "Settings"))
     return "\n\n".join(parts)
 
 
@@ -222,6 +232,13 @@ def answer_overfitting(study: Study) -> Answer | None:
 
 
 def section_overfitting(study: Study) -> str | None:
+    """Draw training and validation scores by epoch."""
+    if not study.overfit:
+        return None
+    return draw_mean_iou(study, "overfit.png", study.overfit)
+
+
+def details_overfitting(study: Study) -> str | None:
     """Tabulate when each run learnt its images by heart, and the gap to validation."""
     if not study.overfit:
         return None
@@ -238,4 +255,4 @@ def section_overfitting(study: Study) -> str | None:
         cells.append(", ".join(epochs))
         cells += [score(training), score(validation), score(gap), str(len(members))]
         lines.append(cells)
-    return f"{markdown(lines)}\n\n{draw_mean_iou(study, 'overfit.png', study.overfit)}"
+    return markdown(lines)

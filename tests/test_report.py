@@ -13,6 +13,7 @@ from conftest import corruptions, write_checkpoint
 import figures
 import report
 import report_lab
+import report_lost
 import report_models
 import report_page
 import report_sweeps
@@ -21,6 +22,7 @@ from config import dump
 from evaluate import main as evaluate
 from model import read_checkpoint
 from report_runs import Run, Study, read_published, sort_runs
+from table import LAB
 from tools.publish import publish
 
 CLASSES = ["background", "square", "triangle", "circle"]
@@ -142,7 +144,7 @@ def test_flipped_tuned_is_no_run_without_augmentation(tmp_path: Path, no_drawing
     study = make_study(runs, tmp_path)
     answer = report_sweeps.answer_augmentation(study)
     assert "beats no augmentation (0.9000 ± 0.0000 against 0.7050" in answer.text
-    text = report_sweeps.section_augmentation(study)
+    text = report_sweeps.details_augmentation(study)
     assert "| tuned (horizontal flip 0.7) | 0.8000 ± 0.0000 | 2 | none | 0.9878 |" in text
     choices = report_lab.section_choices(study)
     assert "**Horizontal flips** (test split). `no-augmentation` has none." in choices
@@ -170,18 +172,19 @@ def test_heads_are_counted_by_step(tmp_path: Path, no_drawing: None) -> None:
     runs.append(make_run("heads/tuned-wide", 0, 0.9))
     runs[0].history[-1]["validation"]["dead_classes"] = ["square"]
     study = make_study(runs, tmp_path)
-    text = report_lab.section_heads(study)
+    text = report_lost.details_heads(study)
     assert "| model | runs | 5 steps | 10 steps | class below 0.5 at the end |" in text
     assert "| tuned | 2 | 2 | 1 | 1 |" in text and "| tuned-wide | 1 | 1 | 0 | 0 |" in text
+    text = report_lost.section_heads(study)
     assert "No run of `tuned-wide` ends with a class below 0.5." in text
-    answer = report_lab.answer_heads(study).text
+    answer = report_lost.answer_heads(study).text
     assert answer.startswith("Of 2 short runs of `tuned`, 1 never predict some class after 10 st")
 
 
 def test_overfitting_names_the_first_perfect_epoch(tmp_path: Path, no_drawing: None) -> None:
     name = "overfit/one-batch-tuned"
     study = make_study([make_run(name, 0, 0.9996), make_run(name, 1, 0.9)], tmp_path)
-    text = report_sweeps.section_overfitting(study)
+    text = report_sweeps.details_overfitting(study)
     assert "| one-batch-tuned | all | 2, never | 0.9498 ± 0.0704 |" in text
     assert "1 of 2 runs learnt two images by heart" in report_sweeps.answer_overfitting(study).text
 
@@ -195,7 +198,7 @@ def test_a_metric_never_reset_is_a_running_average(tmp_path: Path, no_drawing: N
 def test_runs_that_never_predicted_a_class_are_counted(tmp_path: Path) -> None:
     runs = [make_run("tuned", 0, 0.8), make_run("best", 0, 0.8), make_run("heads/tuned", 0, 0.8)]
     runs[1].history[0]["validation"]["dead_classes"] = []
-    text = report_lab.section_never_predicted(make_study(runs, tmp_path))
+    text = report_lost.count_never_predicted(make_study(runs, tmp_path))
     assert text.startswith("1 of 2 runs predicted some class nowhere")
     assert text.endswith("runs of `tuned`.")
 
@@ -204,12 +207,54 @@ def test_striped_runs_are_shown_with_their_siblings(tmp_path: Path) -> None:
     runs = [make_run("tuned", 0, 0.985), make_run("tuned", 1, 0.865), make_run("initial", 0, 0.9)]
     runs[1].test["lost_positions"] = {"triangle": 2}
     study = make_study(runs, tmp_path)
-    text = report_lab.section_seeds(study)
-    assert "1 of 3 tested runs have striped masks. The table shows them beside the runs of" in text
+    text = report_lost.details_seeds(study)
+    assert "1 of 3 tested runs have striped masks. The table shows them beside the runs" in text
     assert "| `tuned`, seed 1 | 0.8650 | triangle 2/4 |" in text
-    assert "| `tuned`, seed 0 | 0.9850 | – |" in text and "`initial`" not in text
-    assert "from 0.98 to about 0.92, 0.86 or 0.80." in text  # less one, two, three sixteenths
-    assert "score from 0.8650 to 0.9850" in report_lab.answer_seeds(study).text
+    assert "| `tuned`, seed 0 | 0.9850 | – |" in text and "| `initial`" not in text
+    assert "score from 0.8650 to 0.9850" in report_lost.answer_seeds(study).text
+
+
+def test_the_labs_low_scores_are_lost_positions() -> None:
+    # From the table of the lab's published IoU: 1/16 less for each position, from 0.99.
+    for name, lost in report_lost.lab_runs().items():
+        assert lost == round((0.99 - LAB["test_iou"][name]) * 16), name
+    # One lost position of squares: a quarter of their pixels becomes background.
+    points = report_lost.expected_points()
+    assert len(points) == 20  # 1 + 3 + 6 + 10 ways to lose 0, 1, 2 or 3
+    square = 0.0386 / 4
+    background = 1 - 0.0386 - 0.0437 - 0.0577
+    drop = (1 / 4 + square / (background + square)) / 4
+    assert any(
+        loss == pytest.approx(0.0024 + square) and iou == pytest.approx(0.9878 - drop)
+        for loss, iou in points
+    )
+
+
+def test_lost_positions_are_counted_with_and_without_augmentation(
+    tmp_path: Path, no_drawing: None
+) -> None:
+    runs = [make_run("tuned", seed, 0.985, horizontal_flip=0.7) for seed in (0, 1)]
+    runs.append(make_run("augment/no-augmentation", 0, 0.98))
+    runs.append(make_run("initial", 0, 0.98, loss={"cross_entropy": 1.0}))
+    for run in runs:
+        run.profile = "full"
+        run.config.setdefault("loss", {"dice_pooled": 1.0})
+        run.history += [run.history[-1]] * 13
+    ious = {"background": 0.98, "square": 0.49, "triangle": 0.24, "circle": None}
+    runs[1].history[-1] = {"validation": dict(scores(0.5), per_class_iou=ious)}
+    text = report_lost.section_seeds(make_study(runs, tmp_path))
+    assert "| our runs by its protocol, with augmentation | 2 | 1 | 0 | 0 | 0 | 1 |" in text
+    assert "| our runs by its protocol, without augmentation | 1 | 1 | 0 | 0 | 0 | 0 |" in text
+    assert "1 of 2 with augmentation and 0 of 1 without augmentation lost positions" in text
+    assert (tmp_path / "lost-positions.png").exists()
+
+
+def test_the_deepest_fall_is_told(tmp_path: Path, no_drawing: None) -> None:
+    runs = [make_run("tuned", 0, 0.8), make_run("tuned-drop-last", 0, 0.9)]
+    lower = {"validation": scores(0.3)}
+    runs[0].history += [lower, runs[0].history[-1]]  # 0.4, 0.8, 0.3, 0.8
+    text = report_lab.section_last_batch(make_study(runs, tmp_path))
+    assert "0.500 in the runs of `tuned` and 0.000 in the runs of `tuned-drop-last`" in text
 
 
 def test_the_labs_batch_is_shown_if_it_was_scored(tmp_path: Path) -> None:
@@ -238,8 +283,8 @@ def test_first_report_has_no_empty_section(tmp_path: Path, no_drawing: None) -> 
     study = make_study([make_run(name, 0, 0.8) for name in names], tmp_path)
     text = report.page_of_folder(study, ["`runs/x` is not finished."])
     headings = re.findall(r"^## (.*)", text, re.M)
-    assert "Did augmentation help?" not in headings and headings[-1] == "What is missing"
-    missing = text.split("## What is missing")[1]
+    assert "Did augmentation help?" not in headings and headings[-2] == "What you can run next"
+    missing = text.split("## What you can run next")[1]
     for command in ("train-final", "augment", "tune", "overfit", "heads"):
         assert f"`make {command} DATA=afo" in missing
     assert '`make report DATA=afo SEEDS="0 1 2"`' in missing and "- `runs/x` is not" in missing
@@ -266,7 +311,7 @@ def test_too_few_groups_have_no_interval(tmp_path: Path) -> None:
     runs = [make_run(name, 0, 0.8) for name in ("initial", "tuned")]
     for run in runs:
         run.test["interval"] = None
-    assert "95 % over" not in report_models.models_table(make_study(runs, tmp_path))
+    assert "95 % over" not in report_models.details_models(make_study(runs, tmp_path))
 
 
 def test_tables_are_filled_where_they_stand() -> None:
@@ -387,7 +432,7 @@ def test_damaged_file_is_named(
             assert error.startswith("error: ") and error.count("\n") == 1 and str(path) in error
             refused += 1
         else:
-            assert code == 0 and "What is missing" in text
+            assert code == 0 and "What you can run next" in text
     assert refused > 2
 
 

@@ -1,0 +1,344 @@
+"""Write the report's sections on lost classes: never predicted, or missing at some pixel positions.
+
+As in report_models.py, functions answer_X and section_X take a study, and return None without runs.
+"""
+
+from itertools import product
+from statistics import median
+
+import figures
+from report_models import LOW_IOU, Answer, picture
+from report_runs import Run, Study
+from table import COLUMNS, LAB, iou_of, markdown, tabulate
+
+POSITIONS = 4  # of each 2×2 pixels: the last layer computes each with weights of its own
+RANGE_OF_SEEDS = 0.05  # mean IoU: runs that differ more do so by more than usual luck
+EPOCHS = 15  # of the lab's runs; its last run has twice as many
+LAST = 3  # epochs at the end of which the median is taken, since the loss has spikes
+MOST_LOST = 3  # positions that a run of the lab lost
+
+# ---- lost positions: the lab's logs and our runs
+
+
+def late_loss(losses: list[float]) -> float:
+    """Take the validation loss at the end of a run: the median of its last epochs."""
+    return median(losses[-LAST:])
+
+
+def has_lab_protocol(run: Run) -> bool:
+    """Tell whether a run followed the lab's protocol to its end, with its pooled Dice."""
+    is_labs = list(run.config["classes"]) == LAB["classes"] and run.profile == "full"
+    is_whole = len(run.history) >= EPOCHS
+    return is_labs and is_whole and run.config.get("loss") == {"dice_pooled": 1.0}
+
+
+def is_augmented(run: Run) -> bool:
+    keys = ("horizontal_flip", "vertical_flip", "blur", "jitter")
+    return any(run.config.get(key, 0) > 0 for key in keys)
+
+
+def lost_in_masks(run: Run) -> int:
+    """Count the positions that a run lost, from the IoU of each shape in its last validation.
+
+    A shape that is missing at one of the four positions of each 2×2 pixels lacks a quarter of its
+    pixels, and so of its IoU.
+    """
+    ious = run.history[-1]["validation"]["per_class_iou"]
+    lost = 0
+    for shape in list(ious)[1:]:  # without the background
+        lost += round(POSITIONS * (1 - (ious[shape] or 0)))
+    return lost
+
+
+def lost_in_loss(loss: float) -> int:
+    """Tell how many lost positions explain the end of the lab's validation loss.
+
+    The pooled Dice loss is about one minus the mean probability of the true class. So each lost
+    position adds a quarter of the pixels of its class to the loss of a run that lost none, such as
+    the lab's `tuned`.
+    """
+    shares = LAB["validation_share"].values()
+    above = loss - late_loss(LAB["validation_loss"]["tuned"])
+    return round(above / (sum(shares) / len(shares) / POSITIONS))
+
+
+def expected_points() -> list[tuple[float, float]]:
+    """Compute loss and mean IoU of a run that loses up to three positions, from class shares alone.
+
+    It starts from the lab's `tuned`, which lost none.
+    """
+    shares = list(LAB["validation_share"].values())
+    background = 1 - sum(shares)
+    loss = late_loss(LAB["validation_loss"]["tuned"])
+    points = []
+    for lost in product(range(MOST_LOST + 1), repeat=len(shares)):
+        if sum(lost) > MOST_LOST:
+            continue
+        quarters = [number / POSITIONS for number in lost]
+        missing = sum(quarter * share for quarter, share in zip(quarters, shares, strict=True))
+        background_iou = background / (background + missing)  # it takes the missing pixels
+        drop = (sum(quarters) + 1 - background_iou) / (len(shares) + 1)
+        points.append((loss + missing, LAB["test_iou"]["tuned"] - drop))
+    return points
+
+
+def lab_runs() -> dict[str, int]:
+    """Count the lost positions of each of the lab's runs with a pooled Dice: name → number."""
+    lost = {}
+    for name, losses in LAB["validation_loss"].items():
+        if name != "initial":  # trained with cross-entropy
+            lost[name] = lost_in_loss(late_loss(losses))
+    return lost
+
+
+def draw_lost(study: Study, runs: list[Run]) -> str:
+    """Draw IoU against validation loss, of the lab's runs and ours; return the link."""
+    lab, ours = [], []
+    for name in lab_runs():
+        lab.append((late_loss(LAB["validation_loss"][name]), LAB["test_iou"][name]))
+    for run in runs:
+        entries = [entry["validation"] for entry in run.history[-LAST:]]
+        loss = median(entry["loss"] for entry in entries)
+        ours.append((loss, median(entry["mean_iou"] for entry in entries)))
+    groups = {
+        "expected if 0, 1, 2 or 3 positions are lost": expected_points(),
+        "the lab's runs": lab,
+        "our runs": ours,
+    }
+    labels = ("validation loss at the end", "mean IoU")
+    figures.scatter(study.figures / "lost-positions.png", groups, *labels)
+    caption = (
+        "Each lost position costs the same loss and the same IoU. Crosses: computed from the share"
+        " of the pixels that each shape covers. The lab's runs: its logged validation loss and its"
+        f" published test IoU. Our runs by its protocol: validation, medians of the last {LAST}"
+        " epochs."
+    )
+    return picture(study, "lost-positions.png", caption)
+
+
+def count_lost(study: Study) -> dict[str, list[int]]:
+    """Count the lost positions of each run: the lab's, and ours with and without augmentation."""
+    runs = [run for members in study.runs.values() for run in members]
+    counts = {"the lab's runs, from their loss": list(lab_runs().values())}
+    for title, augmented in (("with", True), ("without", False)):
+        lost = []
+        for run in runs:
+            if has_lab_protocol(run) and is_augmented(run) == augmented:
+                lost.append(lost_in_masks(run))
+        counts[f"our runs by its protocol, {title} augmentation"] = lost
+    return {title: lost for title, lost in counts.items() if lost}
+
+
+def lost_table(counts: dict[str, list[int]]) -> str:
+    """Tabulate how many runs lost no position, one, two, three or more."""
+    more = MOST_LOST + 1
+    headings = [str(number) for number in range(more)]
+    lines = [["lost positions", "runs", *headings, "more"]]
+    for title, lost in counts.items():
+        cells = [title, str(len(lost))]
+        cells += [str(lost.count(number)) for number in range(more)]
+        cells.append(str(sum(number >= more for number in lost)))
+        lines.append(cells)
+    return markdown(lines)
+
+
+# ---- why do runs of the same code differ so much?
+
+
+def answer_seeds(study: Study) -> Answer | None:
+    """Say that luck decides what is lost; of other data, which runs of one experiment differ."""
+    runs = [run for members in study.runs.values() for run in members]
+    ours = [run for run in runs if has_lab_protocol(run)]
+    if ours:
+        lost = [run for run in ours if lost_in_masks(run) > 0]
+        labs = [number for number in lab_runs().values() if number > 0]
+        text = (
+            "Luck. Some runs lose a shape at some pixel positions. That explains the"
+            f" {len(labs)} low scores among the lab's {len(lab_runs())} runs with a Dice loss. Of"
+            f" our {len(ours)} such runs {len(lost)} lost positions."
+        )
+        return Answer(text, "likely")
+    return widest_range(study)
+
+
+def widest_range(study: Study) -> Answer | None:
+    """Name the experiment whose runs differ most although only their seeds differ."""
+    widest = RANGE_OF_SEEDS
+    answer = None
+    for experiment, runs in study.runs.items():
+        ious = [run.test["mean_iou"] for run in runs if run.test]
+        if len(ious) < 2 or max(ious) - min(ious) < widest:
+            continue
+        widest = max(ious) - min(ious)
+        text = (
+            "Which classes a network learns, and at which pixels, is left to luck."
+            f" {len(ious)} runs of `{experiment}` that only differ in their seed score from"
+            f" {min(ious):.4f} to {max(ious):.4f}."
+        )
+        answer = Answer(text, "sure")
+    return answer
+
+
+def section_seeds(study: Study) -> str | None:
+    """Show what lost positions cost, and how many runs lost some."""
+    runs = [run for members in study.runs.values() for run in members]
+    ours = [run for run in runs if has_lab_protocol(run)]
+    if not ours:
+        return None
+    counts = count_lost(study)
+    parts = [
+        draw_lost(study, ours),
+        "The lab's scores fall into four groups: about 0.99, 0.92, 0.86 and 0.80. Its own logs"
+        " explain them. A shape that is missing at one position of four adds a quarter of its"
+        " pixels to the loss, and takes a sixteenth from the mean IoU.",
+        lost_table(counts),
+    ]
+    shares = []
+    for title, lost in counts.items():
+        if title.startswith("our"):
+            number = sum(count > 0 for count in lost)
+            shares.append(f"{number} of {len(lost)} {title.rpartition(', ')[2]}")
+    parts.append(
+        f"Was it augmentation, or chance? Of our runs {' and '.join(shares)} lost positions. The"
+        " lab concluded that flips and blur together decrease the performance. Its three runs of"
+        " that kind lost one position each, as a run without any augmentation may."
+    )
+    return "\n\n".join(parts)
+
+
+def details_seeds(study: Study) -> str | None:
+    """Tabulate the tested runs of the experiments in which a run has striped masks."""
+    total, striped = 0, 0
+    rows = {}
+    for members in study.runs.values():
+        tested = [run for run in members if run.test]
+        stripes = [run for run in tested if run.test.get("lost_positions")]
+        total += len(tested)
+        striped += len(stripes)
+        if stripes:
+            for run in tested:
+                rows[run.label] = [run.test]
+    if total == 0:
+        return None
+    parts = []
+    if striped == 0:
+        parts.append(f"None of the {total} tested runs has striped masks.")
+    else:
+        columns = {"mean IoU": COLUMNS["mean IoU"], "striped": COLUMNS["striped"]}
+        for name in next(iter(rows.values()))[0]["per_class_iou"]:
+            columns[name] = iou_of(name)
+        parts.append(
+            f"{striped} of {total} tested runs have striped masks. The table shows them beside the"
+            " runs of the same experiments with other seeds. `square 2/4` means: squares are"
+            " missing at two of the four positions."
+        )
+        parts.append(markdown(tabulate(rows, columns)))
+    parts.append(count_never_predicted(study))
+    return "\n\n".join(parts)
+
+
+def count_never_predicted(study: Study) -> str:
+    """Count the runs that never predicted some class. The runs of heads have their own section."""
+    total, number = 0, 0
+    names = []
+    for experiment, members in study.runs.items():
+        if experiment in study.heads:
+            continue
+        missing = [run for run in members if any(never_at(entry) for entry in run.history)]
+        total += len(members)
+        number += len(missing)
+        if missing:
+            names.append(f"`{experiment}`")
+    text = f"{number} of {total} runs predicted some class nowhere at the end of an epoch"
+    return f"{text}: runs of {', '.join(names)}." if names else f"{text}."
+
+
+# ---- how often does the last layer lose a class?
+
+
+def never_at(entry: dict) -> bool:
+    """Tell whether a run predicts some class nowhere on validation at the end of an epoch."""
+    return bool(entry["validation"]["dead_classes"])
+
+
+def count_poor(runs: list[Run]) -> int:
+    """Count the runs that end with a class whose validation IoU is low."""
+    number = 0
+    for run in runs:
+        ious = run.history[-1]["validation"]["per_class_iou"].values()
+        if any(iou is not None and iou < LOW_IOU for iou in ious):
+            number += 1
+    return number
+
+
+def count_never(runs: list[Run]) -> list[int]:
+    """Count, for each epoch, the runs that never predict some class at its end."""
+    counts = [0] * len(runs[0].history)
+    for run in runs:
+        for epoch, entry in enumerate(run.history):
+            if never_at(entry):
+                counts[epoch] += 1
+    return counts
+
+
+def steps_by_epoch(run: Run) -> list[str]:
+    """List the number of steps that a run has made at the end of each epoch."""
+    steps = run.config["images_per_epoch"] // run.config["batch_size"]
+    return [f"{steps * entry['epoch']:,} steps" for entry in run.history]
+
+
+def answer_heads(study: Study) -> Answer | None:
+    """Say how often short runs of tuned never predict a class, and what a wide layer changes."""
+    runs = study.heads.get("heads/tuned")
+    if not runs:
+        return None
+    text = (
+        f"Of {len(runs)} short runs of `tuned`, {count_never(runs)[-1]} never predict some class"
+        f" after {steps_by_epoch(runs[0])[-1]}. {count_poor(runs)} end with a class whose IoU is"
+        f" below {LOW_IOU}."
+    )
+    wide = study.heads.get("heads/tuned-wide")
+    if wide:
+        text += f" With a wider last layer {count_poor(wide)} of {len(wide)} end so."
+    return Answer(text, "sure" if len(runs) > 5 else "likely")
+
+
+def section_heads(study: Study) -> str | None:
+    """Draw how many short runs never predict a class, by step."""
+    if not study.heads:
+        return None
+    first = next(iter(study.heads.values()))[0]
+    shares, healthy = {}, []
+    for members in study.heads.values():
+        counts = count_never(members)
+        shares[members[0].name] = [[count / len(members) for count in counts]]
+        if count_poor(members) == 0:
+            healthy.append(f"`{members[0].name}`")
+    panels = {"share of runs that never predict a class": shares}
+    figures.curves(study.figures / "heads.png", panels, f"epoch of {steps_by_epoch(first)[0]}")
+    parts = [
+        "These are the lab's models with their own start, loss and learning rate, and `tuned` with"
+        f" one fix each. A step takes {first.config['batch_size']} whole images without"
+        " augmentation.",
+        picture(study, "heads.png", "Share of the runs that never predict some class."),
+    ]
+    if healthy:
+        parts.append(f"No run of {', '.join(healthy)} ends with a class below {LOW_IOU}.")
+    return "\n\n".join(parts)
+
+
+def details_heads(study: Study) -> str | None:
+    """Tabulate how many short runs never predict a class, by step, and how many end poor."""
+    if not study.heads:
+        return None
+    first = next(iter(study.heads.values()))[0]
+    lines = [["model", "runs", *steps_by_epoch(first), f"class below {LOW_IOU} at the end"]]
+    for members in study.heads.values():
+        cells = [members[0].name, str(len(members))]
+        cells += [str(count) for count in count_never(members)]
+        cells.append(str(count_poor(members)))
+        lines.append(cells)
+    return (
+        "The number of runs that predict some class nowhere in the validation images after so many"
+        f" steps:\n\n{markdown(lines)}"
+    )
