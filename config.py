@@ -40,7 +40,7 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
     path = path.resolve()
     if path in above:
         raise UserError(f"{path}: base: leads back to this file; remove one `base`")
-    with reading(path, "a config holds 'key: value' lines, as configs/default.yaml does"):
+    with reading(path, "a config is UTF-8 text, 'key: value' lines as in configs/default.yaml"):
         values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader) or {}
         base = values.pop("base", None)
         base_path = path.parent / base if base else DEFAULT

@@ -21,7 +21,7 @@ from pathlib import Path
 from markdown import markdown as convert
 
 from common import ROOT, UserError, run, write_atomically
-from report_models import section_pictures, table
+from report_models import draw_curves, rows_of, section_pictures, table
 from report_page import (
     MODELS_SECTION,
     SECTIONS,
@@ -33,7 +33,7 @@ from report_page import (
     write_details,
     write_section,
 )
-from report_runs import MODELS, Run, Study, find_runs, read_published, sort_runs
+from report_runs import Run, Study, find_runs, read_published, sort_runs
 from table import COLUMNS, comparison_table
 
 # ---- the report of a folder
@@ -119,14 +119,12 @@ def scores_of_weights(runs: list[Run]) -> str:
     )
 
 
-def models_on_generated(runs: list[Run]) -> str:
-    """Tabulate the models that were trained and tested on generated images, for README.md."""
-    rows = {}
-    for name in MODELS:
-        tests = [run.test for run in runs if run.data == "generated" and run.experiment == name]
-        if tests:
-            rows[name] = tests
-    return table(rows, ["parameters", "mean IoU", "accuracy", "lab IoU"])
+def models_on_generated(runs: list[Run], out: Path) -> str:
+    """Tabulate the models that were trained on generated images, for README.md; draw their curves."""
+    link = "results/figures/generated-quick"
+    study = sort_runs([run for run in runs if run.data == "generated"], out / link, link)
+    draw_curves(study)
+    return table(rows_of(study.models, "test"), ["parameters", "mean IoU", "accuracy", "lab IoU"])
 
 
 def speedrun_table(runs: list[Run]) -> str:
@@ -210,7 +208,7 @@ def write_published(out: Path) -> None:
         if members:
             studies.append(sort_runs(members, out / link, link))
     write_atomically(out / "RESULTS.md", page_of_published(runs, studies).encode())
-    tables = {"models": models_on_generated(runs), "make speedrun": speedrun_table(runs)}
+    tables = {"models": models_on_generated(runs, out), "make speedrun": speedrun_table(runs)}
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         page = path.read_text(encoding="utf-8")
         name = path.relative_to(ROOT)

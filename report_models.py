@@ -149,12 +149,7 @@ def section_models(study: Study) -> str | None:
     """Compare the models: the most important columns, and curves."""
     if not study.models:
         return None
-    panels = {
-        "training mean IoU": panel(study.models, "training"),
-        "validation mean IoU": panel(study.models, "validation"),
-        "validation loss": panel(study.models, "validation", "loss"),
-    }
-    figures.curves(study.figures / "curves.png", panels)
+    draw_curves(study)
     several = any(len(members) > 1 for members in study.models.values())
     caption = "Mean IoU and loss by epoch."
     if several:
@@ -165,6 +160,16 @@ def section_models(study: Study) -> str | None:
     )
     headings = ["mean IoU", "n", "accuracy", "never predicted", "striped", "lab IoU", "images seen"]
     return f"{models_table(study, headings)}\n\n{picture(study, 'curves.png', caption)}"
+
+
+def draw_curves(study: Study) -> None:
+    """Draw curves.png: mean IoU and loss of the models by epoch."""
+    panels = {
+        "training mean IoU": panel(study.models, "training"),
+        "validation mean IoU": panel(study.models, "validation"),
+        "validation loss": panel(study.models, "validation", "loss"),
+    }
+    figures.curves(study.figures / "curves.png", panels)
 
 
 def details_models(study: Study) -> str | None:

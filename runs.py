@@ -284,8 +284,7 @@ def write_summary(
     }
     write_atomically(run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     mean_iou = best["validation"]["mean_iou"]
-    print(f"best epoch {best['epoch']}, validation mean IoU {mean_iou:.4f}", end="; ")
-    print(f"next: python evaluate.py {run_dir / 'best.pt'}")
+    print(f"best epoch {best['epoch']}, validation mean IoU {mean_iou:.4f}: {run_dir / 'best.pt'}")
 
 
 def log_summary(writer: "SummaryWriter", config: dict, history: list[dict]) -> None:

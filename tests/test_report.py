@@ -330,7 +330,7 @@ def test_published_pages_are_up_to_date(tmp_path: Path, call: Callable, no_drawi
         assert path.read_text() == (ROOT / name).read_text(), f"{name}: run make results"
     made = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.png")}
     kept = {path.relative_to(ROOT) for path in (ROOT / "results").rglob("*.png")}
-    text = (tmp_path / "RESULTS.md").read_text()
+    text = (tmp_path / "RESULTS.md").read_text() + (tmp_path / "README.md").read_text()
     linked = {Path(link) for link in re.findall(r"\((results/\S+\.png)\)", text)}
     assert made == kept == linked
 
