@@ -156,13 +156,15 @@ def grid(
     columns = max(len(row) for row in rows)
     shapes = [picture.shape for row in rows for _, picture in row]
     tallest = max(height / width for _, height, width in shapes)
-    inches = SIDE / DPI
-    top = 0.6  # inches for the legend
-    height = top + len(rows) * (inches * min(2, tallest) + 0.25)
-    width = max(4, inches * columns)
+    side = SIDE / DPI  # inches
+    row_height = side * min(2, tallest)
+    gap = 0.25  # inches for the captions
+    top = 0.6  # inches for the legend and the first captions
+    width = max(4, side * columns)
+    height = top + len(rows) * (row_height + gap)
     left = 0.25 / width if row_names else 0.01
     figure = Figure(figsize=(width, height), dpi=DPI)
-    figure.subplots_adjust(left, 0.01, 0.99, 1 - top / height, wspace=0.05)
+    figure.subplots_adjust(left, 0.01, 0.99, 1 - top / height, 0.05, gap / row_height)
     no_frame = {"frame_on": False, "xticks": [], "yticks": []}
     axes = figure.subplots(len(rows), columns, squeeze=False, subplot_kw=no_frame)
     for y, row in enumerate(rows):

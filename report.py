@@ -120,7 +120,7 @@ def scores_of_weights(runs: list[Run]) -> str:
 
 
 def models_on_generated(runs: list[Run], out: Path) -> str:
-    """Tabulate the models that were trained on generated images, for README.md; draw their curves."""
+    """Tabulate the models trained on generated images, for README.md, and draw their curves."""
     link = "results/figures/generated-quick"
     study = sort_runs([run for run in runs if run.data == "generated"], out / link, link)
     draw_curves(study)

@@ -44,7 +44,7 @@ MODELS_SECTION = Section(
 )
 SECTIONS = [
     Section(
-        "Does a high accuracy mean a good model?",
+        "Does a high accuracy imply a good model? Which metric suits better?",
         "",
         report_models.section_accuracy,
         report_models.answer_accuracy,
@@ -87,14 +87,14 @@ SECTIONS = [
     ),
     MODELS_SECTION,
     Section(
-        "Did `modified` beat `initial`?",
-        "",
+        "Increase the complexity a little: does it improve?",
+        "`modified` is one stage deeper than `initial`.",
         report_models.section_modified,
         report_models.answer_modified,
         lab_said=f"{LAB_IOU['modified']:.4f} against {LAB_IOU['initial']:.4f}",
     ),
     Section(
-        "Did augmentation help?",
+        "Does augmentation help?",
         "The number in a name is a probability. The lab's blurs differ in strength as well"
         " (`configs/augment/`), and go over the masks, as the lab's did. The lab's `tuned` was"
         " trained with horizontal flips, so the lab compared one augmentation with another.",
@@ -102,6 +102,15 @@ SECTIONS = [
         report_sweeps.answer_augmentation,
         report_sweeps.details_augmentation,
         lab_said=f"vertical flips {LAB_IOU['flip-0.5']:.4f}, `tuned` {LAB_IOU['tuned']:.4f}",
+    ),
+    Section(
+        "Does an augmentation that the lab lacked help?",
+        "`jitter` changes brightness, contrast, saturation and hue. The lab tried it, but its code"
+        " fails on images of four channels.",
+        report_sweeps.section_jitter,
+        report_sweeps.answer_jitter,
+        lab_said="tried, and failed",
+        once=True,
     ),
     Section(
         "What had the greatest impact?",
@@ -112,7 +121,15 @@ SECTIONS = [
         report_sweeps.details_tuning,
     ),
     Section(
-        "Can the network be forced to overfit?",
+        "Which loss suits the task better?",
+        "The lab's loss is a Dice of all classes pooled. `loss-class` has cross-entropy and a Dice"
+        " of each class instead.",
+        report_sweeps.section_loss,
+        report_sweeps.answer_loss,
+        once=True,
+    ),
+    Section(
+        "Force the network to overfit: how bad can it get?",
         "`one-batch` trains on two whole images, `few-frames` on 32, without augmentation. The"
         " networks are the lab's; the loss is cross-entropy and a Dice of each class.",
         report_sweeps.section_overfitting,

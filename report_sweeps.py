@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import figures
+from report_lost import count_never, steps_by_epoch
 from report_models import (
     YES_OR_NO,
     Answer,
@@ -94,6 +95,25 @@ def details_augmentation(study: Study) -> str | None:
         return None
     headings = ["mean IoU", "n", "never predicted", "striped", "lab IoU", "images seen"]
     return table(ranked_augmentations(study), headings)
+
+
+def answer_jitter(study: Study) -> Answer | None:
+    """Say whether colour jitter helps."""
+    runs, without = augmentations(study)
+    if without is None or "jitter" not in runs:
+        return None
+    jitter = scores_of(runs["jitter"], "test")
+    answer = compare("`jitter`", jitter, "no augmentation", scores_of(runs[without], "test"))
+    return answer._replace(text=YES_OR_NO[answer.comparison.verdict] + answer.text)
+
+
+def section_jitter(study: Study) -> str | None:
+    if answer_jitter(study) is None:
+        return None
+    return (
+        "Colours say little here: a square is a square in any of four colours. So we expected"
+        " little."
+    )
 
 
 # ---- tune
@@ -203,6 +223,35 @@ def details_tuning(study: Study) -> str | None:
     return "\n\n".join(parts)
 
 
+# ---- which loss?
+
+
+def answer_loss(study: Study) -> Answer | None:
+    """Compare the lab's loss with cross-entropy and a Dice of each class."""
+    ours = study.tune.get("tune/loss-class")
+    labs = study.tune.get("tuned")
+    if not ours or not labs:
+        return None
+    scores = scores_of(ours, "validation"), scores_of(labs, "validation")
+    return compare("`loss-class`", scores[0], "the lab's loss", scores[1])
+
+
+def section_loss(study: Study) -> str | None:
+    """Say in how many runs each loss lost a class, where the lab's own start was kept."""
+    if answer_loss(study) is None:
+        return None
+    ours = study.heads.get("heads/tuned-loss-per-class")
+    labs = study.heads.get("heads/tuned")
+    if not ours or not labs:
+        return "Both are scored on the validation split."
+    return (
+        "Both are scored on the validation split. With the lab's own start the loss matters more:"
+        f" after {steps_by_epoch(labs[0])[-1]} {count_never(ours)[-1]} of {len(ours)} runs of"
+        f" `tuned-loss-per-class` never predict some class, and {count_never(labs)[-1]} of"
+        f" {len(labs)} with the lab's loss."
+    )
+
+
 # ---- overfit
 
 
@@ -227,6 +276,8 @@ def answer_overfitting(study: Study) -> Answer | None:
         f"{len(perfect)} of {len(runs)} runs learnt two images by heart (training mean IoU 1.000)."
     )
     if perfect:
+        validation = [run.history[-1]["validation"]["mean_iou"] for run in perfect]
+        text += f" On new images they score {score(validation)}."
         return Answer(f"Yes, with another loss than the lab's. {text}", "sure")
     return Answer(f"Not here. {text}", "sure")
 

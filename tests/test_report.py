@@ -167,6 +167,27 @@ def test_factors_are_sorted_by_their_range(tmp_path: Path) -> None:
     assert "| width | 3 | width-half: 0.8005 " in report_sweeps.factors_table([width, kernel])
 
 
+def test_losses_are_compared_on_validation(tmp_path: Path) -> None:
+    runs = [make_run("tuned", seed, 0.7 + seed / 100) for seed in (0, 1)]
+    runs += [make_run("tune/loss-class", seed, 0.9 + seed / 100) for seed in (0, 1)]
+    study = make_study(runs, tmp_path)
+    answer = report_sweeps.answer_loss(study).text
+    assert answer.startswith("`loss-class` beats the lab's loss (0.9050 ± 0.0071 against 0.7050")
+    assert report_sweeps.section_loss(study) == "Both are scored on the validation split."
+    runs += [make_run("heads/tuned", 0, 0.4), make_run("heads/tuned-loss-per-class", 0, 0.9)]
+    runs[-2].history[-1]["validation"]["dead_classes"] = ["square"]
+    text = report_sweeps.section_loss(make_study(runs, tmp_path))
+    assert "after 10 steps 0 of 1 runs of `tuned-loss-per-class` never" in text
+    assert text.endswith("and 1 of 1 with the lab's loss.")
+
+
+def test_jitter_is_compared_with_no_augmentation(tmp_path: Path) -> None:
+    runs = [make_run("tuned", seed, 0.9 + seed / 100) for seed in (0, 1)]
+    runs += [make_run("augment/jitter", seed, 0.7 + seed / 100) for seed in (0, 1)]
+    answer = report_sweeps.answer_jitter(make_study(runs, tmp_path)).text
+    assert answer.startswith("No. `jitter` scores lower than no augmentation (0.7050 ")
+
+
 def test_heads_are_counted_by_step(tmp_path: Path, no_drawing: None) -> None:
     runs = [make_run("heads/tuned", 0, 0.4), make_run("heads/tuned", 1, 0.9)]
     runs.append(make_run("heads/tuned-wide", 0, 0.9))
@@ -290,7 +311,7 @@ def test_first_report_has_no_empty_section(tmp_path: Path, no_drawing: None) -> 
     assert '`make report DATA=afo SEEDS="0 1 2"`' in missing and "- `runs/x` is not" in missing
     assert {path.name for path in tmp_path.glob("*.png")} == set(re.findall(r"/(\S+\.png)", text))
     assert "| 95 % over flights |" in text
-    question = "Did `modified` beat `initial`?"
+    question = "Increase the complexity a little: does it improve?"
     assert question in headings and f"| {question} | 0.9778 against 0.9824 | One seed" in text
 
 
@@ -301,7 +322,7 @@ def test_an_answer_that_can_tell_comes_before_one_that_cannot(tmp_path: Path) ->
         runs += [make_run("modified", seed, 0.9 + seed / 100) for seed in seeds]
         studies.append(make_study(runs, tmp_path))
         studies[-1].profile = profile
-    section = next(part for part in report_page.SECTIONS if "`modified`" in part.title)
+    section = next(part for part in report_page.SECTIONS if "complexity" in part.title)
     answer, profile = report_page.short_answer(section, studies)
     assert profile == "quick" and answer.text.startswith("Yes. `modified` beats `initial`")
     assert report_page.short_answer(section, studies[:1])[1] == "full"
