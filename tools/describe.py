@@ -7,7 +7,6 @@ stands above the lines.
 """
 
 import argparse
-import colorsys
 import re
 import shlex
 from collections import Counter
@@ -19,6 +18,7 @@ import yaml
 
 from common import SPLITS, UserError, write_atomically
 from data import evenly, padding_factor
+from figures import distinct_colours
 from images import read_image
 from patterns import find_files
 from tools.check import note_shared_groups
@@ -147,21 +147,13 @@ def describe_format(meaning: Meaning, masks: Masks) -> list[Line]:
     return lines
 
 
-def picture_colour(index: int, number_of_classes: int) -> list[int]:
-    """Choose a colour for pictures: black for the background, else one of as many hues."""
-    if index == 0:
-        return [0, 0, 0]
-    channels = colorsys.hsv_to_rgb((index - 1) / number_of_classes, 1, 1)
-    return [round(255 * channel) for channel in channels]
-
-
 def describe_classes(meaning: Meaning, masks: Masks, names: list[str]) -> list[Line]:
     """List the classes with their shares. Their names are to be edited."""
     what = "rename them; colours are for pictures"
     if meaning.mask_format == "colours":
         what = "rename them; the colours are in the masks"
     lines = [Line("classes:", what)]
-    number_of_classes = len(meaning.classes)
+    pictured = distinct_colours(len(meaning.classes))
     has_background = meaning.numbers_objects or not are_photographs(meaning, masks)
     unlabelled = find_unlabelled(meaning, masks)
     for index, number in enumerate(meaning.classes):
@@ -170,7 +162,7 @@ def describe_classes(meaning: Meaning, masks: Masks, names: list[str]) -> list[L
             name = names[number]
         colour = colour_of(masks, number)
         if meaning.mask_format == "indices" and masks.kind != "palette":
-            colour = picture_colour(index, number_of_classes)
+            colour = pictured[index]
         value = masks.values.get(number, Value(0, 0, 0))
         masks_with_it = f"{value.n_masks} of {masks.n_masks} masks"
         reason = f"{percent(value.share)} of the pixels, in {masks_with_it}"
