@@ -56,29 +56,38 @@ def choose_corners(masks: Tensor, crop: int, on_objects: float) -> tuple[Tensor,
 
     They keep to the labelled part of a mask: images of several sizes are padded (see data.py).
     """
-    n, _, width = masks.shape
     # The lowest value of a row or column is IGNORE only if all its pixels are.
     last_top = last_start(masks.amin(dim=2) != IGNORE, crop)
     last_left = last_start(masks.amin(dim=1) != IGNORE, crop)
-    choice, pixel, y, x = torch.rand(4, n, device=masks.device)
-    top = (y * (last_top + 1)).long()
-    left = (x * (last_left + 1)).long()
+    choice, pixel, down, right = torch.rand(4, len(masks), device=masks.device)
+    top = (down * (last_top + 1)).long()
+    left = (right * (last_left + 1)).long()
     if on_objects > 0:
-        is_object = (masks > 0) & (masks != IGNORE)
-        count = is_object.flatten(1).cumsum(dim=1, dtype=torch.int32)
-        total = count[:, -1]
-        k = torch.minimum((pixel * total).int() + 1, total)
-        place = torch.searchsorted(count, k[:, None])[:, 0]  # of the k-th pixel of an object
+        y, x, has_object = choose_object_pixels(masks, pixel)
         # The pixel lies anywhere in the crop, not in its middle: else the model would learn that
         # the middle of a picture is never background.
-        around_y = (place // width - (y * crop).long()).clamp(min=0)
-        around_x = (place % width - (x * crop).long()).clamp(min=0)
-        around_y = torch.minimum(around_y, last_top)
-        around_x = torch.minimum(around_x, last_left)
-        use = (choice < on_objects) & (total > 0)
-        top = torch.where(use, around_y, top)
-        left = torch.where(use, around_x, left)
+        around_top = (y - (down * crop).long()).clamp(min=0)
+        around_left = (x - (right * crop).long()).clamp(min=0)
+        around_top = torch.minimum(around_top, last_top)
+        around_left = torch.minimum(around_left, last_left)
+        use = (choice < on_objects) & has_object
+        top = torch.where(use, around_top, top)
+        left = torch.where(use, around_left, left)
     return top, left
+
+
+def choose_object_pixels(masks: Tensor, choice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose a pixel of an object in each of (N, H, W) masks: y, x and whether there is one, (N,).
+
+    `choice` (N,) in [0, 1) says which: 0 is the first in reading order, 0.5 the middle one.
+    """
+    is_object = (masks > 0) & (masks != IGNORE)
+    count = is_object.flatten(1).cumsum(dim=1, dtype=torch.int32)  # of object pixels so far
+    total = count[:, -1]
+    number = torch.minimum((choice * total).int() + 1, total)
+    place = torch.searchsorted(count, number[:, None])[:, 0]  # where the count reaches the number
+    width = masks.shape[2]
+    return place // width, place % width, total > 0
 
 
 def last_start(is_labelled: Tensor, crop: int) -> Tensor:

@@ -140,16 +140,18 @@ def pick_group(config: dict, layers: list[tuple[str, dict]]) -> str:
     UserError if splits are drawn at random and nobody said what stays together: images of one video
     in two splits would make every score look better than it is.
     """
-    group = None
+    fits_images = False
     for _, values in layers:
         if "images" in values:
-            group = None
+            fits_images = False
         if "group" in values:
-            group = config["group"]
-    if group is None and "{split}" not in config["images"]:
+            fits_images = True
+    if fits_images:
+        return config["group"]
+    if "{split}" not in config["images"]:
         fix = "say what in a name stays together: '^[^_]+' (all before the first _), '' (nothing)"
         raise UserError(f"group: the splits are drawn at random; {fix}")
-    return group or ""
+    return ""
 
 
 def dump(config: dict) -> str:

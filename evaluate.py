@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import metrics
-from common import SPLITS, UserError, reading, require, run, write_atomically
+from common import ROOT, SPLITS, UserError, reading, require, run, write_atomically
 from data import Split, evenly, load_split, to_float
 from losses import check_loss, weighted_loss
 from metrics import IGNORE
@@ -36,6 +36,7 @@ from table import LAB, comparison_table, read_results
 # faster there. A GPU needs more to be busy.
 CPU_BATCH = 32 * 128**2
 GPU_BATCH = 256 * 128**2
+CODE_OF_TESTS = (ROOT / "evaluate.py", ROOT / "metrics.py")
 SHOWN = 4  # evenly spaced images, and as many of the worst, that are kept for the report
 
 
@@ -308,13 +309,17 @@ def write_arrays(path: Path, arrays: dict) -> None:
     write_atomically(path, file.getvalue())
 
 
-def test_beside(path: Path, device: torch.device) -> Path:
-    """Test a run on its own data, unless it was tested after its training; returns testing.json."""
+def test_run(path: Path, device: torch.device) -> Path:
+    """Test a run on its own data, unless it was tested after its training; returns testing.json.
+
+    A run is tested again as well if the code of the scores is newer than its test.
+    """
     results = path.with_name("testing.json")
     trained = path.with_name("summary.json")
     if not trained.exists():
         raise UserError(f"{path}: its run is not finished; train it to the end first")
-    if not results.exists() or results.stat().st_mtime_ns < trained.stat().st_mtime_ns:
+    newest = max(file.stat().st_mtime_ns for file in (trained, *CODE_OF_TESTS))
+    if not results.exists() or results.stat().st_mtime_ns < newest:
         row, arrays = evaluate_checkpoint(path, None, "testing", device)
         write_arrays(path.with_name("testing.npz"), arrays)
         write_rows(results, [row])
@@ -341,7 +346,7 @@ def main() -> None:
     rows = []
     for path in args.files:
         if args.beside:
-            path = test_beside(path, device)
+            path = test_run(path, device)
         if path.suffix == ".json":
             rows += read_results(path)
             continue

@@ -57,8 +57,8 @@ def dice_per_class(logits: Tensor, mask: Tensor) -> Tensor:
     present = t.sum(dim=(0, 2)) > 0
     dice = torch.where(present, 2 * overlap / total.clamp(min=1e-12), 0.0)
     # Without any class the loss is 0. A tensor decides that, since an `if` would make a GPU wait.
-    any_present = present.any().to(dice)
-    return any_present - dice.sum() / present.sum().clamp(min=1)
+    mean_dice = dice.sum() / present.sum().clamp(min=1)
+    return torch.where(present.any(), 1 - mean_dice, 0.0)
 
 
 LOSSES = {

@@ -9,7 +9,12 @@ and results/figures/.
 
 To add a sentence with a number: report_page.py lists the sections of both pages in SECTIONS.
 A section is written by its functions section_X and details_X (report_models.py, report_sweeps.py,
-report_lost.py, report_lab.py).
+report_lost.py, report_lab.py), which take the runs of a page and return Markdown. For example, in
+section_models:
+
+    best = study.models["best"][0].test
+    text += f" `best` scores {best['mean_iou']:.4f}."
+
 Its numbers come from `Run` in report_runs.py: rows run.test and run.validation (keys: evaluate.py).
 """
 

@@ -95,7 +95,7 @@ class Choice(NamedTuple):
     ours: str  # the experiment with another choice
     labs: str  # the experiment with the lab's choice
     says: str  # what the other choice is
-    setting: str = ""  # a key of the config, on in the lab's runs and off in ours: else no pair
+    setting: str | None = None  # the key of the config that must be on in the lab's runs alone
 
 
 POOLED = "takes its skips before pooling. Both have a last layer of 16 channels."
@@ -124,9 +124,11 @@ def section_choices(study: Study) -> str | None:
         labs = study.runs.get(choice.labs)
         if not ours or not labs:
             continue
-        is_on = labs[0].config.get(choice.setting)
-        if choice.setting and (not is_on or ours[0].config.get(choice.setting)):
-            continue
+        if choice.setting is not None:
+            on_in_labs = bool(labs[0].config.get(choice.setting))
+            on_in_ours = bool(ours[0].config.get(choice.setting))
+            if on_in_ours or not on_in_labs:
+                continue
         split = "validation" if ours[0].test is None else "test"  # settings have no test
         our_name, lab_name = f"`{ours[0].name}`", f"`{labs[0].name}`"
         answer = compare(our_name, scores_of(ours, split), lab_name, scores_of(labs, split))

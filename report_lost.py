@@ -58,8 +58,10 @@ def lost_in_loss(loss: float) -> int:
     the lab's `tuned`.
     """
     shares = LAB["validation_share"].values()
-    above = loss - late_loss(LAB["validation_loss"]["tuned"])
-    return round(above / (sum(shares) / len(shares) / POSITIONS))
+    mean_share = sum(shares) / len(shares)
+    loss_of_one_position = mean_share / POSITIONS
+    loss_of_none = late_loss(LAB["validation_loss"]["tuned"])
+    return round((loss - loss_of_none) / loss_of_one_position)
 
 
 def expected_points() -> list[tuple[float, float]]:

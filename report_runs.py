@@ -135,13 +135,13 @@ def read_row(path: Path, kinds: dict) -> dict:
 
 
 def shorten(value: object) -> object:
-    """Round all floats to eight digits, and leave out the Dice of each class."""
+    """Round all floats to eight digits."""
     if isinstance(value, float):
         return float(f"{value:.8g}")
     if isinstance(value, list):
         return [shorten(item) for item in value]
     if isinstance(value, dict):
-        return {key: shorten(item) for key, item in value.items() if key != "per_class_dice"}
+        return {key: shorten(item) for key, item in value.items()}
     return value
 
 

@@ -133,13 +133,17 @@ class Factor(NamedTuple):
 
 
 def settings_by_factor(study: Study) -> dict[str, Runs]:
-    """Sort the experiments that differ in one factor: factor → setting → runs."""
+    """Sort the experiments that differ in one factor: factor → setting → runs.
+
+    The factor is the name of the file up to its last hyphen: learning-rate-0.001.yaml sets the
+    learning rate.
+    """
     settings: dict[str, Runs] = {"model (the lab's three)": {}, "augmentation": study.augment}
     for name in LAB_MODELS:
         if name in study.models:
             settings["model (the lab's three)"][name] = study.models[name]
     for experiment, members in study.tune.items():
-        factor = members[0].name.rpartition("-")[0]  # learning-rate-0.001: learning-rate
+        factor = members[0].name.rpartition("-")[0]
         # A cell of the grid and skip-wide differ from tuned in two factors.
         if experiment in ("tuned", "tune/skip-wide") or factor.startswith("grid"):
             continue

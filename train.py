@@ -104,7 +104,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
         scheduler.load_state_dict(resumed["scheduler"])
-        if code != resumed["code"]:
+        if code != resumed["code"]:  # of the epochs so far, which may be all
             code = "mixed" if len(history) < config["epochs"] else resumed["code"]
     elif config["init"]:
         note = load_weights(model, Path(config["init"]).expanduser(), classes)

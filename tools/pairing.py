@@ -291,6 +291,23 @@ def explain_nothing(images: str, masks: str, image_list: list[Path], mask_list: 
     return f"{images}, {masks}: {text}; give an image and its mask the same name or number"
 
 
+def name_of(key: tuple[str, ...], stars: list[str]) -> str:
+    """Join the parts of a path that stand for a star, which image and mask share."""
+    parts = []
+    for part, star in zip(key, stars, strict=True):
+        if "*" in star:
+            parts.append(part)
+    return "/".join(parts)
+
+
+def find_alone(image_files: dict[tuple, Path], mask_files: dict[tuple, Path]) -> list[Path]:
+    """List the images without a mask and the masks without an image."""
+    alone = []
+    for key in sorted(image_files.keys() ^ mask_files.keys()):
+        alone.append(image_files.get(key) or mask_files[key])
+    return alone
+
+
 def find_layout(images: str, masks: str) -> Layout:
     """Pair the images and masks of two folders or patterns; UserError if nothing fits."""
     image_list, mask_list = list_both(images, masks)
@@ -324,21 +341,15 @@ def find_layout(images: str, masks: str) -> Layout:
             raise UserError(f"{images}: has files at several depths; {advice}")
     images_in_order = [image_files[key] for key in shared]
     masks_in_order = [mask_files[key] for key in shared]
-    names = []
-    for key in shared:
-        names.append("/".join(t for t, star in zip(key, stars, strict=True) if "*" in star))
-    alone = []
-    for key in sorted(image_files.keys() ^ mask_files.keys()):
-        alone.append(image_files.get(key) or mask_files[key])
     unused = set(image_list + mask_list) - set(image_files.values()) - set(mask_files.values())
     return Layout(
         root=root,
         images=write_pattern(image_base.relative_to(root), rule.image, stars, images_in_order),
         masks=write_pattern(mask_base.relative_to(root), rule.mask, stars, masks_in_order),
         split_folders=split_folders,
-        names=names,
+        names=[name_of(key, stars) for key in shared],
         pairs=list(zip(images_in_order, masks_in_order, strict=True)),
-        alone=alone,
+        alone=find_alone(image_files, mask_files),
         unused=sorted(unused),
         other_masks=find_other_masks(rules),
     )
