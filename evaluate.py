@@ -281,7 +281,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", metavar="DIR", help="another data set than it was trained on")
     parser.add_argument("--split", choices=SPLITS, default="testing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--predictions", type=Path, metavar="FILE.npz", help="of one checkpoint")
     parser.add_argument(
         "--beside",
         action="store_true",
@@ -290,8 +289,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--goal", type=float, metavar="IOU", help="fail unless all runs reach it")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
     args = parser.parse_args()
-    if args.predictions and len(args.files) > 1:
-        raise UserError(f"{args.predictions}: holds the predictions of one checkpoint; give one")
     if args.beside and (args.data or args.split != "testing"):
         raise UserError("--beside: is for the test split that belongs to a run; use --json")
     return args
@@ -350,10 +347,8 @@ def main() -> None:
         if path.suffix == ".json":
             rows += read_results(path)
             continue
-        row, arrays = evaluate_checkpoint(path, args.data, args.split, device)
+        row, _ = evaluate_checkpoint(path, args.data, args.split, device)
         rows.append(row)
-        if args.predictions:
-            write_arrays(args.predictions, arrays)
     if args.json:
         write_rows(args.json, rows)
     print(comparison_table(rows))

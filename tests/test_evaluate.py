@@ -286,16 +286,6 @@ def test_cost_comes_from_the_checkpoint_or_from_its_summary(tmp_path: Path) -> N
         evaluate.cost_of(path, {})
 
 
-def test_predictions_are_of_one_checkpoint(
-    run: Callable, paths: list[Path], tmp_path: Path
-) -> None:
-    code, out, error = run(*paths, "--predictions", tmp_path / "p.npz")
-    assert code == 2 and "give one" in error and out == "" and not list(tmp_path.iterdir())
-    assert run(paths[0], "--predictions", tmp_path / "p.npz")[0] == 0
-    with np.load(tmp_path / "p.npz") as arrays:
-        assert len(arrays["names"]) == len(arrays["matrices"])
-
-
 def test_mixing_is_refused_after_the_results_are_written(
     run: Callable, paths: list[Path], tmp_path: Path
 ) -> None:
@@ -316,8 +306,8 @@ def test_unknown_loss_of_a_checkpoint_is_one_line(
     assert code == 2 and error.startswith("error: loss: ") and "hinge" in error
 
 
-def test_run_is_tested_again_only_after_its_training(
-    run: Callable, paths: list[Path], tmp_path: Path
+def test_run_is_tested_again_after_training_or_other_code_alone(
+    run: Callable, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(paths[0].parent, folder)
@@ -336,5 +326,13 @@ def test_run_is_tested_again_only_after_its_training(
     assert results.read_bytes() == written
     later = results.stat().st_mtime + 1
     os.utime(summary, (later, later))
+    assert run(best, "--beside")[:2] == (0, table)
+    assert results.read_bytes() != written
+
+    results.write_text(json.dumps([row]))
+    changed = tmp_path / "metrics.py"
+    changed.touch()
+    os.utime(changed, (later + 9, later + 9))
+    monkeypatch.setattr(evaluate, "CODE_OF_TESTS", (changed,))
     assert run(best, "--beside")[:2] == (0, table)
     assert results.read_bytes() != written

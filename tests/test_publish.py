@@ -53,7 +53,7 @@ def test_several_profiles_at_once_are_refused(tmp_path: Path, monkeypatch) -> No
 
 
 def test_a_folder_without_runs_is_one_line(tmp_path: Path, call: Callable) -> None:
-    code, _, error = call(publish.main, "--runs", tmp_path, "--file", tmp_path / "runs.jsonl")
+    code, _, error = call(publish.main, "--runs", tmp_path)
     assert code == 2 and error == f"error: {tmp_path}: holds no finished run\n"
     assert list(tmp_path.iterdir()) == []
 

@@ -388,8 +388,7 @@ def write_run(call: Callable, dataset: Path, tmp_path: Path) -> Callable:
         }
         (folder / "summary.json").write_text(json.dumps(summary))
         if made.test is not None:
-            files = ("--json", folder / "testing.json", "--predictions", folder / "testing.npz")
-            assert call(evaluate, path, "--device", "cpu", *files)[0] == 0
+            assert call(evaluate, path, "--device", "cpu", "--beside")[0] == 0
         return folder
 
     return write

@@ -44,12 +44,11 @@ def publish(root: Path, path: Path) -> tuple[list[Run], list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, required=True, metavar="DIR", help="runs/DATA/PROFILE")
-    parser.add_argument("--file", type=Path, default=PUBLISHED, help="default: results/runs.jsonl")
     args = parser.parse_args()
-    added, unfinished = publish(args.runs, args.file)
+    added, unfinished = publish(args.runs, PUBLISHED)
     for line in unfinished:
         print(line)
-    print(f"{args.file}: {len(added)} runs added or replaced")
+    print(f"{PUBLISHED}: {len(added)} runs added or replaced")
 
 
 if __name__ == "__main__":
