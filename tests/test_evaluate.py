@@ -329,7 +329,10 @@ def test_run_is_tested_again_after_training_or_other_code_alone(
     assert run(best, "--beside")[:2] == (0, table)
     assert results.read_bytes() != written
 
+    os.utime(summary, (0, 0))
     results.write_text(json.dumps([row]))
+    assert run(best, "--beside")[:2] == (0, table)
+    assert results.read_bytes() == written
     changed = tmp_path / "metrics.py"
     changed.touch()
     os.utime(changed, (later + 9, later + 9))
