@@ -105,6 +105,7 @@ report: $(call runs,$(MODELS)) | $(filter overfit tune augment heads final,$(MAK
 	$(test_runs)
 	@$(PY) report.py --runs $(RUNS) --out report
 
+scenes: ; $(error make scenes: its name is now make weights)
 weights: | data/afo data/scenes  ## train the shipped weights again: 21,600 generated flights, hours
 	@$(MAKE) --no-print-directory DATA=configs/data/scenes.yaml RUNS=runs \
 	  $(foreach seed,$(SEEDS),runs/weights/seed$(seed)/on-afo.json runs/weights/seed$(seed)/on-scenes.json)
@@ -132,8 +133,7 @@ torture: | .venv/installed  ## kill training 50 times at random moments, compare
 test: | .venv/installed  ## run the tests
 	$(PY) -m pytest
 lint: | .venv/installed  ## check style
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 clean:  ## remove reports, predictions and generated data (not runs/, .venv, data/afo)
 	rm -rf report predictions data/generated data/scenes
 clean-runs:  ## remove all runs

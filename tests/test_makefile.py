@@ -161,3 +161,8 @@ def test_clean_keeps_runs(project: Path) -> None:
 def test_doctor_without_a_run_says_so(project: Path) -> None:
     done = make(project, "doctor")
     assert done.returncode == 2 and "make doctor RUN=" in done.stderr
+
+
+def test_an_old_name_says_the_new_one(project: Path) -> None:
+    done = make(project, "scenes")
+    assert done.returncode == 2 and "make scenes: its name is now make weights" in done.stderr
