@@ -51,8 +51,8 @@ def section_fifty_images(study: Study) -> str | None:
     }
     first = next(iter(rows.values()))[0]
     return (
-        f"Mean IoU of the same models on all {first['images']:,} test images and on the lab's 50."
-        " Training mode uses the weights of the last epoch, as the lab did.\n\n"
+        f"The table compares mean IoU on all {first['images']:,} test images and on the lab's 50."
+        " In training mode we score the weights of the last epoch, as the lab did.\n\n"
         f"{markdown(tabulate(rows, columns))}"
     )
 

@@ -110,10 +110,10 @@ def draw_lost(study: Study, runs: list[Run]) -> str:
     labels = ("validation loss at the end", "mean IoU")
     figures.scatter(study.figures / "lost-positions.png", groups, *labels)
     caption = (
-        "Each lost position costs the same loss and the same IoU. Crosses: computed from the share"
-        " of the pixels that each shape covers. The lab's runs: its logged validation loss and its"
-        f" published test IoU. Our runs by its protocol: validation, medians of the last {LAST}"
-        " epochs."
+        "Each lost position costs about the same IoU; its loss depends on the shape. Crosses:"
+        " computed from the share of the pixels that each shape covers. The lab's runs: its logged"
+        " validation loss and its published test IoU. Our runs by its protocol: validation, medians"
+        f" of the last {LAST} epochs."
     )
     return picture(study, "lost-positions.png", caption)
 
@@ -155,9 +155,9 @@ def answer_seeds(study: Study) -> Answer | None:
         lost = [run for run in ours if lost_in_masks(run) > 0]
         labs = [number for number in lab_runs().values() if number > 0]
         text = (
-            "Luck. Some runs lose a shape at some pixel positions. That explains the"
-            f" {len(labs)} low scores among the lab's {len(lab_runs())} runs with a Dice loss. Of"
-            f" our {len(ours)} such runs {len(lost)} lost positions."
+            "Probably luck. Some runs lose a shape at some pixel positions. That would explain the"
+            f" {len(labs)} low scores among the lab's {len(lab_runs())} runs with a Dice loss."
+            f" {len(lost)} of our {len(ours)} such runs lost positions."
         )
         return Answer(text, "likely")
     return widest_range(study)
@@ -190,9 +190,10 @@ def section_seeds(study: Study) -> str | None:
     counts = count_lost(study)
     parts = [
         draw_lost(study, ours),
-        "The lab's scores fall into four groups: about 0.99, 0.92, 0.86 and 0.80. Its own logs"
-        " explain them. A shape that is missing at one position of four adds a quarter of its"
-        " pixels to the loss, and takes a sixteenth from the mean IoU.",
+        "The lab's scores lie near four values: 0.99, 0.92, 0.86 and 0.80. A shape that is missing"
+        " at one of four positions loses a quarter of its IoU. Four classes are averaged, so the"
+        " mean IoU falls by a sixteenth. The loss rises by a quarter of the pixels that the shape"
+        " covers. The lab's own logs show just that.",
         lost_table(counts),
     ]
     shares = []
@@ -203,7 +204,7 @@ def section_seeds(study: Study) -> str | None:
     parts.append(
         f"Was it augmentation, or chance? Of our runs {' and '.join(shares)} lost positions. The"
         " lab concluded that flips and blur together decrease the performance. Its three runs of"
-        " that kind lost one position each, as a run without any augmentation may."
+        " that kind lost one position each. Runs without any augmentation lose positions, too."
     )
     return "\n\n".join(parts)
 
@@ -251,7 +252,7 @@ def count_never_predicted(study: Study) -> str:
         number += len(missing)
         if missing:
             names.append(f"`{experiment}`")
-    text = f"{number} of {total} runs predicted some class nowhere at the end of an epoch"
+    text = f"In {number} of {total} runs some class was never predicted at the end of an epoch"
     return f"{text}: runs of {', '.join(names)}." if names else f"{text}."
 
 
@@ -301,7 +302,8 @@ def answer_heads(study: Study) -> Answer | None:
     )
     wide = study.heads.get("heads/tuned-wide")
     if wide:
-        text += f" With a wider last layer {count_poor(wide)} of {len(wide)} end so."
+        poor = count_poor(wide) or "none"
+        text += f" With a wider last layer {poor} of {len(wide)} runs does."
     return Answer(text, "sure" if len(runs) > 5 else "likely")
 
 
@@ -319,9 +321,9 @@ def section_heads(study: Study) -> str | None:
     panels = {"share of runs that never predict a class": shares}
     figures.curves(study.figures / "heads.png", panels, f"epoch of {steps_by_epoch(first)[0]}")
     parts = [
-        "These are the lab's models with their own start, loss and learning rate, and `tuned` with"
-        f" one fix each. A step takes {first.config['batch_size']} whole images without"
-        " augmentation.",
+        "These runs differ from the other short runs. A step takes"
+        f" {first.config['batch_size']} whole images without augmentation. Each of the lab's models"
+        " keeps its own start, loss and learning rate. The others are `tuned` with one fix each.",
         picture(study, "heads.png", "Share of the runs that never predict some class."),
     ]
     if healthy:

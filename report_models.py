@@ -57,13 +57,15 @@ def score(values: list[float]) -> str:
 def compare(name_a: str, a: list[float], name_b: str, b: list[float]) -> Answer:
     """Say whether one experiment scores higher than another, by Welch's test over the seeds."""
     result = welch(a, b)
+    if result.verdict == "one seed":
+        text = f"{name_a} scores {score(a)}, {name_b} {score(b)}."
+        return Answer(f"{text} One run each cannot show which is better.", "cannot tell", result)
     margin = "" if result.margin is None else f" ± {result.margin:.4f}"
     found = f"({score(a)} against {score(b)}, difference {result.difference:+.4f}{margin})"
     says = {
         "more": f"{name_a} beats {name_b}",
         "less": f"{name_a} scores lower than {name_b}",
         "noise": f"The gap between {name_a} and {name_b} may be luck of the seed",
-        "one seed": f"One seed cannot tell {name_a} from {name_b}",
     }
     sure = "sure" if result.verdict in ("more", "less") else "cannot tell"
     return Answer(f"{says[result.verdict]} {found}.", sure, result)
@@ -122,7 +124,7 @@ def section_accuracy(study: Study) -> str | None:
     ranked = rank(rows_of(study.models, "test"))
     top, rows = next(iter(ranked.items()))
     return (
-        f"The best model, `{top}`, scores an accuracy of {COLUMNS['accuracy'](rows)} and a mean"
+        f"`{top}` scores an accuracy of {COLUMNS['accuracy'](rows)} and a mean"
         f" IoU of {COLUMNS['mean IoU'](rows)}. Where most pixels are background, accuracy hardly"
         " sees the shapes."
     )
@@ -285,7 +287,7 @@ def details_other_runs(study: Study) -> str | None:
         parts.append(table(rows_of(study.others, "test"), [*headings, "training"]))
     if study.earlier:
         parts.append(
-            "Earlier runs, without horizontal flips, have scores on the validation split alone."
+            "Earlier runs, without horizontal flips, were scored on the validation split only."
             " `modified-no-flip` stopped after 6 of 15 epochs."
         )
         headings = ["mean IoU", "n", "never predicted", "images seen", "training"]

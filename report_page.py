@@ -34,9 +34,21 @@ class Section(NamedTuple):
     once: bool = False  # True: one study is enough
 
 
+WHY_SECTION = Section(
+    "Why do runs of the same code differ so much?",
+    "The last layer of the lab's networks computes each of the four positions of every 2×2"
+    " pixels with weights of its own (Odena et al. 2016, doi:10.23915/distill.00003). At some"
+    " positions these weights may never learn a class. The masks then have stripes or regular"
+    " holes.",
+    report_lost.section_seeds,
+    report_lost.answer_seeds,
+    report_lost.details_seeds,
+    lab_said="could not say",
+    once=True,
+)
 MODELS_SECTION = Section(
     "Which model wins?",
-    "`best` has a training length of its own: look at the images seen.",
+    "`best` trains for a different time: compare the images seen.",
     report_models.section_models,
     report_models.answer_models,
     report_models.details_models,
@@ -51,21 +63,11 @@ SECTIONS = [
         lab_said="no",
         once=True,
     ),
-    Section(
-        "Why do runs of the same code differ so much?",
-        "The last layer of the lab's networks computes each of the four positions of every 2×2"
-        " pixels with weights of its own (Odena et al. 2016, doi:10.23915/distill.00003). Some of"
-        " them may never learn a class: the masks then have stripes or regular holes.",
-        report_lost.section_seeds,
-        report_lost.answer_seeds,
-        report_lost.details_seeds,
-        lab_said="could not say",
-        once=True,
-    ),
+    WHY_SECTION,
     Section(
         "How often does the last layer lose a class?",
         "The lab's last decoder stage is a ReLU as narrow as the number of classes. It may stop"
-        " passing on a class, whose IoU is then 0. Accuracy hardly shows it.",
+        " passing on a class. That class then scores an IoU of 0. Accuracy hardly shows it.",
         report_lost.section_heads,
         report_lost.answer_heads,
         report_lost.details_heads,
@@ -202,34 +204,25 @@ def under_heading(
     return "\n\n".join(parts)
 
 
-def short_answer(section: Section, studies: list[Study]) -> tuple[Answer, str] | None:
-    """Take the answer of the first study that can tell, or else of the first that has the runs.
-
-    Returns the answer and the study's profile.
-    """
-    found = []
-    for study in studies:
-        answer = section.answer(study)
-        if answer is not None:
-            found.append((answer, study.profile))
-    for answer, profile in found:
+def short_answer(section: Section, studies: list[Study]) -> Answer | None:
+    """Take the answer of the first study that can tell, or else of the first that has the runs."""
+    answers = [section.answer(study) for study in studies]
+    answers = [answer for answer in answers if answer is not None]
+    for answer in answers:
         if answer.sure != "cannot tell":
-            return answer, profile
-    return found[0] if found else None
+            return answer
+    return answers[0] if answers else None
 
 
 def in_short(studies: list[Study]) -> str | None:
     """Tabulate the lab's questions with its answers and ours."""
-    lines = [["question", "the lab said", "we found", "how sure", "runs"]]
+    lines = [["question", "the lab said", "we found", "how sure"]]
     for section in SECTIONS:
-        found = short_answer(section, studies) if section.answer else None
-        if found is not None:
-            answer, profile = found
-            lines.append([section.title, section.lab_said, answer.text, answer.sure, profile])
+        answer = short_answer(section, studies) if section.answer else None
+        if answer is not None:
+            lines.append([section.title, section.lab_said, answer.text, answer.sure])
     if len(lines) == 1:
         return None
-    if len(studies) == 1:  # all runs have the same profile
-        lines = [line[:-1] for line in lines]
     return f"## In short\n\n{markdown(lines).replace('---:', '---')}"
 
 
@@ -255,7 +248,7 @@ def definitions(group: str) -> str:
     bullets.append(
         f"**95 % over {group}s**: if the test split had other {group}s of the same kind, 95 % of"
         " the scores would be within these limits. They come from a bootstrap and are means over"
-        f" the seeds. With fewer than five {group}s in the test split there are none."
+        f" the seeds. They are left out if the test split has fewer than five {group}s."
     )
     return "### Definitions\n\n" + bullet_list(bullets)
 

@@ -65,11 +65,12 @@ def answer_augmentation(study: Study) -> Answer | None:
     answer = compare(f"`{best}`", scores_of(runs[best], "test"), "no augmentation", plain)
     lower = [name for name in tried if fmean(scores_of(runs[name], "test")) < fmean(plain)]
     number = "all" if len(lower) == len(tried) else str(len(lower))
-    text = (
-        f"{YES_OR_NO[answer.comparison.verdict]}{answer.text} The validation split chose `{best}`"
-        f" from {len(tried)} tried. On the test split {number} of them scored lower than no"
-        " augmentation."
-    )
+    text = YES_OR_NO[answer.comparison.verdict] + answer.text
+    if len(tried) > 1:
+        text += (
+            f" The validation split chose `{best}` from {len(tried)} tried. On the test split"
+            f" {number} of them scored lower than no augmentation."
+        )
     return Answer(text, answer.sure)
 
 
