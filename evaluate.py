@@ -306,7 +306,7 @@ def write_arrays(path: Path, arrays: dict) -> None:
     write_atomically(path, file.getvalue())
 
 
-def test_run(path: Path, device: torch.device) -> Path:
+def score_run(path: Path, device: torch.device) -> Path:
     """Test a run on its own data, unless it was tested after its training; returns testing.json.
 
     A run is tested again as well if the code of the scores is newer than its test.
@@ -343,7 +343,7 @@ def main() -> None:
     rows = []
     for path in args.files:
         if args.beside:
-            path = test_run(path, device)
+            path = score_run(path, device)
         if path.suffix == ".json":
             rows += read_results(path)
             continue
