@@ -17,7 +17,7 @@ NAMED   := $(filter-out afo allowed default quick weights,$(patsubst configs/%.y
 names   = $(sort $(patsubst configs/$(1)/%.yaml,%,$(wildcard configs/$(1)/*.yaml)))
 OVERFIT  := $(call names,overfit)
 TUNE     := $(call names,tune)
-AUGMENT  := $(call names,augment)
+AUGMENT  := $(filter-out $(if $(filter full,$(PROFILE)),,no-augmentation),$(call names,augment))
 HEADS    := $(call names,heads)
 SPEEDRUN := $(foreach seed,0 1 2,runs/speedrun/seed$(seed)/on-afo.json)
 

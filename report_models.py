@@ -179,7 +179,7 @@ def details_models(study: Study) -> str | None:
     if not study.models:
         return None
     headings = ["mean IoU", "n", "boundary IoU (2 px)", "accuracy", "mean Dice", "never predicted"]
-    headings += ["striped", "parameters", "images seen", "training"]
+    headings += ["striped", "parameters", "images seen"]
     return models_table(study, headings, interval=True)
 
 
@@ -284,12 +284,12 @@ def details_other_runs(study: Study) -> str | None:
             a, b = scores_of(final, "test"), scores_of(half, "test")
             parts.append(compare("`final`, with twice the epochs,", a, "`flip-0.5`", b).text)
         headings = ["mean IoU", "n", "never predicted", "striped", "lab IoU", "images seen"]
-        parts.append(table(rows_of(study.others, "test"), [*headings, "training"]))
+        parts.append(table(rows_of(study.others, "test"), headings))
     if study.earlier:
         parts.append(
             "Earlier runs, without horizontal flips, were scored on the validation split only."
             " `modified-no-flip` stopped after 6 of 15 epochs."
         )
-        headings = ["mean IoU", "n", "never predicted", "images seen", "training"]
+        headings = ["mean IoU", "n", "never predicted", "images seen"]
         parts.append(table(rows_of(study.earlier, "validation"), headings))
     return "\n\n".join(parts) or None

@@ -40,7 +40,10 @@ def draw_ranking(study: Study, name: str, ranked: Rows, split: str, what: str) -
 
 
 def augmentations(study: Study) -> tuple[Runs, str | None]:
-    """Name the augmentation runs as the page does, and name the one without any augmentation."""
+    """Name the augmentation runs as the page does, and name the one without any augmentation.
+
+    Where `tuned` has no augmentation, `no-augmentation` is the same run.
+    """
     runs = {}
     without = None
     for experiment, members in study.augment.items():
@@ -96,6 +99,40 @@ def details_augmentation(study: Study) -> str | None:
         return None
     headings = ["mean IoU", "n", "never predicted", "striped", "lab IoU", "images seen"]
     return table(ranked_augmentations(study), headings)
+
+
+def compare_flips(study: Study) -> tuple[Answer, Answer] | None:
+    """Compare horizontal and vertical flips with no augmentation."""
+    runs, without = augmentations(study)
+    flipped = [name for name in runs if runs[name][0].config["horizontal_flip"] > 0]
+    if without is None or not flipped or "flip-0.5" not in runs:
+        return None
+    plain = scores_of(runs[without], "test")
+    answers = []
+    for name in (flipped[0], "flip-0.5"):
+        scores = scores_of(runs[name], "test")
+        answers.append(compare(f"`{name}`", scores, "no augmentation", plain))
+    return answers[0], answers[1]
+
+
+def answer_flips(study: Study) -> Answer | None:
+    """Say why the lab saw a gain by vertical flips."""
+    answers = compare_flips(study)
+    if answers is None:
+        return None
+    horizontal, vertical = answers
+    if horizontal.comparison.verdict == "less" and vertical.comparison.verdict != "more":
+        return Answer("Probably because they replaced horizontal flips, which hurt.", "likely")
+    return Answer("These runs cannot tell.", "cannot tell")
+
+
+def section_flips(study: Study) -> str | None:
+    """Compare each flip with no augmentation."""
+    answers = compare_flips(study)
+    if answers is None:
+        return None
+    horizontal, vertical = answers
+    return f"{horizontal.text} {vertical.text}"
 
 
 def answer_jitter(study: Study) -> Answer | None:
@@ -224,7 +261,7 @@ def details_tuning(study: Study) -> str | None:
         )
     ranked = rank(rows_of(study.tune, "validation"))
     parts.append("All settings, by their score on the validation split:")
-    parts.append(table(ranked, ["mean IoU", "n", "never predicted", "images seen", "training"]))
+    parts.append(table(ranked, ["mean IoU", "n", "never predicted", "images seen"]))
     return "\n\n".join(parts)
 
 

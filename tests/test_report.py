@@ -186,6 +186,21 @@ def test_losses_are_compared_on_validation(tmp_path: Path) -> None:
     assert text.endswith("and 1 of 1 with the lab's loss.")
 
 
+def test_flips_are_compared_with_no_augmentation(tmp_path: Path) -> None:
+    runs = [make_run("tuned", seed, 0.90 + seed / 1000) for seed in (0, 1)]
+    runs += [make_run("augment/flip-0.5", seed, 0.90 + seed / 1000) for seed in (0, 1)]
+    assert report_sweeps.answer_flips(make_study(runs, tmp_path)) is None
+    name = "augment/horizontal-flip-0.7"
+    runs += [make_run(name, seed, 0.8 + seed / 1000, horizontal_flip=0.7) for seed in (0, 1)]
+    study = make_study(runs, tmp_path)
+    assert report_sweeps.answer_flips(study).text.startswith("Probably because they replaced")
+    text = report_sweeps.section_flips(study)
+    assert text.startswith("`horizontal-flip-0.7` scores lower than no augmentation (0.8005 ")
+    for run in runs[2:4]:
+        run.test["mean_iou"] += 0.05  # now vertical flips help by themselves
+    assert report_sweeps.answer_flips(make_study(runs, tmp_path)).sure == "cannot tell"
+
+
 def test_jitter_is_compared_with_no_augmentation(tmp_path: Path) -> None:
     runs = [make_run("tuned", seed, 0.9 + seed / 100) for seed in (0, 1)]
     runs += [make_run("augment/jitter", seed, 0.7 + seed / 100) for seed in (0, 1)]
