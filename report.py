@@ -185,7 +185,7 @@ def page_of_published(runs: list[Run], studies: list[Study]) -> str:
         " 3, each pixel position has learnt one of the two shapes alone.",
         "A student lab of 2021 asked what makes a small U-Net good. We asked again, with its own"
         f" data: *Artificial Flying Objects*, tested on {test['images']:,} images from"
-        f" {test['groups']} flights. A flight is a scene in motion, so its images are nearly copies.",
+        f" {test['groups']} flights. A flight is a scene in motion: its images are nearly copies.",
         write_section(WHY_SECTION, studies),
         in_short(studies),
     ]
