@@ -217,7 +217,7 @@ def scatter(
     for (name, points), (colour, marker, inside) in zip(groups.items(), looks, strict=True):
         x, y = zip(*points, strict=True)
         style = {"marker": marker, "color": colour, "markerfacecolor": inside, "label": name}
-        ax.plot(x, y, linestyle="", ms=7, **style)
+        ax.plot(x, y, linestyle="", ms=7, zorder=3 if marker == "x" else 2, **style)
     ax.set(xlabel=x_label, ylabel=y_label)
     ax.grid(alpha=0.3)
     ax.legend(loc="lower left")

@@ -186,8 +186,10 @@ def page_of_published(runs: list[Run], studies: list[Study]) -> str:
         "A student lab of 2021 asked what makes a small U-Net good. We asked again, with its own"
         f" data: *Artificial Flying Objects*, tested on {test['images']:,} images from"
         f" {test['groups']} flights. A flight is a scene in motion: its images are nearly copies.",
-        write_section(WHY_SECTION, studies),
+        "Three models are the lab's: `initial`, `modified` (a stage deeper) and `tuned` (narrower)."
+        " `best` is ours. It keeps the fine detail that the others lose.",
         in_short(studies),
+        write_section(WHY_SECTION, studies),
     ]
     for section in SECTIONS:
         if section is not WHY_SECTION:

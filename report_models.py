@@ -142,6 +142,12 @@ def answer_models(study: Study) -> Answer | None:
     a = scores_of(study.models[first], "test")
     b = scores_of(study.models[second], "test")
     answer = compare(f"`{first}`", a, f"`{second}`", b)
+    seen, seen_by_second = (
+        study.models[name][0].validation["images_seen"] for name in (first, second)
+    )
+    if answer.sure == "sure" and seen != seen_by_second:
+        text = f"{answer.text} It saw {seen:,} images, `{second}` {seen_by_second:,}."
+        return Answer(text, "likely")
     if answer.sure == "sure":
         return answer
     return Answer(f"`{first}` scores highest, {score(a)}. {answer.text}", answer.sure)
@@ -151,6 +157,9 @@ def section_models(study: Study) -> str | None:
     """Compare the models: the most important columns, and curves."""
     if not study.models:
         return None
+    headings = ["mean IoU", "n", "accuracy", "never predicted", "striped", "lab IoU", "images seen"]
+    if len(study.models) == 1:
+        return models_table(study, headings)
     draw_curves(study)
     several = any(len(members) > 1 for members in study.models.values())
     caption = "Mean IoU and loss by epoch."
@@ -160,7 +169,6 @@ def section_models(study: Study) -> str | None:
         " The models minimise different losses: compare the shapes of those curves, not their"
         " heights."
     )
-    headings = ["mean IoU", "n", "accuracy", "never predicted", "striped", "lab IoU", "images seen"]
     return f"{models_table(study, headings)}\n\n{picture(study, 'curves.png', caption)}"
 
 

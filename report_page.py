@@ -106,7 +106,7 @@ SECTIONS = [
         lab_said=f"vertical flips {LAB_IOU['flip-0.5']:.4f}, `tuned` {LAB_IOU['tuned']:.4f}",
     ),
     Section(
-        "Why did vertical flips help the lab?",
+        "Why might vertical flips have helped the lab?",
         "All triangles of the data point right. A horizontal flip makes triangles that never occur,"
         " a vertical flip gives scenes of the same kind. (`flip-0.5` flips vertically.)",
         report_sweeps.section_flips,

@@ -208,7 +208,7 @@ def find_factors(study: Study) -> list[Factor]:
 def answer_tuning(study: Study) -> Answer | None:
     """Name the factor with the widest range that is too large to be luck of the seed."""
     factors = find_factors(study)
-    if len(factors) < 2:
+    if len(factors) < 2 or len(study.tune) < 2:
         return None
     for factor in factors:
         if factor.answer.sure == "sure":
