@@ -212,11 +212,14 @@ def under_heading(
 
 
 def short_answer(section: Section, studies: list[Study]) -> Answer | None:
-    """Take the answer of the first study that can tell, or else of the first that has the runs."""
+    """Take the answer of the first study that can tell, or else of the first with several seeds."""
     answers = [section.answer(study) for study in studies]
     answers = [answer for answer in answers if answer is not None]
     for answer in answers:
         if answer.sure != "cannot tell":
+            return answer
+    for answer in answers:
+        if answer.comparison is not None and answer.comparison.verdict != "one seed":
             return answer
     return answers[0] if answers else None
 

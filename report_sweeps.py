@@ -74,7 +74,7 @@ def answer_augmentation(study: Study) -> Answer | None:
             f" The validation split chose `{best}` from {len(tried)} tried. On the test split"
             f" {number} of them scored lower than no augmentation."
         )
-    return Answer(text, answer.sure)
+    return answer._replace(text=text)
 
 
 def ranked_augmentations(study: Study) -> Rows:
