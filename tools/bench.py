@@ -142,9 +142,9 @@ def format_median(values: list[float]) -> str:
 
 def format_line(cells: list[str]) -> str:
     """Align the cells of a line of the table."""
-    widths = [8, 19, 20, 16, 9, 20, 9, 10]
+    widths = [8, 18, 19, 15, 8, 19, 8, 9]
     padded = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-    return cells[0].ljust(widths[0]) + "".join(padded)
+    return " ".join([cells[0].ljust(widths[0]), *padded])
 
 
 def bench(config: dict, device: torch.device, rounds: int, seconds: float) -> None:
