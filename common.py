@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent
 SPLITS = ("training", "validation", "testing")
 CODE_OF_SCORES = (
     "augment.py",
+    "checkpoints.py",
     "config.py",
     "data.py",
     "evaluate.py",

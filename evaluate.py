@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 import metrics
+from checkpoints import restore_model
 from common import ROOT, SPLITS, UserError, reading, require, run, write_atomically
 from data import Split, evenly, load_split, to_float
 from losses import check_loss, weighted_loss
 from metrics import IGNORE
-from model import count_parameters, restore_model
+from model import count_parameters
 from table import LAB, comparison_table, read_results
 
 # Pixels of a batch. 32 images of 128×128 fit the caches of a processor, and larger batches were no

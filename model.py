@@ -1,4 +1,4 @@
-"""The U-Net of the lab and its variants, and the checkpoints that hold their weights.
+"""The U-Net of the lab and its variants.
 
     python model.py --config configs/tuned.yaml [--set key=value ...]
 
@@ -6,21 +6,14 @@ prints the stages, their output sizes, the parameters and the GFLOP per image.
 """
 
 import argparse
-import io
 import math
-import zipfile
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import UserError, reading, require, run, write_atomically
+from common import UserError, run
 from config import add_arguments, load_config
-
-FORMAT = "flying-objects-segmentation 1"  # of checkpoints
-MOST_NAMED = 8  # layers that a message names
-
 
 # ---- the model
 
@@ -251,118 +244,6 @@ def build_model(config: dict) -> nn.Module:
 def count_parameters(model: nn.Module) -> int:
     """Count the values that training changes."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-# ---- checkpoints
-
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint: `config`, `model` (a state dict) and other plain data and tensors."""
-    content = {"format": FORMAT}
-    content.update(checkpoint)
-    # In memory first, since torch.save's own message on a full disk does not say what happened.
-    file = io.BytesIO()
-    torch.save(content, file)
-    write_atomically(path, file.getvalue())
-
-
-def read_checkpoint(path: Path, device: torch.device) -> dict:
-    """Read what `save_checkpoint` was given; nothing in the file is executed.
-
-    The config gets today's keys, so that older checkpoints can be used. UserError if the file is
-    damaged or is no checkpoint of this project.
-    """
-    default = load_config([])
-    with reading(path, "give a .pt file that train.py wrote, or remove it"):
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look
-        if damaged:
-            raise ValueError(f"{damaged} in it is damaged")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        if checkpoint["format"] != FORMAT:
-            raise ValueError(f"its format is {checkpoint['format']}, not {FORMAT}")
-        require(checkpoint, {"config": dict, "model": dict})
-        config = {}
-        for key, value in default.items():
-            config[key] = checkpoint["config"].get(key, value)
-        require(config, {key: type(value) for key, value in default.items()})
-    checkpoint["config"] = config
-    return checkpoint
-
-
-def restore_model(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
-    """Restore the model of a checkpoint, in evaluation mode; returns it and the checkpoint.
-
-    UserError if the file cannot be read, or its weights are of another model.
-    """
-    checkpoint = read_checkpoint(path, device)
-    model = build_model(checkpoint["config"])
-    check_state(path, checkpoint["model"], model)
-    model.load_state_dict(checkpoint["model"])
-    model.to(device, memory_format=torch.channels_last)
-    model.eval()
-    return model, checkpoint
-
-
-def check_state(path: Path, state: dict, model: nn.Module) -> None:
-    """Check that the weights of a file fit a model; UserError names the first that do not."""
-    misfit = find_misfit(state, model.state_dict())
-    if misfit:
-        advice = "undo the change of model.py, or train again"
-        raise UserError(f"{path}: its weights do not fit the model ({misfit}); {advice}")
-
-
-def find_misfit(state: dict, expected: dict[str, Tensor]) -> str | None:
-    """Describe the first difference of two state dicts in names and shapes; None if they agree."""
-    for name, tensor in expected.items():
-        if not isinstance(state.get(name), Tensor):
-            return f"the file has no {name}"
-        if state[name].shape != tensor.shape:
-            return f"{name} is {list(state[name].shape)} in the file, {list(tensor.shape)} here"
-    for name in state:
-        if name not in expected:
-            return f"the model has no {name}"
-    return None
-
-
-def load_weights(model: nn.Module, path: Path, classes: list[str]) -> str:
-    """Load the layers of a checkpoint that fit a model, which may be of other classes or channels.
-
-    A layer fits if its tensors have the same names and shapes. The last layer, which is the
-    prediction of `classes`, also needs the same classes in the same order. All other layers keep
-    their fresh weights. Returns a line that says which those are. UserError if no layer fits.
-    """
-    checkpoint = read_checkpoint(path, torch.device("cpu"))
-    state = checkpoint["model"]
-    expected = model.state_dict()
-    layers = []  # in order
-    fresh = []
-    for name, tensor in expected.items():
-        layer = layer_of(name)
-        if layer not in layers:
-            layers.append(layer)
-        saved = state.get(name)
-        fits = isinstance(saved, Tensor) and saved.shape == tensor.shape
-        if not fits and layer not in fresh:
-            fresh.append(layer)
-    same_classes = list(checkpoint["config"]["classes"]) == classes
-    if not same_classes and layers[-1] not in fresh:
-        fresh.append(layers[-1])
-    taken = {name: state[name] for name in expected if layer_of(name) not in fresh}
-    if not taken:
-        advice = "set model, encoder, decoder … to what it was trained with"
-        raise UserError(f"{path}: init: no layer of it fits the model; {advice}")
-    model.load_state_dict(taken, strict=False)
-    text = f"init: {len(layers) - len(fresh)} of {len(layers)} layers start from {path}"
-    if fresh:
-        text += f", fresh are {', '.join(fresh[:MOST_NAMED])}"
-    if len(fresh) > MOST_NAMED:
-        text += f" and {len(fresh) - MOST_NAMED} more"
-    return text
-
-
-def layer_of(name: str) -> str:
-    """Cut the name of a tensor to the name of its layer: up.4.weight to up.4."""
-    return name.rpartition(".")[0]
 
 
 # ---- the summary

@@ -3,9 +3,37 @@
 In a single process these functions return what they are given.
 """
 
+import os
+import sys
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+def join(device: torch.device) -> None:
+    """Join the processes that torchrun started, if it did. Only the first of them prints."""
+    if not dist.is_torchelastic_launched():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend)
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
+
+
+def leave() -> None:
+    """Leave the processes that `join` joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def place() -> tuple[int, int]:
+    """Return the number of this process, from 0 on, and how many there are."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def send_to_all(checkpoint: dict | None) -> dict | None:

@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checkpoints import read_checkpoint
 from common import ROOT, UserError, reading, require, write_atomically
 from config import dump
 from data import evenly
 from figures import class_colours, colourise
-from model import count_parameters, read_checkpoint
+from model import count_parameters
 
 if TYPE_CHECKING:  # takes seconds to import
     from torch.utils.tensorboard import SummaryWriter

@@ -12,14 +12,12 @@ import argparse
 import contextlib
 import copy
 import math
-import os
 import time
 from pathlib import Path
 
 from machine import fits, keep_memory, pick_device, pick_precision
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -27,6 +25,7 @@ from tqdm import tqdm
 import processes
 import runs
 from augment import check_sizes, get_batch
+from checkpoints import load_weights, save_checkpoint
 from common import UserError, code_digest, run
 from config import add_arguments, load_config
 from data import load_data
@@ -34,7 +33,7 @@ from evaluate import evaluate
 from figures import write_png
 from losses import check_loss, weighted_loss
 from metrics import confusion_matrices, scores
-from model import bilinear_start_applies, build_model, load_weights, save_checkpoint
+from model import bilinear_start_applies, build_model
 from schedule import derive_seed, epoch_order, make_scheduler
 
 
@@ -46,11 +45,10 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
     and, at the very end, summary.json. For `resume` and `overwrite` see `runs.find_checkpoint`.
     UserError if data or config cannot be used, or the loss is not finite.
     """
-    rank, world = 0, 1  # the number of this process, and of all; rank 0 writes the files
-    if dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
-    stream = "step" if rank == 0 else f"step of rank {rank}"  # of random numbers
-    hide_bar = None if rank == 0 else True  # None: tqdm shows its bar in a terminal only
+    rank, world = processes.place()
+    is_first = rank == 0  # this process writes the files
+    stream = "step" if is_first else f"step of rank {rank}"  # of random numbers
+    hide_bar = None if is_first else True  # None: tqdm shows its bar in a terminal only
     seed = config["seed"]
     classes = list(config["classes"])
     check_loss(config["loss"])
@@ -81,7 +79,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
     smallest_batch = images_per_epoch % batch_size or batch_size
     check_sizes(config, images.shape[2], images.shape[3], model.stride, smallest_batch)
     try_batch(model, images, masks, device, config)
-    if config["upsampling_init"] == "bilinear" and not bilinear_start_applies(model) and rank == 0:
+    if config["upsampling_init"] == "bilinear" and not bilinear_start_applies(model):
         print("note: upsampling_init: bilinear needs skip: pooled and [classes, …] as last stage")
 
     # ---- 3. optimizer and schedule of the learning rate
@@ -94,7 +92,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
 
     # ---- 4. start over, or go on after the last finished epoch
     resumed = None
-    if rank == 0:
+    if is_first:
         resumed = runs.find_checkpoint(run_dir, config, data_digest, resume, overwrite)
     resumed = processes.send_to_all(resumed)
     code = code_digest()
@@ -107,11 +105,9 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
         if code != resumed["code"]:  # of the epochs so far, which may be all
             code = "mixed" if len(history) < config["epochs"] else resumed["code"]
     elif config["init"]:
-        note = load_weights(model, Path(config["init"]).expanduser(), classes)
-        if rank == 0:
-            print(note)
+        print(load_weights(model, Path(config["init"]).expanduser(), classes))
     if len(history) == config["epochs"]:  # nothing is left to train
-        if rank == 0:
+        if is_first:
             runs.finish(run_dir, config, history, code, training.digest, model)
         return
     net = model
@@ -119,7 +115,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
         if device.type == "cuda":  # there is none for CPUs
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         net = DistributedDataParallel(model)
-    if rank == 0:
+    if is_first:
         environment = runs.describe_environment(device, dtype, world)
         if code == "mixed":
             environment["commit"] += ", begun by other code"
@@ -170,7 +166,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
         }
         history.append(entry)
 
-        if rank == 0:
+        if is_first:
             is_best = entry is runs.best_of(history)
             picture = runs.draw_predictions(val_images, val_masks, predictions, config)
             if is_best:
@@ -198,7 +194,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
             runs.log_epoch(writer, entry, picture)
             runs.print_epoch(config, entry, is_best)
 
-    if rank == 0:
+    if is_first:
         runs.write_summary(run_dir, config, history, code, training.digest, model)
         runs.log_summary(writer, config, history)
 
@@ -235,18 +231,12 @@ def main() -> None:
     device = pick_device(args.device)
     keep_memory()
 
-    # Several processes: torchrun starts them and sets RANK and LOCAL_RANK.
-    rank = int(os.environ.get("RANK", 0))
-    if dist.is_torchelastic_launched():
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend)
+    processes.join(device)
+    rank, _ = processes.place()
     lock = runs.locked(run_dir) if rank == 0 else contextlib.nullcontext()
     with lock:
         train(config, run_dir, device, args.resume, args.overwrite)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    processes.leave()
 
 
 if __name__ == "__main__":

@@ -133,7 +133,8 @@ def write_checkpoint(folder: Path, data: Path, name: str, seed: int, **values: o
     """Write best.pt of a small model with random weights: poor, but it predicts several classes."""
     import torch
 
-    from model import build_model, save_checkpoint
+    from checkpoints import save_checkpoint
+    from model import build_model
 
     config = config_for(data, name=name, seed=seed, precision="float32")
     config |= {"encoder": [[4, 3]], "decoder": [[6, 3]]} | values
@@ -144,3 +145,14 @@ def write_checkpoint(folder: Path, data: Path, name: str, seed: int, **values: o
     checkpoint = {"config": config, "model": model.state_dict(), "cost": cost}
     save_checkpoint(folder / "best.pt", checkpoint)
     return folder / "best.pt"
+
+
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the files of figures empty: rendering takes most of the time of a report."""
+
+    def touch(figure: object, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    monkeypatch.setattr("figures.save", touch)

@@ -1,9 +1,8 @@
-"""Tests of data.py, pairs.py and patterns.py: pairs, splits, groups and the cache."""
+"""Tests of data.py: splits, groups, the cache, errors."""
 
 import fcntl
 import json
 import os
-import re
 import shutil
 import threading
 from hashlib import sha256
@@ -140,97 +139,6 @@ def test_limits_are_evenly_spaced(dataset: Path) -> None:
     assert d.limit(split) is split  # not copied
     assert d.evenly(10, 4) == [0, 3, 6, 9]
     assert d.evenly(3, 0) == d.evenly(3, 9) == [0, 1, 2]
-
-
-# ---- patterns
-
-
-def touch(root: Path, *names: str) -> None:
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-
-
-@pytest.mark.parametrize(
-    ("files", "images", "masks"),
-    [
-        (["i/1.jpg", "i/2.JPG", "i/3.png", "m/1.PNG", "m/2.png", "m/3.png"], "i/*", "m/*.png"),
-        (["i/1.jpg", "i/2.JPEG", "i/3.gif", "m/1.png", "m/2.png"], "i/*.{jpg,jpeg}", "m/*.*"),
-        (["1.tif", "1_mask.tif", "2.tif", "2_mask.tif"], "*.tif", "*_mask.tif"),
-        (["1_image.tif", "1.tif", "2_image.tif", "2.tif"], "*_image.tif", "*.tif"),
-        (["a/1.tif", "a/1_m.tif", "b/1.tif", "b/1_m.tif"], "*/*.tif", "*/*_m.tif"),
-        (["a/b/1.tif", "a/b/1_m.tif", "2.tif", "2_m.tif"], "**/*.tif", "**/*_m.tif"),
-        (["a/image.png", "a/mask.png", "b/image.png", "b/mask.png"], "*/image.png", "*/mask.png"),
-        (["my [v1]/é (x).jpg", "m/é (x).png"], "my [v1]/*.jpg", "m/*.png"),
-    ],
-)
-def test_patterns_find_pairs(tmp_path: Path, files: list, images: str, masks: str) -> None:
-    touch(
-        tmp_path, *files, "i/Thumbs.db", "i/.1.jpg", "i/folder.jpg/x", ".cache/1.tif", "i/.DS_Store"
-    )
-    config = config_for(tmp_path, images="{split}/" + images, masks="{split}/" + masks)
-    config["split_folders"] = [".", ".", "."]
-    pairs, problems = d.find_pairs(config, "training")
-    assert problems == []
-    paired = {path.relative_to(tmp_path).as_posix() for p in pairs for path in (p.image, p.mask)}
-    assert paired == {name for name in files if not name.endswith("gif")}
-    assert len({pair.name for pair in pairs}) == len(pairs)
-
-
-def test_nested_names_hold_their_folders(tmp_path: Path) -> None:
-    for patient in "abc":
-        touch(tmp_path, f"{patient}/1.tif", f"{patient}/2.tif")
-        touch(tmp_path, f"{patient}/1_m.tif", f"{patient}/2_m.tif")
-    (tmp_path / "c/back").symlink_to(tmp_path)  # is followed, but not round in a circle
-    (tmp_path / "d").symlink_to(tmp_path / "a")
-    config = config_for(tmp_path, images="*/*.tif", masks="*/*_m.tif", group="^[^/]+")
-    pairs = []
-    for split in SPLITS:
-        pairs += d.find_pairs(config, split)[0]
-    assert sorted(pair.name for pair in pairs) == [f"{p}/{i}" for p in "abcd" for i in (1, 2)]
-    assert {pair.group for pair in pairs} == set("abcd")
-    deep = dict(config, images="**/*.tif", masks="**/*_m.tif", data=str(tmp_path / "c"))
-    assert d.find_pairs(deep, "training")[1] == []
-
-
-def test_home_folder(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    touch(tmp_path, *[f"set/{kind}/{i}.png" for kind in "im" for i in range(3)])
-    config = config_for(tmp_path, data="~/set", images="i/*", masks="m/*", group="")
-    assert d.find_pairs(config, "testing")[0][0].image.parent == tmp_path / "set/i"
-
-
-@pytest.mark.parametrize(
-    ("files", "says"),
-    [
-        (["i/1.JPEG"], r"m/1.png: has no image .*i/1.jpg \(there is 1.JPEG\); add it"),
-        (["i/img_01.jpg"], r"has no image .*i/1.jpg \(there is img_01.jpg\)"),
-        (["i/2.jpg"], r"m/1.png: has no image .*i/1.jpg; add it"),
-        (["i/0.jpg", "i/0.JPG"], r"i/0.jpg: has the name of .*i/0.JPG for a pair"),
-    ],
-)
-def test_near_misses_are_named(tmp_path: Path, files: list, says: str) -> None:
-    touch(tmp_path, *files, "i/0.jpg", "m/0.png", "m/1.png")
-    config = config_for(tmp_path, images="i/*.jpg", masks="m/*.png", group="")
-    problems = d.find_pairs(config, "training")[1]
-    assert any(re.search(says, problem) for problem in problems), problems
-
-
-@pytest.mark.parametrize(
-    ("images", "says"),
-    [
-        ("j/*.png", "no such folder 'j'; .* has i, m"),
-        ("i/*.[jJ]pg", r"no such files; .*/i has 2 \.jpg, 1 \.heic; only \* and {jpg,png} have"),
-        ("*.jpg", r"no such files; .* has i, m; \*\*/ before the name of a file looks"),
-        ("i\\*.jpg", "write / between folders"),
-    ],
-)
-def test_empty_pattern_says_what_is_there(tmp_path: Path, images: str, says: str) -> None:
-    touch(tmp_path, "i/0.jpg", "i/1.jpg", "i/2.heic", "m/0.png")
-    config = config_for(tmp_path, images=images, masks="m/*.png", group="")
-    [problem] = d.find_pairs(config, "training")[1]
-    assert re.search(says, problem), problem
 
 
 # ---- the cache

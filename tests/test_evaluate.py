@@ -15,8 +15,9 @@ from test_table import read_table
 
 import evaluate
 import metrics
+from checkpoints import read_checkpoint, save_checkpoint
 from data import load_split
-from model import build_model, read_checkpoint, save_checkpoint
+from model import build_model
 from table import LAB
 
 CLASSES = ["background", "square", "triangle", "circle"]

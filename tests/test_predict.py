@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 import predict
+from checkpoints import save_checkpoint
 from common import ROOT, UserError
 from config import load_config
-from model import build_model, save_checkpoint
+from model import build_model
 
 NOISE = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 129, 417), np.uint8))
 COLOURS = {"background": [0, 0, 0], "square": [255, 0, 0], "circle": [0, 0, 255]}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_report import make_run
+from made_runs import make_run
 
 from common import UserError
 from report_runs import PUBLISHED, from_line, read_published, to_line

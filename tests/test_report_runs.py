@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_report import make_run, make_study
+from made_runs import make_run, make_study
 
 import report_page
 from common import UserError

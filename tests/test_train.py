@@ -15,8 +15,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+import checkpoints
 import common
-import model as model_module
 import runs
 import train as script_module
 from common import ROOT, UserError, code_digest
@@ -239,7 +239,7 @@ def test_run_killed_in_its_first_epoch_starts_over(
         write(path, data)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        for module in (runs, model_module):
+        for module in (runs, checkpoints):
             patch.setattr(module, "write_atomically", killed)
         train_tiny(dataset, folder, resume=True, epochs=1)
     train_tiny(dataset, folder, resume=True, epochs=1)

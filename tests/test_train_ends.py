@@ -176,8 +176,7 @@ def test_two_processes_train_one_model_on_hosts_of_which_one_has_the_files(
 def test_batch_that_processes_cannot_share_evenly_is_refused(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict
 ) -> None:
-    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
-        monkeypatch.setattr(script_module.dist, name, lambda value=value: value)
+    monkeypatch.setattr("processes.place", lambda: (0, 2))
     with pytest.raises(UserError, match="2 processes share"):
         train_tiny(dataset, tmp_path / "run", **values)
 

@@ -15,13 +15,13 @@ from machine import pick_device
 import torch
 from torch import nn
 
+from checkpoints import restore_model
 from common import UserError, run
 from config import load_config
 from data import Split, limit, load_data
 from evaluate import evaluate
 from figures import curves
 from metrics import lost_positions, mean_iou
-from model import restore_model
 from runs import ADVICE_NEVER_PREDICTED, locked, read_history
 from table import format_positions
 

@@ -1,0 +1,227 @@
+"""Tests of the report's sections: their numbers by hand, and what they conclude."""
+
+from pathlib import Path
+
+import pytest
+from made_runs import make_run, make_study, scores
+
+import report_lab
+import report_lost
+import report_models
+import report_sweeps
+from table import LAB
+
+
+def test_welch_decides_the_verdict() -> None:
+    a, b = [0.90, 0.91, 0.92], [0.80, 0.81, 0.82]
+    assert report_models.compare("a", a, "b", b).text.startswith(
+        "a beats b (0.9100 ± 0.0100 against 0.8100 ± 0.0100, difference +0.1000 ± 0.0227)"
+    )  # t of 4 degrees of freedom, 2.776, times the root of 2 · 0.01² / 3
+    assert report_models.compare("b", b, "a", a).text.startswith("b scores lower than a (")
+    assert report_models.compare("a", a, "b", [0.7, 0.9, 1.0]).sure == "cannot tell"
+    one = report_models.compare("a", a, "b", [0.8]).text
+    assert one.startswith("a scores 0.9100 ± 0.0100, b 0.8000. One run each cannot show which")
+
+
+def test_accuracy_of_background_alone(tmp_path: Path) -> None:
+    study = make_study([make_run("tuned", 0, 0.8)], tmp_path)
+    answer = report_models.answer_accuracy(study)
+    assert answer.text.startswith("No. Predicting background everywhere scores an accuracy of 0.86")
+    assert "mean IoU of 0.2150." in answer.text and answer.sure == "sure"  # 0.86 / 4
+
+
+def test_augmentation_is_chosen_on_validation_and_judged_on_the_test_split(tmp_path: Path) -> None:
+    runs = [make_run("tuned", seed, 0.80 + seed / 100) for seed in (0, 1)]
+    for seed in (0, 1):
+        runs.append(make_run("augment/flip-0.3", seed, 0.90 + seed / 100))
+        chosen = make_run("augment/flip-0.5", seed, 0.95)
+        chosen.test["mean_iou"] = 0.5  # best on validation, worst on the test split
+        runs.append(chosen)
+    text = report_sweeps.answer_augmentation(make_study(runs, tmp_path)).text
+    assert text.startswith("No. `flip-0.5` scores lower than no augmentation (0.5000")
+    assert "chose `flip-0.5` from 2 tried. On the test split 1 of them scored" in text
+    for run in runs:
+        if run.experiment == "augment/flip-0.3":
+            run.test["mean_iou"] = 0.4
+    text = report_sweeps.answer_augmentation(make_study(runs, tmp_path)).text
+    assert "On the test split all of them scored lower" in text
+    runs = [run for run in runs if run.experiment != "augment/flip-0.3"]
+    text = report_sweeps.answer_augmentation(make_study(runs, tmp_path)).text
+    assert "chose" not in text  # from one
+
+
+def test_flipped_tuned_is_no_run_without_augmentation(tmp_path: Path, no_drawing: None) -> None:
+    runs = [make_run("tuned", seed, 0.8, horizontal_flip=0.7) for seed in (0, 1)]
+    runs += [make_run("augment/flip-0.3", seed, 0.9) for seed in (0, 1)]
+    assert report_sweeps.answer_augmentation(make_study(runs, tmp_path)) is None
+    runs += [make_run("augment/no-augmentation", seed, 0.7 + seed / 100) for seed in (0, 1)]
+    study = make_study(runs, tmp_path)
+    answer = report_sweeps.answer_augmentation(study)
+    assert "beats no augmentation (0.9000 ± 0.0000 against 0.7050" in answer.text
+    text = report_sweeps.details_augmentation(study)
+    assert "| tuned (horizontal flip 0.7) | 0.8000 ± 0.0000 | 2 | none | 0.9878 |" in text
+    choices = report_lab.section_choices(study)
+    assert "**Horizontal flips** (test split). `no-augmentation` has none." in choices
+    assert "`no-augmentation` scores lower than `tuned` (0.7050 " in choices
+    runs = [make_run("tuned", 0, 0.9)]
+    runs.append(make_run("augment/horizontal-flip-0.7", 0, 0.8, horizontal_flip=0.7))
+    choices = report_lab.section_choices(make_study(runs, tmp_path))
+    assert choices.count("Horizontal flips") == 1 and "`tuned` has none." in choices
+
+
+def test_factors_are_sorted_by_their_range(tmp_path: Path) -> None:
+    runs = [make_run("tuned", seed, 0.90 + seed / 1000) for seed in (0, 1)]
+    settings = {"width-half": 0.8, "width-double": 0.95, "kernel-5": 0.85, "grid-0.1-half": 0.1}
+    for name, iou in settings.items():
+        runs += [make_run(f"tune/{name}", seed, iou + seed / 1000) for seed in (0, 1)]
+    width, kernel = report_sweeps.find_factors(make_study(runs, tmp_path))
+    assert (width.name, kernel.name) == ("width", "kernel")
+    assert list(width.scores) == ["width-double", "tuned", "width-half"]
+    assert width.spread == pytest.approx(0.15) and kernel.spread == pytest.approx(0.05)
+    assert "| width | 3 | width-half: 0.8005 " in report_sweeps.factors_table([width, kernel])
+
+
+def test_losses_are_compared_on_validation(tmp_path: Path) -> None:
+    runs = [make_run("tuned", seed, 0.7 + seed / 100) for seed in (0, 1)]
+    runs += [make_run("tune/loss-class", seed, 0.9 + seed / 100) for seed in (0, 1)]
+    study = make_study(runs, tmp_path)
+    answer = report_sweeps.answer_loss(study).text
+    assert answer.startswith("`loss-class` beats the lab's loss (0.9050 ± 0.0071 against 0.7050")
+    assert report_sweeps.section_loss(study) == "Both are scored on the validation split."
+    runs += [make_run("heads/tuned", 0, 0.4), make_run("heads/tuned-loss-per-class", 0, 0.9)]
+    runs[-2].history[-1]["validation"]["dead_classes"] = ["square"]
+    text = report_sweeps.section_loss(make_study(runs, tmp_path))
+    assert "after 10 steps 0 of 1 runs of `tuned-loss-per-class` never" in text
+    assert text.endswith("and 1 of 1 with the lab's loss.")
+
+
+def test_flips_are_compared_with_no_augmentation(tmp_path: Path) -> None:
+    runs = [make_run("tuned", seed, 0.90 + seed / 1000) for seed in (0, 1)]
+    runs += [make_run("augment/flip-0.5", seed, 0.90 + seed / 1000) for seed in (0, 1)]
+    assert report_sweeps.answer_flips(make_study(runs, tmp_path)) is None
+    name = "augment/horizontal-flip-0.7"
+    runs += [make_run(name, seed, 0.8 + seed / 1000, horizontal_flip=0.7) for seed in (0, 1)]
+    study = make_study(runs, tmp_path)
+    assert report_sweeps.answer_flips(study).text.startswith("Probably because they replaced")
+    text = report_sweeps.section_flips(study)
+    assert text.startswith("`horizontal-flip-0.7` scores lower than no augmentation (0.8005 ")
+    for run in runs[2:4]:
+        run.test["mean_iou"] += 0.05  # now vertical flips help by themselves
+    assert report_sweeps.answer_flips(make_study(runs, tmp_path)).sure == "cannot tell"
+
+
+def test_jitter_is_compared_with_no_augmentation(tmp_path: Path) -> None:
+    runs = [make_run("tuned", seed, 0.9 + seed / 100) for seed in (0, 1)]
+    runs += [make_run("augment/jitter", seed, 0.7 + seed / 100) for seed in (0, 1)]
+    answer = report_sweeps.answer_jitter(make_study(runs, tmp_path)).text
+    assert answer.startswith("No. `jitter` scores lower than no augmentation (0.7050 ")
+
+
+def test_heads_are_counted_by_step(tmp_path: Path, no_drawing: None) -> None:
+    runs = [make_run("heads/tuned", 0, 0.4), make_run("heads/tuned", 1, 0.9)]
+    runs.append(make_run("heads/tuned-wide", 0, 0.9))
+    runs[0].history[-1]["validation"]["dead_classes"] = ["square"]
+    study = make_study(runs, tmp_path)
+    text = report_lost.details_heads(study)
+    assert "| model | runs | 5 steps | 10 steps | class below 0.5 at the end |" in text
+    assert "| tuned | 2 | 2 | 1 | 1 |" in text and "| tuned-wide | 1 | 1 | 0 | 0 |" in text
+    text = report_lost.section_heads(study)
+    assert "No run of `tuned-wide` ends with a class below 0.5." in text
+    answer = report_lost.answer_heads(study).text
+    assert answer.startswith("Of 2 short runs of `tuned`, 1 never predict some class after 10 st")
+
+
+def test_overfitting_names_the_first_perfect_epoch(tmp_path: Path, no_drawing: None) -> None:
+    name = "overfit/one-batch-tuned"
+    study = make_study([make_run(name, 0, 0.9996), make_run(name, 1, 0.9)], tmp_path)
+    text = report_sweeps.details_overfitting(study)
+    assert "| one-batch-tuned | all | 2, never | 0.9498 ± 0.0704 |" in text
+    assert "1 of 2 runs learnt two images by heart" in report_sweeps.answer_overfitting(study).text
+
+
+def test_a_metric_never_reset_is_a_running_average(tmp_path: Path, no_drawing: None) -> None:
+    text = report_lab.section_running_average(make_study([make_run("tuned", 0, 0.8)], tmp_path))
+    assert "scores 0.8000 on the validation split" in text  # the epochs have 0.4 and 0.8
+    assert "The average over its 2 epochs is 0.6000." in text
+
+
+def test_runs_that_never_predicted_a_class_are_counted(tmp_path: Path) -> None:
+    runs = [make_run("tuned", 0, 0.8), make_run("best", 0, 0.8), make_run("heads/tuned", 0, 0.8)]
+    runs[1].history[0]["validation"]["dead_classes"] = []
+    text = report_lost.count_never_predicted(make_study(runs, tmp_path))
+    assert text.startswith("In 1 of 2 runs some class was never predicted")
+    assert text.endswith("runs of `tuned`.")
+
+
+def test_striped_runs_are_shown_with_their_siblings(tmp_path: Path) -> None:
+    runs = [make_run("tuned", 0, 0.985), make_run("tuned", 1, 0.865), make_run("initial", 0, 0.9)]
+    runs[1].test["lost_positions"] = {"triangle": 2}
+    study = make_study(runs, tmp_path)
+    text = report_lost.details_seeds(study)
+    assert "1 of 3 tested runs have striped masks. The table shows them beside the runs" in text
+    assert "| `tuned`, seed 1 | 0.8650 | triangle 2/4 |" in text
+    assert "| `tuned`, seed 0 | 0.9850 | – |" in text and "| `initial`" not in text
+    assert "score from 0.8650 to 0.9850" in report_lost.answer_seeds(study).text
+
+
+def test_the_labs_low_scores_are_lost_positions() -> None:
+    # From the table of the lab's published IoU: 1/16 less for each position, from 0.99.
+    for name, lost in report_lost.lab_runs().items():
+        assert lost == round((0.99 - LAB["test_iou"][name]) * 16), name
+    # One lost position of squares: a quarter of their pixels becomes background.
+    points = report_lost.expected_points()
+    assert len(points) == 20  # 1 + 3 + 6 + 10 ways to lose 0, 1, 2 or 3
+    square = 0.0386 / 4
+    background = 1 - 0.0386 - 0.0437 - 0.0577
+    drop = (1 / 4 + square / (background + square)) / 4
+    assert any(
+        loss == pytest.approx(0.0024 + square) and iou == pytest.approx(0.9878 - drop)
+        for loss, iou in points
+    )
+
+
+def test_lost_positions_are_counted_with_and_without_augmentation(
+    tmp_path: Path, no_drawing: None
+) -> None:
+    runs = [make_run("tuned", seed, 0.985, horizontal_flip=0.7) for seed in (0, 1)]
+    runs.append(make_run("augment/no-augmentation", 0, 0.98))
+    runs.append(make_run("initial", 0, 0.98, loss={"cross_entropy": 1.0}))
+    for run in runs:
+        run.profile = "full"
+        run.config.setdefault("loss", {"dice_pooled": 1.0})
+        run.history += [run.history[-1]] * 13
+    ious = {"background": 0.98, "square": 0.49, "triangle": 0.24, "circle": None}
+    runs[1].history[-1] = {"validation": dict(scores(0.5), per_class_iou=ious)}
+    text = report_lost.section_seeds(make_study(runs, tmp_path))
+    assert "| our runs by its protocol, with augmentation | 2 | 1 | 0 | 0 | 0 | 1 |" in text
+    assert "| our runs by its protocol, without augmentation | 1 | 1 | 0 | 0 | 0 | 0 |" in text
+    assert (
+        "0 of 1 runs without any augmentation lost positions. With augmentation 1 of 2 runs" in text
+    )
+    assert (tmp_path / "lost-positions.png").exists()
+
+
+def test_the_deepest_fall_is_told(tmp_path: Path, no_drawing: None) -> None:
+    runs = [make_run("tuned", 0, 0.8), make_run("tuned-drop-last", 0, 0.9)]
+    lower = {"validation": scores(0.3)}
+    runs[0].history += [lower, runs[0].history[-1]]  # 0.4, 0.8, 0.3, 0.8
+    text = report_lab.section_last_batch(make_study(runs, tmp_path))
+    assert "0.500 in the runs of `tuned` and 0.000 in the runs of `tuned-drop-last`" in text
+
+
+def test_the_labs_batch_is_shown_if_it_was_scored(tmp_path: Path) -> None:
+    run = make_run("tuned", 0, 0.8)
+    study = make_study([run], tmp_path)
+    assert report_lab.section_fifty_images(study) is None
+    run.test["lab_batch"], run.test["lab_batch_training_mode"] = 0.81, 0.82
+    text = report_lab.section_fifty_images(study)
+    assert "| tuned | 0.8000 | 0.8100 | 0.8200 | 0.9878 |" in text
+
+
+def test_blurred_masks_need_runs_that_had_them(tmp_path: Path) -> None:
+    runs = [make_run("augment/blur-0.8-clean-masks", 0, 0.9), make_run("augment/blur-0.8", 0, 0.8)]
+    study = make_study(runs, tmp_path)
+    assert report_lab.section_choices(study) is None  # older runs of this name have sharp masks
+    runs[1].config["blur_masks"] = True
+    text = report_lab.section_choices(study)
+    assert "- **Blurred masks** (test split). `blur-0.8-clean-masks` leaves the masks" in text
