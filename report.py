@@ -7,15 +7,9 @@ The first writes report.md, report.html (one file that needs no other) and figur
 second reads results/runs.jsonl alone and writes RESULTS.md, the tables of README.md and docs/*.md
 and results/figures/.
 
-To add a sentence with a number: report_page.py lists the sections of both pages in SECTIONS.
-A section is written by its functions section_X and details_X (report_models.py, report_sweeps.py,
-report_lost.py, report_lab.py), which take the runs of a page and return Markdown. For example, in
-section_models:
-
-    best = study.models["best"][0].test
-    text += f" `best` scores {best['mean_iou']:.4f}."
-
-Its numbers come from `Run` in report_runs.py: rows run.test and run.validation (keys: evaluate.py).
+To add a sentence with a number, edit section_models in report_models.py; its top says how. The
+other sections are in report_sweeps.py, report_lost.py and report_lab.py; SECTIONS in report_page.py
+lists them in order, and is where a new one is named.
 """
 
 import argparse

@@ -1,7 +1,15 @@
 """Write the report's sections on the models, with the helpers that all sections use.
 
-A function answer_X gives a short answer, and section_X writes what follows it in its section. Both
-take a study (see report_runs.py) and return None if it lacks the runs.
+A function answer_X gives a short answer, section_X writes what follows it in its section, and
+details_X writes the tables at the end of the page. Each takes a study, the runs of one page by
+experiment, and returns None if it lacks the runs. To add a sentence with a number, for example, in
+section_models:
+
+    best = study.models["best"][0]  # the run of the first seed
+    text += f" `best` scores {best.test['mean_iou']:.4f}."
+
+A run has rows of scores `test` and `validation` (keys: the dict `row` in evaluate.py), its
+`config`, and `history`, an entry for each epoch. `study.runs` has all experiments.
 """
 
 from pathlib import Path
@@ -158,18 +166,18 @@ def section_models(study: Study) -> str | None:
     if not study.models:
         return None
     headings = ["mean IoU", "n", "accuracy", "never predicted", "striped", "lab IoU", "images seen"]
-    if len(study.models) == 1:
-        return models_table(study, headings)
-    draw_curves(study)
-    several = any(len(members) > 1 for members in study.models.values())
-    caption = "Mean IoU and loss by epoch."
-    if several:
-        caption += " Lines are means, bands reach from the lowest to the highest seed."
-    caption += (
-        " The models minimise different losses: compare the shapes of those curves, not their"
-        " heights."
-    )
-    return f"{models_table(study, headings)}\n\n{picture(study, 'curves.png', caption)}"
+    text = models_table(study, headings)
+    if len(study.models) > 1:
+        draw_curves(study)
+        caption = "Mean IoU and loss by epoch."
+        if any(len(members) > 1 for members in study.models.values()):
+            caption += " Lines are means, bands reach from the lowest to the highest seed."
+        caption += (
+            " The models minimise different losses: compare the shapes of those curves, not their"
+            " heights."
+        )
+        text += f"\n\n{picture(study, 'curves.png', caption)}"
+    return text
 
 
 def draw_curves(study: Study) -> None:

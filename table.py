@@ -125,7 +125,8 @@ def number_of_runs(rows: list[dict]) -> str:
     return str(len(rows))
 
 
-# Every column by its heading, in the order of the printed table.
+# Every column by its heading, in the order of the printed table. The keys are those of the dict
+# `row` that evaluate_checkpoint in evaluate.py fills; "mean_iou" comes there from metrics.py.
 COLUMNS: dict[str, Column] = {
     "parameters": mean_of("parameters", "{:,.0f}"),
     "images seen": mean_of("images_seen", "{:,.0f}"),
