@@ -2,7 +2,7 @@
 
 Images and masks move together under crops and flips. Blur and colour jitter change images only,
 unless `blur_masks` asks for the lab's way. Randomness is drawn anew for each image from torch's
-global generator, on the CPU where Python needs the value, so that no step waits for a GPU.
+global generator: on the CPU where it says how many images change, so that no step waits for a GPU.
 """
 
 import math
@@ -59,21 +59,25 @@ def choose_corners(masks: Tensor, crop: int, on_objects: float) -> tuple[Tensor,
     # The lowest value of a row or column is IGNORE only if all its pixels are.
     last_top = last_start(masks.amin(dim=2) != IGNORE, crop)
     last_left = last_start(masks.amin(dim=1) != IGNORE, crop)
-    choice, pixel, down, right = torch.rand(4, len(masks), device=masks.device)
-    top = (down * (last_top + 1)).long()
-    left = (right * (last_left + 1)).long()
+    draw, which_pixel, share_y, share_x = torch.rand(4, len(masks), device=masks.device)
+    top = (share_y * (last_top + 1)).long()
+    left = (share_x * (last_left + 1)).long()
     if on_objects > 0:
-        y, x, has_object = choose_object_pixels(masks, pixel)
-        # The pixel lies anywhere in the crop, not in its middle: else the model would learn that
-        # the middle of a picture is never background.
-        around_top = (y - (down * crop).long()).clamp(min=0)
-        around_left = (x - (right * crop).long()).clamp(min=0)
-        around_top = torch.minimum(around_top, last_top)
-        around_left = torch.minimum(around_left, last_left)
-        use = (choice < on_objects) & has_object
-        top = torch.where(use, around_top, top)
-        left = torch.where(use, around_left, left)
+        y, x, has_object = choose_object_pixels(masks, which_pixel)
+        use = (draw < on_objects) & has_object
+        top = torch.where(use, start_around(y, last_top, crop, share_y), top)
+        left = torch.where(use, start_around(x, last_left, crop, share_x), left)
     return top, left
+
+
+def start_around(pixel: Tensor, last: Tensor, crop: int, share: Tensor) -> Tensor:
+    """Start a crop, at `last` or before, so that `pixel` lies at a share of its side.
+
+    Anywhere in the crop, not in its middle: else the model would learn that the middle of a
+    picture is never background.
+    """
+    start = (pixel - (share * crop).long()).clamp(min=0)
+    return torch.minimum(start, last)
 
 
 def choose_object_pixels(masks: Tensor, choice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,10 +86,10 @@ def choose_object_pixels(masks: Tensor, choice: Tensor) -> tuple[Tensor, Tensor,
     `choice` (N,) in [0, 1) says which: 0 is the first in reading order, 0.5 the middle one.
     """
     is_object = (masks > 0) & (masks != IGNORE)
-    count = is_object.flatten(1).cumsum(dim=1, dtype=torch.int32)  # of object pixels so far
-    total = count[:, -1]
-    number = torch.minimum((choice * total).int() + 1, total)
-    place = torch.searchsorted(count, number[:, None])[:, 0]  # where the count reaches the number
+    count_so_far = is_object.flatten(1).cumsum(dim=1, dtype=torch.int32)  # (N, H*W)
+    total = count_so_far[:, -1]
+    wanted = torch.minimum((choice * total).int() + 1, total)  # the first object pixel is 1
+    place = torch.searchsorted(count_so_far, wanted[:, None])[:, 0]
     width = masks.shape[2]
     return place // width, place % width, total > 0
 
@@ -101,7 +105,7 @@ def take_batch(images: Tensor, masks: Tensor, index: Tensor, config: dict) -> tu
     """Copy the images and masks of a batch, or a random crop of each.
 
     With a `crop` smaller than the images, (N, channels, crop, crop) and (N, crop, crop); else
-    whole images. Nothing but the crops is copied out of the split.
+    whole images. Of the images nothing but the crops is copied out of the split.
     """
     crop = config["crop"]
     if crop == 0 or crop >= min(masks.shape[1:]):
@@ -110,9 +114,9 @@ def take_batch(images: Tensor, masks: Tensor, index: Tensor, config: dict) -> tu
     side = torch.arange(crop, device=images.device)
     rows = (top[:, None] + side)[:, :, None]  # (N, crop, 1)
     columns = (left[:, None] + side)[:, None, :]  # (N, 1, crop)
-    index = index[:, None, None]
-    cropped = images[index, :, rows, columns]  # (N, crop, crop, channels)
-    return cropped.permute(0, 3, 1, 2), masks[index, rows, columns]
+    image = index[:, None, None]  # (N, 1, 1)
+    cropped = images[image, :, rows, columns]  # (N, crop, crop, channels): PyTorch puts `:` last
+    return cropped.permute(0, 3, 1, 2), masks[image, rows, columns]
 
 
 def augment(images: Tensor, masks: Tensor, config: dict) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from common import UserError, reading, require, write_atomically
-from config import load_config
+from config import with_todays_keys
 from model import build_model
 
 FORMAT = "flying-objects-segmentation 1"
@@ -16,7 +16,10 @@ MOST_NAMED = 8  # layers that a message names
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint: `config`, `model` (a state dict) and other plain data and tensors."""
+    """Write a checkpoint: `config`, `model` (a state dict) and other plain data and tensors.
+
+    Section 5 of train.py has all keys of best.pt and last.pt; export.py those of weights/best.pt.
+    """
     content = {"format": FORMAT}
     content.update(checkpoint)
     # In memory first, since torch.save's own message on a full disk does not say what happened.
@@ -31,7 +34,6 @@ def read_checkpoint(path: Path, device: torch.device) -> dict:
     The config gets today's keys, so that older checkpoints can be used. UserError if the file is
     damaged or is no checkpoint of this project.
     """
-    default = load_config([])
     with reading(path, "give a .pt file that train.py wrote, or remove it"):
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look
         if damaged:
@@ -40,11 +42,7 @@ def read_checkpoint(path: Path, device: torch.device) -> dict:
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"its format is {checkpoint['format']}, not {FORMAT}")
         require(checkpoint, {"config": dict, "model": dict})
-        config = {}
-        for key, value in default.items():
-            config[key] = checkpoint["config"].get(key, value)
-        require(config, {key: type(value) for key, value in default.items()})
-    checkpoint["config"] = config
+        checkpoint["config"] = with_todays_keys(checkpoint["config"])
     return checkpoint
 
 

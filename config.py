@@ -8,12 +8,13 @@ prints the resolved config. default.yaml has every key, by type; allowed.yaml ha
 import argparse
 import difflib
 import json
+import math
 import sys
 from pathlib import Path
 
 import yaml
 
-from common import ROOT, UserError, reading, run, write_atomically
+from common import ROOT, UserError, reading, require, run, write_atomically
 
 DEFAULT = ROOT / "configs/default.yaml"
 ALLOWED = ROOT / "configs/allowed.yaml"
@@ -54,19 +55,28 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
 
 def convert(value: object, example: object) -> object:
     """Return a value as the type of an example; ValueError if it is of another one."""
-    if isinstance(example, list) and example and not isinstance(example[0], list):
-        if type(value) is not list:
-            raise ValueError
-        if isinstance(example[0], str):  # names, of any number
-            return [convert(v, example[0]) for v in value]
-        if len(value) != len(example):
-            raise ValueError
-        return [convert(v, e) for v, e in zip(value, example, strict=True)]
+    if isinstance(example, list):
+        return convert_list(value, example)
     if isinstance(example, float) and type(value) in (int, str):
         value = float(value)  # YAML reads 1 as a whole number, and 1e-3 as text
-    if type(value) is not type(example) or value != value:  # NaN differs from itself
+    if type(value) is not type(example):
+        raise ValueError
+    if isinstance(value, float) and math.isnan(value):
         raise ValueError
     return value
+
+
+def convert_list(value: object, example: list) -> list:
+    """Return a list with items of the types in an example; ValueError if it is another one."""
+    if type(value) is not list:
+        raise ValueError
+    if not example or isinstance(example[0], list):
+        return value  # as `ignore` and `encoder`: checked where they are used
+    if isinstance(example[0], str):  # names, of any number
+        return [convert(name, "") for name in value]
+    if len(value) != len(example):
+        raise ValueError
+    return [convert(v, e) for v, e in zip(value, example, strict=True)]
 
 
 def check_value(source: str, key: str, value: object, default: dict, allowed: dict) -> object:
@@ -154,6 +164,26 @@ def pick_group(config: dict, layers: list[tuple[str, dict]]) -> str:
     return ""
 
 
+def with_todays_keys(earlier: dict) -> dict:
+    """Give the config of an earlier run today's keys, so that it can still be used.
+
+    KeyError or ValueError if it has a value of another type than today's.
+    """
+    default = load_config([])
+    config = {}
+    for key, value in default.items():
+        config[key] = earlier.get(key, value)
+    require(config, {key: type(value) for key, value in default.items()})
+    return config
+
+
+def read_run_config(run_dir: Path) -> dict:
+    """Read the config of a run, with today's keys; UserError if it is damaged."""
+    path = run_dir / "config.yaml"
+    with reading(path, "train this run again"):
+        return with_todays_keys(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
 def dump(config: dict) -> str:
     """Format a config as YAML text that `load_config` reads back to the same values."""
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, default_flow_style=None)
@@ -199,7 +229,7 @@ def is_finished(run_dir: Path, config: dict, stamp: Path | None) -> bool:
         return False
     if stamp is not None and stamp.stat().st_mtime_ns > summary.stat().st_mtime_ns:
         return False
-    return load_config([run_dir / "config.yaml"]) == config
+    return read_run_config(run_dir) == config
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -208,14 +209,14 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def in_parallel(
-    function: Callable[[Pair, dict], object], pairs: list[Pair], config: dict
-) -> Iterator[tuple[Pair, Future]]:
-    """Call function(pair, config) for each pair on all cores; yield (pair, its future) in order."""
+    function: Callable[[object], object], items: list
+) -> Iterator[tuple[object, Future]]:
+    """Call function(item) for each item on all cores; yield (item, its future) in order."""
     # A training pins its main thread to one core, which the threads of a pool would inherit.
     with ThreadPoolExecutor(max_workers=len(CORES) or None, initializer=unpin_thread) as pool:
         waiting = deque()
-        for pair in pairs:
-            waiting.append((pair, pool.submit(function, pair, config)))
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
             if len(waiting) == MOST_WAITING:
                 yield waiting.popleft()
         yield from waiting
@@ -235,14 +236,15 @@ def build_cache(cache: Path, pairs: list[Pair], config: dict) -> None:
         height, width = common_size
     names = [pair.name for pair in pairs]
     digest = sha256(json.dumps(names).encode())
-    # The folder that a killed process leaves begins with the name of its cache and goes with it.
+    # A killed process leaves this folder. Its name begins with that of the cache, so that
+    # whatever removes the cache removes it as well.
     with TemporaryDirectory(prefix=cache.name, dir=cache.parent) as temporary:
         folder = Path(temporary) / "cache"
         folder.mkdir()
         with open(folder / "images.npy", "wb") as images, open(folder / "masks.npy", "wb") as masks:
             write_header(images, (len(pairs), channels, height, width))
             write_header(masks, (len(pairs), height, width))
-            decoded = in_parallel(decode, pairs, config)
+            decoded = in_parallel(partial(decode, config=config), pairs)
             for pair, future in tqdm(decoded, "caching", len(pairs), disable=None):
                 image, mask = future.result()
                 if common_size is not None:

@@ -11,7 +11,6 @@ keeps its own results, and only those that were trained since are evaluated.
 import argparse
 import io
 import json
-import math
 import statistics
 import sys
 import time
@@ -47,7 +46,7 @@ SHOWN = 4  # evenly spaced images, and as many of the worst, that are kept for t
 def images_per_batch(height: int, width: int, device: torch.device) -> int:
     """Choose how many images of a size a batch holds, so that its memory is the same for all."""
     pixels = CPU_BATCH if device.type == "cpu" else GPU_BATCH
-    most = pixels // 128**2  # of smaller images, a batch would spend its time on starting
+    most = pixels // 128**2  # more images that are smaller still would not be faster
     return max(1, min(most, pixels // (height * width)))
 
 
@@ -71,8 +70,8 @@ def evaluate(
     """Run a model in evaluation mode once over images and compare its predictions with masks.
 
     From (M, channels, H, W) images and (M, H, W) masks, both uint8. Returns, all on the CPU:
-    (M, C, C) int64 confusion matrices of the images; the mean loss per image (Dice losses pool the
-    images of a batch); (M, H, W) uint8 predicted classes.
+    (M, C, C) int64 confusion matrices of the images; the mean loss per image (dice_per_class pools
+    the images of a batch); (M, H, W) uint8 predicted classes.
     """
     model.eval()
     matrices = []
@@ -326,15 +325,12 @@ def score_run(path: Path, device: torch.device) -> Path:
 
 def check_goal(rows: list[dict], goal: float) -> None:
     """Print the median training time; UserError unless all runs are finished and reach the goal."""
-    seconds = []
-    for row in rows:
-        # A run that is not finished has no time yet; nan makes the median nan as well.
-        seconds.append(row.get("train_seconds") or math.nan)
+    seconds = [row.get("train_seconds") for row in rows]
+    if None in seconds:
+        raise UserError("goal: a run is not finished; train it to the end first")
     print(f"median {statistics.median(seconds):.1f} s of training")
-    finished = not any(math.isnan(value) for value in seconds)
-    reached = all(row["mean_iou"] >= goal for row in rows)
-    if not finished or not reached:
-        raise UserError(f"mean IoU {goal}: a run has not reached it, or is not finished")
+    if any(row["mean_iou"] < goal for row in rows):
+        raise UserError(f"mean IoU {goal}: a run has not reached it")
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Read images and masks from files: the one reader of each.
 
-Every image of the project comes from `read_image`, every mask from `read_mask`. What Pillow would
-drop without a word (pages, bands, bits) is refused here. masks.py says which class a pixel is.
+Training, testing and predicting take every image from `read_image` and every mask from `read_mask`.
+What Pillow would drop without a word (pages, bands, bits) is refused here. masks.py says which
+class a pixel is.
 """
 
 import sys
@@ -146,6 +147,12 @@ def read_image(
     return np.atleast_3d(np.array(image, np.uint8))
 
 
+def likely_range(highest: int) -> list[int]:
+    """Guess the range of values of a camera by the highest in its images: of 10, 12 … 16 bits."""
+    bits = max(10, highest.bit_length() + highest.bit_length() % 2)
+    return [0, 2**bits - 1]
+
+
 def scale_to_8_bits(
     path: Path, image: Image.Image, bits: int, value_range: list[int] | None
 ) -> Image.Image:
@@ -153,9 +160,8 @@ def scale_to_8_bits(
     values = read_deep(path, image, bits)
     if not value_range:
         highest = int(values.max())
-        likely = 2 ** max(8, highest.bit_length()) - 1  # the highest number of so many bits
         text = f"has {bits} bits a channel and values up to {highest}"
-        raise UserError(f"{path}: {text}; set value_range: [0, {likely}]")
+        raise UserError(f"{path}: {text}; set value_range: {likely_range(highest)}")
     low, high = value_range
     scaled = (values.astype(np.float32) - low) * (255 / (high - low))
     result = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))

@@ -170,7 +170,7 @@ def refuse_strays(path: Path, values: np.ndarray, strays: np.ndarray, config: di
 def advise_for_indices(present: list[int], config: dict) -> str:
     """Say what to do about a mask of indices with the values in `present`, some of them no class.
 
-    Never to ignore the only objects there are.
+    If 255 is the only object, the advice must not be to ignore it.
     """
     names = list(config["classes"])
     if set(present) <= {0, 255}:
@@ -194,7 +194,10 @@ def advise_for_colours(
     """Say what to do about a mask with colours that are no class."""
     names = list(config["classes"])
     others = f"if such values number single objects, set other_values: {names[-1]}"
-    if set(greys) <= {*range(len(names)), 255} and set(greys) & set(range(1, len(names))):
+    indices = set(range(len(names)))
+    only_indices = set(greys) <= indices | {255}
+    has_object = bool(set(greys) & (indices - {0}))
+    if only_indices and has_object:
         return "these are indices: set mask_format: indices"
     if greys and greys[-1] > 255:
         return f"values above 255 are no colours: set mask_format: indices; {others}"

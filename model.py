@@ -129,7 +129,7 @@ class UNet(nn.Module):
         # Replicated borders look like the image going on; zeros would look like a black object.
         pad_h, pad_w = -height % self.stride, -width % self.stride
         x = images * 2 - 1  # centred, so that the zero padding of the convs is neither colour
-        if torch.compiler.is_exporting() or pad_h or pad_w:  # a program has no branches
+        if torch.compiler.is_exporting() or pad_h or pad_w:  # an exported program cannot choose
             x = F.pad(x, (0, pad_w, 0, pad_h), mode="replicate")
 
         skips = []

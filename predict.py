@@ -187,7 +187,7 @@ def split_by_pixels(images: dict[Path, Path]) -> list[dict[Path, Path]]:
     for target, path in images.items():
         try:
             height, width = read_size(path)
-        except UserError:  # it is told when the image is read
+        except UserError:  # read_images tells it
             height, width = 0, 0
         window = windows[-1]
         is_full = len(window) == BATCH or pixels + height * width > PIXELS

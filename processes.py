@@ -1,6 +1,6 @@
 """What several processes tell each other while they train one model with torchrun.
 
-In a single process these functions return what they are given.
+In a single process there is nothing to tell: values come back as they were given.
 """
 
 import os

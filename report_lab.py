@@ -139,7 +139,7 @@ def section_choices(study: Study) -> str | None:
             on_in_ours = bool(ours[0].config.get(choice.setting))
             if on_in_ours or not on_in_labs:
                 continue
-        split = "validation" if ours[0].test is None else "test"  # settings have no test
+        split = "validation" if ours[0].test is None else "test"  # `make tune` does not test
         our_name, lab_name = f"`{ours[0].name}`", f"`{labs[0].name}`"
         answer = compare(our_name, scores_of(ours, split), lab_name, scores_of(labs, split))
         bullets.append(

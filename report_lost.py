@@ -310,8 +310,9 @@ def answer_heads(study: Study) -> Answer | None:
     )
     wide = study.heads.get("heads/tuned-wide")
     if wide:
-        poor = count_poor(wide) or "none"
-        text += f" With a wider last layer {poor} of {len(wide)} runs does."
+        poor = count_poor(wide)
+        verb = "do" if poor > 1 else "does"
+        text += f" With a wider last layer {poor or 'none'} of {len(wide)} runs {verb}."
     return Answer(text, "sure" if len(runs) > 5 else "likely")
 
 

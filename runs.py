@@ -76,8 +76,9 @@ def find_checkpoint(
 ) -> dict | None:
     """Return the checkpoint that a run goes on from, or None if it starts over.
 
-    `resume` goes on with a run of the same config and data. A run of another config is replaced
-    if it is short (`LONG`) or with `overwrite`. UserError if a run would be lost unasked.
+    `overwrite` starts over whatever is there. `resume` goes on with a run of the same config and
+    data, and replaces one of another config if it is short (`LONG`). UserError if a run would be
+    lost unasked.
     """
     files = set()
     for path in run_dir.glob("*"):
@@ -87,14 +88,12 @@ def find_checkpoint(
         return None
     if "config.yaml" not in files or not files <= FIRST_FILES | LATER_FILES:
         raise UserError(f"{run_dir}: holds other files than a run's; give another --run-dir")
+    if overwrite or files <= FIRST_FILES:  # only these: killed in its first epoch
+        return None
     path = run_dir / "last.pt"
     if not path.exists():
-        if files <= FIRST_FILES or overwrite:
-            return None  # killed in its first epoch: nothing is lost
         raise UserError(f"{run_dir}: a run without last.pt to go on from; --overwrite discards it")
     if not resume:
-        if overwrite:
-            return None
         raise UserError(f"{run_dir}: there is a run; --resume goes on with it, --overwrite not")
 
     last = read_checkpoint(path, torch.device("cpu"))
@@ -104,7 +103,7 @@ def find_checkpoint(
     changed = list_changes(last, config, data_digest)
     if not changed:
         return last
-    if seconds > LONG and not overwrite:
+    if seconds > LONG:
         raise UserError(
             f"{run_dir}: holds {seconds / 60:.0f} minutes of training with another {changed}; "
             "make … OVERWRITE=1 (--overwrite) discards it, RUNS=… (--run-dir) trains elsewhere"
@@ -138,8 +137,10 @@ def start_run(run_dir: Path, config: dict, environment: dict, done: int) -> "Sum
         for path in run_dir.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != "lock":
+            elif path.name not in ("lock", "config.yaml"):
                 path.unlink()
+        # The last, since it tells that the others are a run's, should this process be killed here.
+        (run_dir / "config.yaml").unlink(missing_ok=True)
     write_atomically(run_dir / "config.yaml", dump(config).encode())
     write_atomically(run_dir / "environment.json", json.dumps(environment, indent=2).encode())
     resuming = f", resuming after epoch {done}" if done > 0 else ""

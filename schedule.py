@@ -17,8 +17,9 @@ def make_scheduler(
     if schedule == "constant":
         return ConstantLR(optimizer, factor=1.0)
     total = steps + 1  # one more, since the rate is noted after the last step
-    if warm_up * total == 1:
-        warm_up /= 2  # a rise of exactly one step makes PyTorch divide by zero; so none
+    peak_step = warm_up * total - 1  # the rate rises from step 0 to this one
+    if peak_step == 0:
+        warm_up = 0.5 / total  # no rise at all: PyTorch would divide by the length of the rise
     return OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], total, pct_start=warm_up)
 
 
@@ -41,4 +42,6 @@ def epoch_order(epoch: int, images_per_epoch: int, total: int, seed: int) -> Ten
     for number in range(first_pass, last_pass + 1):
         generator = torch.Generator().manual_seed(derive_seed(seed, "pass", number))
         passes.append(torch.randperm(total, generator=generator))
-    return torch.cat(passes)[start % total :][:images_per_epoch]
+    in_a_row = torch.cat(passes)
+    used = start - first_pass * total  # images of the first pass that are in earlier epochs
+    return in_a_row[used : used + images_per_epoch]

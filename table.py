@@ -125,8 +125,9 @@ def number_of_runs(rows: list[dict]) -> str:
     return str(len(rows))
 
 
-# Every column by its heading, in the order of the printed table. The keys are those of the dict
-# `row` that evaluate_checkpoint in evaluate.py fills; "mean_iou" comes there from metrics.py.
+# Every column by its heading, in the order of the printed table. What a column averages, such as
+# "pixel_accuracy", is a key of the dict `row` in evaluate.py, which takes the scores of a confusion
+# matrix from metrics.scores: trace / sum is the accuracy.
 COLUMNS: dict[str, Column] = {
     "parameters": mean_of("parameters", "{:,.0f}"),
     "images seen": mean_of("images_seen", "{:,.0f}"),

@@ -102,8 +102,11 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
         scheduler.load_state_dict(resumed["scheduler"])
-        if code != resumed["code"]:  # of the epochs so far, which may be all
-            code = "mixed" if len(history) < config["epochs"] else resumed["code"]
+        is_finished = len(history) == config["epochs"]
+        if is_finished:
+            code = resumed["code"]  # no epoch is trained by the code of today
+        elif code != resumed["code"]:
+            code = "mixed"
     elif config["init"]:
         print(load_weights(model, Path(config["init"]).expanduser(), classes))
     if len(history) == config["epochs"]:  # nothing is left to train
@@ -128,6 +131,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
         model.train()
         loss_sum = torch.zeros((), device=device)
         matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
+        # The indices of images, shuffled; a pass over the data may end inside an epoch.
         order = epoch_order(epoch, images_per_epoch, len(images), seed).to(images.device)
         bar = tqdm(order.split(batch_size), title, disable=hide_bar)
         for step, index in enumerate(bar, start=epoch * steps_per_epoch):
@@ -219,8 +223,9 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--data", metavar="DIR", help="short for --set data=DIR")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where to write the run")
-    parser.add_argument("--resume", action="store_true", help="go on with the run that is there")
-    parser.add_argument("--overwrite", action="store_true", help="discard the run that is there")
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="go on with the run that is there")
+    earlier.add_argument("--overwrite", action="store_true", help="discard the run that is there")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
     args = parser.parse_args()
     overrides = list(args.overrides)

@@ -118,6 +118,7 @@ def test_finished_run_of_the_same_values_is_known(tmp_path: Path, call) -> None:
     # A run of before the key last_batch, which has its default value here.
     best = load_config([ROOT / "configs/best.yaml"])
     lines = [line for line in dump(best).splitlines() if not line.startswith("last_batch")]
+    lines.append("grey: 0.5")  # and with a key that is no more
     (run / "config.yaml").write_text("\n".join(lines))
     asked = ("--config", ROOT / "configs/best.yaml", "--out", tmp_path / "run.yaml")
     assert call(main, *asked, "--finished", run)[0] == UNFINISHED  # no summary.json yet

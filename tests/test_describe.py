@@ -13,7 +13,7 @@ from images import read_mask, read_pair
 from metrics import IGNORE
 from pairs import find_pairs
 from tools import describe
-from tools.meaning import run_lengths
+from tools.meaning import Examined, collect, run_lengths
 from tools.pairing import propose_group
 
 N = 12
@@ -275,6 +275,32 @@ def test_numbers_of_objects_become_one_class(tmp_path: Path) -> None:
     config, _ = write_config(tmp_path)
     assert config["other_values"] == "object"
     assert len(read_masks(config)) == N
+
+
+def test_a_mask_counts_once_for_a_colour_that_two_of_its_numbers_have() -> None:
+    """Two numbers of a palette may be one colour; another palette makes colours of both."""
+    pairs = []
+    for palette in ({0: 0, 1: 0xFF0000, 2: 0xFF0000}, {0: 0xFF0000, 1: 0}):
+        pair = Examined(
+            image=Path("a.png"),
+            size=(9, 9),
+            mask_size=(9, 9),
+            mode="RGB",
+            bits=8,
+            highest=255,
+            is_turned=False,
+            kind="palette",
+            palette=palette,
+            numbers=np.array(list(palette)),
+            pixels=np.full(len(palette), 10),
+            thickness=np.ones(len(palette)),
+            flatness=1.0,
+        )
+        pairs.append(pair)
+    masks = collect(pairs)
+    assert masks.kind == "colours"
+    assert {number: value.n_masks for number, value in masks.values.items()} == {0: 2, 0xFF0000: 2}
+    assert masks.values[0xFF0000].share == 30 / 50
 
 
 def test_exchanged_images_and_masks_are_refused(tmp_path: Path) -> None:

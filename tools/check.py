@@ -9,6 +9,7 @@ the data have the layout of the Artificial Flying Objects.
 
 import argparse
 import re
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -82,7 +83,7 @@ def check_split(config: dict, split: str, seen: dict[str, tuple[Path, str]]) -> 
     readable = []
     examined_pairs = []
     unusable = []
-    results = in_parallel(examine, pairs, config)
+    results = in_parallel(partial(examine, config=config), pairs)
     for pair, future in tqdm(results, f"checking {split}", len(pairs), disable=None):
         try:
             examined = future.result()
@@ -175,16 +176,12 @@ def note_shared_groups(names: dict[str, list[tuple[str, str]]]) -> list[str]:
     `names` has the (group, name) of each image, by split. Where images of two splits have the same
     group and number, each split counts from the start, so that its groups are different ones.
     """
-    first_split = {}  # (group, numbers in the rest of the name) → split
+    if counts_anew(names):
+        return []
     splits_of = {}  # group → its splits
     for split, images in names.items():
-        for group, name in images:
-            numbers = tuple(re.findall(r"\d+", name.replace(group, "", 1))) or name
-            if first_split.setdefault((group, numbers), split) != split:
-                return []
-            splits = splits_of.setdefault(group, [])
-            if split not in splits:
-                splits.append(split)
+        for group in {group for group, _ in images}:
+            splits_of.setdefault(group, []).append(split)
     shared = []
     for group, splits in sorted(splits_of.items()):
         if len(splits) > 1:
@@ -195,6 +192,19 @@ def note_shared_groups(names: dict[str, list[tuple[str, str]]]) -> list[str]:
     if len(shared) > MOST_GROUPS:
         text += f" (and {len(shared) - MOST_GROUPS} more groups are in several splits)"
     return [f"group {text}: their scores look better than they are"]
+
+
+def counts_anew(names: dict[str, list[tuple[str, str]]]) -> bool:
+    """Tell whether images of two splits have the same group and number: each split counts anew."""
+    split_of = {}  # (group, numbers in the rest of the name) → the split where it was first
+    for split, images in names.items():
+        for group, name in images:
+            numbers = tuple(re.findall(r"\d+", name.replace(group, "", 1)))
+            key = (group, numbers or name)
+            if key in split_of and split_of[key] != split:
+                return True
+            split_of[key] = split
+    return False
 
 
 def shorten_alike(errors: list[str]) -> list[str]:

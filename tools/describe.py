@@ -19,7 +19,7 @@ import yaml
 from common import SPLITS, UserError, write_atomically
 from data import evenly, padding_factor
 from figures import distinct_colours
-from images import read_image
+from images import likely_range, read_image
 from patterns import find_files
 from tools.check import note_shared_groups
 from tools.meaning import (
@@ -212,8 +212,7 @@ def describe_images(examined: list[Examined], notes: list[str]) -> list[Line]:
     if deep:
         bits = max(pair.bits for pair in deep)
         highest = max(pair.highest for pair in deep)
-        likely_bits = max(10, highest.bit_length() + highest.bit_length() % 2)  # 10, 12, 14 or 16
-        value_range = [0, 2**likely_bits - 1]
+        value_range = likely_range(highest)
         reason = f"{bits} bits a channel, the highest value is {highest}"
         lines.append(Line(f"value_range: {value_range}", reason))
     modes = Counter(pair.mode for pair in examined)
@@ -252,46 +251,54 @@ def describe_sizes(
     examined: list[Examined], meaning: Meaning, masks: Masks, notes: list[str]
 ) -> list[Line]:
     """Choose `resize`, `crop` and `crop_on_objects` by the sizes of images and of objects."""
-    heights = [pair.size[0] for pair in examined]
-    widths = [pair.size[1] for pair in examined]
-    height = int(np.median(heights))
-    width = int(np.median(widths))
-    background = masks.values[meaning.classes[0]].share
+    sizes = [pair.size for pair in examined]
+    height = int(np.median([height for height, _ in sizes]))
+    width = int(np.median([width for _, width in sizes]))
     side = object_side(meaning, masks)
     is_photograph = are_photographs(meaning, masks)
-    sizes = len({pair.size for pair in examined})
     crop, factor = choose_crop(side, is_photograph)
-    # Crops of images of several sizes need no resizing, unless a crop is larger than an image.
-    fits_all = crop < min(heights + widths)
-    is_near = padding_factor([pair.size for pair in examined]) <= MOST_PADDING
+    n_sizes = len(set(sizes))
     lines = []
-    if sizes > 1 and factor == 1 and fits_all and is_near:
-        text = f"{sizes} sizes, {min(widths)} to {max(widths)} wide, {min(heights)} to"
-        lines.append(Line(f"# {text} {max(heights)} high: crops need no resize"))
-    elif sizes > 1 or factor < 1:
-        reason = f"{sizes} sizes, the median is {width}×{height}"
-        if factor < 1:
-            reason = f"objects of {side:.0f} pixels are large; images are {width}×{height}"
+    if factor < 1:
+        reason = f"objects of {side:.0f} pixels are large; images are {width}×{height}"
+    else:
+        reason = f"{n_sizes} sizes, the median is {width}×{height}"
+    if n_sizes > 1 and factor == 1 and crops_fit(sizes, crop):
+        lines.append(Line(f"# {range_of_sizes(sizes)}: crops need no resize"))
+    elif n_sizes > 1 or factor < 1:
         height = round_to_16(height * factor)
         width = round_to_16(width * factor)
         lines.append(Line(f"resize: [{height}, {width}]", reason))
-        if sizes > 1:
+        if n_sizes > 1:
             notes.append("resize: images of other proportions are distorted")
-    if is_photograph:
+    background = masks.values[meaning.classes[0]].share
+    if is_photograph and max(height, width) > LARGE_IMAGE:
+        notes.append(f"crop: {crop} pixels are little of {width}×{height}; `resize` shows more")
+    if crop >= min(height, width):
+        lines.append(Line("crop: 0", f"whole images of {width}×{height}"))
+    elif is_photograph:
         reason = f"everything is an object: {percent(1 - background)} is no background"
-        if max(height, width) > LARGE_IMAGE:
-            notes.append(f"crop: {crop} pixels are little of {width}×{height}; `resize` shows more")
+        lines.append(Line(f"crop: {crop}", reason))
+        lines.append(Line("crop_on_objects: 0.0", "crops anywhere"))
     else:
         reason = f"objects are about {side * factor:.0f} pixels wide"
-    if crop >= min(height, width):
-        crop = 0
-        reason = f"whole images of {width}×{height}"
-    lines.append(Line(f"crop: {crop}", reason))
-    if crop > 0:
-        on_objects = 0.0 if is_photograph else 1.0
-        reason = "crops anywhere" if is_photograph else f"{percent(background)} is background"
-        lines.append(Line(f"crop_on_objects: {on_objects}", reason))
+        lines.append(Line(f"crop: {crop}", reason))
+        lines.append(Line("crop_on_objects: 1.0", f"{percent(background)} is background"))
     return lines
+
+
+def crops_fit(sizes: list[tuple[int, int]], crop: int) -> bool:
+    """Tell whether a crop fits into all images, and their sizes are near enough for padding."""
+    smallest = min(min(size) for size in sizes)
+    return crop < smallest and padding_factor(sizes) <= MOST_PADDING
+
+
+def range_of_sizes(sizes: list[tuple[int, int]]) -> str:
+    """Say how many sizes there are, and from which to which they reach."""
+    heights = [height for height, _ in sizes]
+    widths = [width for _, width in sizes]
+    wide = f"{min(widths)} to {max(widths)} wide"
+    return f"{len(set(sizes))} sizes, {wide}, {min(heights)} to {max(heights)} high"
 
 
 def choose_crop(side: float, is_photograph: bool) -> tuple[int, float]:

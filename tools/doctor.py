@@ -17,7 +17,7 @@ from torch import nn
 
 from checkpoints import restore_model
 from common import UserError, run
-from config import load_config
+from config import read_run_config
 from data import Split, limit, load_data
 from evaluate import evaluate
 from figures import curves
@@ -269,7 +269,7 @@ def main() -> None:
     run_dir = args.run_dir
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir}: is no run, has no config.yaml; give a folder train.py wrote")
-    config = load_config([run_dir / "config.yaml"])
+    config = read_run_config(run_dir)
     history = []
     if (run_dir / "metrics.jsonl").exists():
         history = read_history(run_dir / "metrics.jsonl", "train this run again")

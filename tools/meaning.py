@@ -1,5 +1,6 @@
 """Look at pairs of image and mask, and work out what the values in the masks mean."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -128,7 +129,7 @@ def coarse_colours(numbers: np.ndarray) -> np.ndarray:
     return coarse
 
 
-def examine(pair: tuple[Path, Path], _: None) -> Examined:
+def examine(pair: tuple[Path, Path]) -> Examined:
     """Look at an image and its mask; UserError if one cannot be read."""
     image_path, mask_path = pair
     with reading(image_path):
@@ -164,7 +165,7 @@ def examine_all(pairs: list[tuple[Path, Path]]) -> tuple[list[Examined], list[st
     chosen = [pairs[i] for i in evenly(len(pairs), MOST_EXAMINED)]
     examined = []
     problems = []
-    results = in_parallel(examine, chosen, None)
+    results = in_parallel(examine, chosen)
     for _, future in tqdm(results, "looking", len(chosen), disable=None):
         try:
             examined.append(future.result())
@@ -189,31 +190,39 @@ def examine_all(pairs: list[tuple[Path, Path]]) -> tuple[list[Examined], list[st
 def collect(examined: list[Examined]) -> Masks:
     """Add up what is known of the masks. Masks of several kinds or palettes count as colours."""
     kinds = {pair.kind for pair in examined}
-    palette = {}
-    is_one_palette = True
+    palette, is_shared = merge_palettes(examined)
+    kind = examined[0].kind if len(kinds) == 1 and is_shared else "colours"
+    pixels_of, weighted_of, masks_of = Counter(), Counter(), Counter()
     for pair in examined:
-        for number in pair.numbers.tolist() if pair.palette else []:
-            colour = pair.palette.get(number, 0)
-            if palette.setdefault(number, colour) != colour:
-                is_one_palette = False
-    kind = examined[0].kind if len(kinds) == 1 and is_one_palette else "colours"
-    totals = {}
-    for pair in examined:
-        for number, pixels, thickness in zip(
-            pair.numbers.tolist(), pair.pixels.tolist(), pair.thickness.tolist(), strict=True
-        ):
+        in_this_mask = set()
+        for i, number in enumerate(pair.numbers.tolist()):
             if kind == "colours":
                 number = colour_number(number, pair.kind, pair.palette)
-            total = totals.setdefault(number, [0, 0.0, 0])
-            total[0] += pixels
-            total[1] += pixels * thickness
-            total[2] += 1
-    all_pixels = sum(total[0] for total in totals.values())
+            pixels = int(pair.pixels[i])
+            pixels_of[number] += pixels
+            weighted_of[number] += pixels * float(pair.thickness[i])
+            in_this_mask.add(number)
+        masks_of.update(in_this_mask)
+    all_pixels = pixels_of.total()
     values = {}
-    for number in sorted(totals):
-        pixels, thickness, n_masks = totals[number]
-        values[number] = Value(pixels / all_pixels, thickness / pixels, n_masks)
+    for number, pixels in sorted(pixels_of.items()):
+        thickness = weighted_of[number] / pixels
+        values[number] = Value(pixels / all_pixels, thickness, masks_of[number])
     return Masks(kind, palette, values, len(examined))
+
+
+def merge_palettes(examined: list[Examined]) -> tuple[dict[int, int], bool]:
+    """Merge the palettes of masks; also tell whether no number has two colours."""
+    merged = {}
+    is_shared = True
+    for pair in examined:
+        if not pair.palette:
+            continue
+        for number in pair.numbers.tolist():
+            colour = pair.palette.get(number, 0)
+            if merged.setdefault(number, colour) != colour:
+                is_shared = False
+    return merged, is_shared
 
 
 def colour_number(number: int, kind: str, palette: dict[int, int]) -> int:
