@@ -19,6 +19,20 @@ def cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     return total / counted
 
 
+def cross_entropy_per_class(logits: Tensor, mask: Tensor) -> Tensor:
+    """Average the cross-entropy over the pixels of each class, then over classes; in [0, inf).
+
+    mean_c (Σ_nk −t·log p) / Σ_nk t, with softmax p and one-hot t. Every class weighs the same
+    however few pixels it has, as with weights that are inverse to the frequency of a class (Eigen
+    and Fergus 2015, arXiv:1411.4734). A class without a pixel in the batch's masks is left out.
+    """
+    _, t = _probabilities_and_target(logits, mask)
+    log_p = logits.flatten(2).log_softmax(dim=1)
+    pixels = t.sum(dim=(0, 2))
+    mean_of_class = -(t * log_p).sum(dim=(0, 2)) / pixels.clamp(min=1)
+    return mean_of_class.sum() / (pixels > 0).sum().clamp(min=1)
+
+
 def _probabilities_and_target(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Compute softmax and one-hot mask, both (N, C, H*W) float32, 0 where pixels are ignored."""
     mask = mask.flatten(1)[:, None]  # (N, 1, H*W)
@@ -63,6 +77,7 @@ def dice_per_class(logits: Tensor, mask: Tensor) -> Tensor:
 
 LOSSES = {
     "cross_entropy": cross_entropy,
+    "cross_entropy_per_class": cross_entropy_per_class,
     "dice_pooled": dice_pooled,
     "dice_per_class": dice_per_class,
 }

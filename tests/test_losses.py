@@ -41,6 +41,13 @@ def loop_cross_entropy(logits: Tensor, mask: Tensor) -> float:
     return float(np.mean([-math.log(p[true]) for _, p, true in pixels(logits, mask)]))
 
 
+def loop_cross_entropy_per_class(logits: Tensor, mask: Tensor) -> float:
+    of_class = {}
+    for _, p, true in pixels(logits, mask):
+        of_class.setdefault(true, []).append(-math.log(p[true]))
+    return float(np.mean([np.mean(values) for values in of_class.values()]))
+
+
 def loop_dice_pooled(logits: Tensor, mask: Tensor) -> float:
     per_image = []
     for n in range(len(mask)):
@@ -68,6 +75,7 @@ def loop_dice_per_class(logits: Tensor, mask: Tensor) -> float:
 
 LOOPS = {
     "cross_entropy": loop_cross_entropy,
+    "cross_entropy_per_class": loop_cross_entropy_per_class,
     "dice_pooled": loop_dice_pooled,
     "dice_per_class": loop_dice_per_class,
 }
@@ -107,10 +115,11 @@ def test_perfect_and_worst_prediction_and_equal_logits(name: str) -> None:
     target = torch.stack([mask == c for c in range(4)], dim=1).double()
     assert LOSSES[name](50 * target, mask).item() == pytest.approx(0, abs=1e-9)
     worst = LOSSES[name](50 * target.roll(1, dims=1), mask).item()
-    assert worst == pytest.approx(50.0 if name == "cross_entropy" else 1.0, abs=1e-9)
+    is_dice = name.startswith("dice")
+    assert worst == pytest.approx(1.0 if is_dice else 50.0, abs=1e-9)
     mask = torch.arange(4, dtype=torch.uint8).repeat(1, 8, 1)  # each class a quarter
     # Dice of a class: overlap 1/4 · 1/4, total 1/4 + 1/4.
-    expected = math.log(4) if name == "cross_entropy" else 0.75
+    expected = 0.75 if is_dice else math.log(4)
     assert LOSSES[name](torch.zeros(1, 4, 8, 4), mask).item() == pytest.approx(expected)
 
 
