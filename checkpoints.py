@@ -89,27 +89,26 @@ def load_weights(model: nn.Module, path: Path, classes: list[str]) -> str:
     their fresh weights. Returns a line that says which those are. UserError if no layer fits.
     """
     checkpoint = read_checkpoint(path, torch.device("cpu"))
-    state = checkpoint["model"]
-    expected = model.state_dict()
-    layers = []  # in order
-    fresh = []
-    for name, tensor in expected.items():
+    saved = checkpoint["model"]
+    fits = {}  # layer → whether it fits, in the order of the model
+    for name, tensor in model.state_dict().items():
         layer = layer_of(name)
-        if layer not in layers:
-            layers.append(layer)
-        saved = state.get(name)
-        fits = isinstance(saved, Tensor) and saved.shape == tensor.shape
-        if not fits and layer not in fresh:
-            fresh.append(layer)
-    same_classes = list(checkpoint["config"]["classes"]) == classes
-    if not same_classes and layers[-1] not in fresh:
-        fresh.append(layers[-1])
-    taken = {name: state[name] for name in expected if layer_of(name) not in fresh}
+        fits.setdefault(layer, True)
+        if not isinstance(saved.get(name), Tensor) or saved[name].shape != tensor.shape:
+            fits[layer] = False
+    if list(checkpoint["config"]["classes"]) != classes:
+        last_layer = list(fits)[-1]
+        fits[last_layer] = False
+    taken = {}
+    for name, tensor in saved.items():
+        if fits.get(layer_of(name)):
+            taken[name] = tensor
     if not taken:
         advice = "set model, encoder, decoder … to what it was trained with"
         raise UserError(f"{path}: init: no layer of it fits the model; {advice}")
     model.load_state_dict(taken, strict=False)
-    text = f"init: {len(layers) - len(fresh)} of {len(layers)} layers start from {path}"
+    fresh = [layer for layer in fits if not fits[layer]]
+    text = f"init: {len(fits) - len(fresh)} of {len(fits)} layers start from {path}"
     if fresh:
         text += f", fresh are {', '.join(fresh[:MOST_NAMED])}"
     if len(fresh) > MOST_NAMED:

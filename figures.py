@@ -108,8 +108,13 @@ def overlay(image: Tensor, mask: Tensor, classes: dict[str, list[int]]) -> Tenso
 
 def write_png(path: Path, picture: Tensor) -> None:
     """Write a (3, H, W) uint8 picture as a PNG."""
+    write_image(path, Image.fromarray(picture.permute(1, 2, 0).numpy()))
+
+
+def write_image(path: Path, image: Image.Image) -> None:
+    """Write an image as a PNG, whole or not at all."""
     file = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
+    image.save(file, "PNG")
     write_atomically(path, file.getvalue())
 
 

@@ -225,6 +225,9 @@ def build_model(config: dict) -> nn.Module:
             multiple of the stride. predict.py adds so many around each tile of a large image; too
             few leave seams.
 
+    If training starts from other weights (`init`), the last layer that the class makes must be the
+    one that gives the logits.
+
     UserError if `model` is no name that is known here.
     """
     if config["model"] == "unet":

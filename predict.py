@@ -32,7 +32,7 @@ from common import ROOT, UserError, run, write_atomically
 from data import evenly
 from evaluate import predict_batches
 from export import export, slim
-from figures import class_colours, grid, overlay, save, thumbnail
+from figures import class_colours, grid, overlay, save, thumbnail, write_image, write_png
 from images import read_image, read_size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -235,13 +235,6 @@ def group_by_size(images: dict[Path, np.ndarray]) -> list[dict[Path, np.ndarray]
     return list(groups.values())
 
 
-def write_picture(path: Path, picture: Image.Image) -> None:
-    """Write a picture as a PNG, whole or not at all."""
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    write_atomically(path, file.getvalue())
-
-
 class Result(NamedTuple):
     """Hold what is printed and shown of an image that was predicted."""
 
@@ -259,11 +252,10 @@ def write_results(
     """
     mask_picture = Image.fromarray(mask.numpy())
     mask_picture.putpalette(np.array(list(colours.values()), np.uint8).tobytes())
-    write_picture(Path(f"{target}_mask.png"), mask_picture)
+    write_image(Path(f"{target}_mask.png"), mask_picture)
 
     laid_over = overlay(image, mask, colours)
-    overlay_picture = Image.fromarray(laid_over.permute(1, 2, 0).numpy())
-    write_picture(Path(f"{target}_overlay.png"), overlay_picture)
+    write_png(Path(f"{target}_overlay.png"), laid_over)
 
     if probabilities is not None:
         file = io.BytesIO()

@@ -265,22 +265,29 @@ def comparison_table(rows: list[dict]) -> str:
     experiments = mark_other_code(group_rows(rows))
     columns = {name: cell for name, cell in COLUMNS.items() if name not in NOT_PRINTED}
     if "confusion_matrix" in first:
-        nothing = background_only(first)
-        lines_of = {nothing["name"]: [nothing]}
-        lines_of.update(experiments)
-        for name in first["per_class_iou"]:
-            columns[name] = iou_of(name)
-        title = (
-            f"{first['data']}, {first['split']} split, {first['images']} images, "
-            f"{first['profile']} profile. IoU by class at the right.\n"
-        )
+        text = table_of_tests(experiments, columns, first)
     else:
-        lines_of = rank(experiments)
-        title = ""
-    text = title + align(tabulate(lines_of, columns))
+        text = align(tabulate(rank(experiments), columns))
     if any(name.endswith("*") for name in experiments):
         text += "\n* trained by other code than today's; make … OVERWRITE=1 trains it again"
     return text
+
+
+def table_of_tests(
+    experiments: dict[str, list[dict]], columns: dict[str, Column], first: dict
+) -> str:
+    """Format tests below a line of predicting only background; `first` is one of the rows."""
+    nothing = background_only(first)
+    lines_of = {nothing["name"]: [nothing]}
+    lines_of.update(experiments)
+    columns = dict(columns)
+    for name in first["per_class_iou"]:
+        columns[name] = iou_of(name)
+    title = (
+        f"{first['data']}, {first['split']} split, {first['images']} images, "
+        f"{first['profile']} profile. IoU by class at the right."
+    )
+    return f"{title}\n{align(tabulate(lines_of, columns))}"
 
 
 # ---- result files
