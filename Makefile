@@ -13,12 +13,9 @@ PYTHON     ?= python3
 PY     := .venv/bin/python
 MODELS := initial modified tuned best
 # Any experiment in configs/ can be trained by its name: a new file there is a new target.
-NAMED   := $(filter-out afo allowed default quick weights,$(patsubst configs/%.yaml,%,$(wildcard configs/*.yaml)))
-names   = $(sort $(patsubst configs/$(1)/%.yaml,%,$(wildcard configs/$(1)/*.yaml)))
-OVERFIT  := $(call names,overfit)
-TUNE     := $(call names,tune)
+NAMED    := $(filter-out afo allowed default quick weights,$(patsubst configs/%.yaml,%,$(wildcard configs/*.yaml)))
+names     = $(sort $(patsubst configs/$(1)/%.yaml,%,$(wildcard configs/$(1)/*.yaml)))
 AUGMENT  := $(filter-out $(if $(filter full,$(PROFILE)),,no-augmentation),$(call names,augment))
-HEADS    := $(call names,heads)
 SPEEDRUN := $(foreach seed,0 1 2,runs/speedrun/seed$(seed)/on-afo.json)
 
 # DATA=my.yaml: a config that says where your data lie. It wins over those of the experiments.
@@ -31,7 +28,8 @@ $(if $(filter generated afo,$(DATA))$(wildcard $(filter-out generated.yaml afo.y
 $(if $(filter quick full,$(PROFILE)),,$(error PROFILE=$(PROFILE): must be quick or full))
 
 # The files that say that runs are finished, one for each seed: $(call runs,initial tuned).
-runs = $(foreach name,$(1),$(foreach seed,$(SEEDS),$(RUNS)/$(name)/seed$(seed)/summary.json))
+runs  = $(foreach name,$(1),$(foreach seed,$(SEEDS),$(RUNS)/$(name)/seed$(seed)/summary.json))
+sweep = $(call runs,$(addprefix $(1)/,$(call names,$(1))))
 # What the quick profile changes in an experiment: its own file, or the common one. Overfitting,
 # heads, the weights and the speedrun are as short or long in either profile.
 quick = $(or $(wildcard configs/quick/$(1).yaml),$(if $(filter overfit/% heads/% weights speedrun,$(1)),,configs/quick.yaml))
@@ -75,11 +73,13 @@ $(STAMP): FORCE | $(DATA_DIR) .venv/installed
 	@$(PY) -m tools.stamp $(if $(OWN),--config $(OWN),$(DATA_DIR)) --out $@
 # RUN.yaml beside the folder RUN is the config asked for, RUN/config.yaml is that of the run there. An
 # experiment that says itself, not by its base, where its data lie keeps them.
+data_of   = $(if $(OWN)$(shell grep -s '^data:' configs/$(1).yaml),,data=$(DATA_DIR))
+resolve   = $(PY) config.py --out $(@D).yaml --config configs/$(*D).yaml $(call overlay,$(*D)) $(OWN) \
+  --set name=$(notdir $(*D)) seed=$(patsubst seed%,%,$(*F)) $(call data_of,$(*D)) $(SET)
+run_train = $(PY) train.py --config $(@D).yaml --run-dir $(@D) --device $(DEVICE)
 $(RUNS)/%/summary.json: $(STAMP) FORCE
-	@$(PY) config.py --out $(@D).yaml --config configs/$(*D).yaml $(call overlay,$(*D)) $(OWN) \
-	  --set name=$(notdir $(*D)) seed=$(patsubst seed%,%,$(*F)) \
-	  $(if $(OWN)$(shell grep -s '^data:' configs/$(*D).yaml),,data=$(DATA_DIR)) $(SET) $(if $(OVERWRITE),,--since $(STAMP)) --finished $(if $(OVERWRITE),none,$(@D)) || \
-	  { test $$? -eq 3 && $(PY) train.py --config $(@D).yaml --run-dir $(@D) $(if $(OVERWRITE),--overwrite,--resume) --device $(DEVICE); }
+	@$(if $(OVERWRITE),$(resolve) && $(run_train) --overwrite,$(resolve) --since $(STAMP) --finished $(@D) || \
+	  { test $$? -eq 3 && $(run_train) --resume; })
 FORCE:
 test_on = @$(PY) evaluate.py $(@D)/best.pt --device $(DEVICE) --json $@ --data $(1) > /dev/null
 $(RUNS)/%/on-afo.json: $(RUNS)/%/summary.json | data/afo
@@ -87,10 +87,10 @@ $(RUNS)/%/on-afo.json: $(RUNS)/%/summary.json | data/afo
 $(RUNS)/%/on-scenes.json: $(RUNS)/%/summary.json | data/scenes
 	$(call test_on,data/scenes)
 $(foreach name,$(NAMED),$(eval train-$(name): $(call runs,$(name))))
-overfit: $(call runs,$(OVERFIT:%=overfit/%))  ## force the models to overfit, with scores on validation
-tune: $(call runs,tuned $(TUNE:%=tune/%))  ## learning rate, dropout, width, kernel, skip, head, loss of tuned, on validation
+overfit: $(call sweep,overfit)  ## force the models to overfit, with scores on validation
+tune: $(call runs,tuned) $(call sweep,tune)  ## learning rate, dropout, width, kernel, skip, head, loss of tuned, on validation
 augment: $(call runs,tuned $(AUGMENT:%=augment/%))  ## flips, blur, jitter: the lab's nine runs and ours
-heads: $(call runs,$(HEADS:%=heads/%))  ## which classes the lab's models never predict, and what helps
+heads: $(call sweep,heads)  ## which classes the lab's models never predict, and what helps
 final: $(call runs,final)  ## tuned with vertical flips and twice the epochs
 
 # One process tests all runs that were trained since their last test, and prints the table.
