@@ -1,4 +1,4 @@
-# Every step of the lab as a target. A finished run is not trained again unless its config changed.
+# Every step of the lab as a target. A finished run is trained again only if its config or data changed.
 # Start with `make help`.
 
 # Variables without a value here: SET, OVERWRITE, AFO_ARCHIVE, IMAGES, MASKS, RUN, PIP_OPTIONS.
@@ -31,7 +31,7 @@ $(if $(filter quick full,$(PROFILE)),,$(error PROFILE=$(PROFILE): must be quick 
 runs  = $(foreach name,$(1),$(foreach seed,$(SEEDS),$(RUNS)/$(name)/seed$(seed)/summary.json))
 sweep = $(call runs,$(addprefix $(1)/,$(call names,$(1))))
 # What the quick profile changes in an experiment: its own file, or the common one. Overfitting,
-# heads, the weights and the speedrun are as short or long in either profile.
+# heads, the weights and the speedrun have one length, whatever the profile.
 quick = $(or $(wildcard configs/quick/$(1).yaml),$(if $(filter overfit/% heads/% weights speedrun,$(1)),,configs/quick.yaml))
 overlay = $(if $(filter quick,$(PROFILE)),$(call quick,$(1)))
 
@@ -72,13 +72,13 @@ STAMP := $(RUNS)/data.stamp
 $(STAMP): FORCE | $(DATA_DIR) .venv/installed
 	@$(PY) -m tools.stamp $(if $(OWN),--config $(OWN),$(DATA_DIR)) --out $@
 # RUN.yaml beside the folder RUN is the config asked for, RUN/config.yaml is that of the run there. An
-# experiment that says itself, not by its base, where its data lie keeps them.
+# experiment file with a line `data:` of its own keeps that data. config.py ends with 3 if a run must train.
 data_of   = $(if $(OWN)$(shell grep -s '^data:' configs/$(1).yaml),,data=$(DATA_DIR))
 resolve   = $(PY) config.py --out $(@D).yaml --config configs/$(*D).yaml $(call overlay,$(*D)) $(OWN) \
   --set name=$(notdir $(*D)) seed=$(patsubst seed%,%,$(*F)) $(call data_of,$(*D)) $(SET)
 run_train = $(PY) train.py --config $(@D).yaml --run-dir $(@D) --device $(DEVICE)
 $(RUNS)/%/summary.json: $(STAMP) FORCE
-	@$(if $(OVERWRITE),$(resolve) && $(run_train) --overwrite,$(resolve) --since $(STAMP) --finished $(@D) || \
+	@$(if $(filter 1,$(OVERWRITE)),$(resolve) && $(run_train) --overwrite,$(resolve) --since $(STAMP) --finished $(@D) || \
 	  { test $$? -eq 3 && $(run_train) --resume; })
 FORCE:
 test_on = @$(PY) evaluate.py $(@D)/best.pt --device $(DEVICE) --json $@ --data $(1) > /dev/null

@@ -1,8 +1,9 @@
-"""Make a batch: from resident uint8 images to an augmented float batch on the device.
+"""Make a batch: from the uint8 images of a split to an augmented float batch on the device.
 
 Images and masks move together under crops and flips. Blur and colour jitter change images only,
 unless `blur_masks` asks for the lab's way. Randomness is drawn anew for each image from torch's
-global generator: on the CPU where it says how many images change, so that no step waits for a GPU.
+global generator. What decides how many images change is drawn on the CPU, since its value is needed
+at once, and a GPU would have to be waited for.
 """
 
 import math
@@ -23,7 +24,7 @@ def get_batch(
 
     From (M, channels, H, W) images, (M, H, W) masks, both uint8, and `index` (N,) int64, which
     says which images, all three on one device. Returns (N, channels, h, w) float32 images in
-    [0, 1] and (N, h, w) uint8 masks on `device`.
+    [0, 1] and (N, h, w) uint8 masks on `device`. schedule.epoch_order makes `index`.
     """
     batch, mask = take_batch(images, masks, index, config)
     batch = batch.to(device, non_blocking=True)
@@ -34,8 +35,8 @@ def get_batch(
 def check_sizes(config: dict, height: int, width: int, stride: int, smallest_batch: int) -> None:
     """Raise UserError if images or crops are too small for the blur or for batch normalisation.
 
-    `height` and `width` are those of the images, in pixels; one of the model's deepest features
-    covers `stride` pixels of each side.
+    `height` and `width` are those of the images, in pixels. A deepest feature of the model stands
+    for `stride` × `stride` pixels.
     """
     crop = config["crop"]
     if 0 < crop < min(height, width):
@@ -46,8 +47,8 @@ def check_sizes(config: dict, height: int, width: int, stride: int, smallest_bat
     deepest = math.ceil(height / stride) * math.ceil(width / stride)
     if smallest_batch * deepest == 1:
         raise UserError(
-            "batch_size: is 1 in some batch, and the deepest stage sees a single pixel, but batch "
-            "normalisation needs more than one value; raise batch_size or crop"
+            "batch_size: is 1 in the last batch, and the deepest stage sees one pixel of it; batch "
+            "normalisation needs more than one value: raise batch_size or crop"
         )
 
 
@@ -60,6 +61,8 @@ def choose_corners(masks: Tensor, crop: int, on_objects: float) -> tuple[Tensor,
     last_top = last_start(masks.amin(dim=2) != IGNORE, crop)
     last_left = last_start(masks.amin(dim=1) != IGNORE, crop)
     draw, which_pixel, share_y, share_x = torch.rand(4, len(masks), device=masks.device)
+    # Anywhere: a share of the possible places. On an object, the same share says where in the crop
+    # the chosen pixel lies.
     top = (share_y * (last_top + 1)).long()
     left = (share_x * (last_left + 1)).long()
     if on_objects > 0:
@@ -105,7 +108,7 @@ def take_batch(images: Tensor, masks: Tensor, index: Tensor, config: dict) -> tu
     """Copy the images and masks of a batch, or a random crop of each.
 
     With a `crop` smaller than the images, (N, channels, crop, crop) and (N, crop, crop); else
-    whole images. Of the images nothing but the crops is copied out of the split.
+    whole images. Only the crops of the images are copied, not the whole images.
     """
     crop = config["crop"]
     if crop == 0 or crop >= min(masks.shape[1:]):
@@ -114,9 +117,11 @@ def take_batch(images: Tensor, masks: Tensor, index: Tensor, config: dict) -> tu
     side = torch.arange(crop, device=images.device)
     rows = (top[:, None] + side)[:, :, None]  # (N, crop, 1)
     columns = (left[:, None] + side)[:, None, :]  # (N, 1, crop)
-    image = index[:, None, None]  # (N, 1, 1)
-    cropped = images[image, :, rows, columns]  # (N, crop, crop, channels): PyTorch puts `:` last
-    return cropped.permute(0, 3, 1, 2), masks[image, rows, columns]
+    number = index[:, None, None]  # (N, 1, 1)
+    # number, rows and columns broadcast to (N, crop, crop): they say where each pixel lies. PyTorch
+    # puts the channels last.
+    cropped = images[number, :, rows, columns]  # (N, crop, crop, channels)
+    return cropped.permute(0, 3, 1, 2), masks[number, rows, columns]
 
 
 def augment(images: Tensor, masks: Tensor, config: dict) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ def load_weights(model: nn.Module, path: Path, classes: list[str]) -> str:
 
     A layer fits if its tensors have the same names and shapes. The last layer, which is the
     prediction of `classes`, also needs the same classes in the same order. All other layers keep
-    their fresh weights. Returns a line that says which those are. UserError if no layer fits.
+    their fresh weights. Returns a line that names the fresh layers. UserError if no layer fits.
     """
     checkpoint = read_checkpoint(path, torch.device("cpu"))
     saved = checkpoint["model"]

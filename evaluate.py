@@ -46,7 +46,7 @@ SHOWN = 4  # evenly spaced images, and as many of the worst, that are kept for t
 def images_per_batch(height: int, width: int, device: torch.device) -> int:
     """Choose how many images of a size a batch holds, so that its memory is the same for all."""
     pixels = CPU_BATCH if device.type == "cpu" else GPU_BATCH
-    most = pixels // 128**2  # more images that are smaller still would not be faster
+    most = pixels // 128**2  # of smaller images no more: that was no faster
     return max(1, min(most, pixels // (height * width)))
 
 
@@ -70,8 +70,8 @@ def evaluate(
     """Run a model in evaluation mode once over images and compare its predictions with masks.
 
     From (M, channels, H, W) images and (M, H, W) masks, both uint8. Returns, all on the CPU:
-    (M, C, C) int64 confusion matrices of the images; the mean loss per image (dice_per_class pools
-    the images of a batch); (M, H, W) uint8 predicted classes.
+    (M, C, C) int64 confusion matrices of the images; the mean loss of the batches, by their images;
+    (M, H, W) uint8 predicted classes.
     """
     model.eval()
     matrices = []
@@ -309,7 +309,7 @@ def write_arrays(path: Path, arrays: dict) -> None:
 def score_run(path: Path, device: torch.device) -> Path:
     """Test a run on its own data, unless it was tested after its training; returns testing.json.
 
-    A run is tested again as well if the code of the scores is newer than its test.
+    A run is tested again as well if evaluate.py or metrics.py is newer than its test.
     """
     results = path.with_name("testing.json")
     trained = path.with_name("summary.json")

@@ -63,7 +63,7 @@ def dice_per_class(logits: Tensor, mask: Tensor) -> Tensor:
 
     1 − mean_c 2·Σ_nk p·t / (Σ_nk p + Σ_nk t) (Sudre et al. 2017, "batch Dice"). Every class
     weighs the same however few pixels it has. A class without a pixel in the batch's masks is
-    left out: its Dice is 0 for every prediction but an exact zero and would give no direction.
+    left out: its Dice would be 0 whatever is predicted, so it has nothing to teach.
     """
     p, t = _probabilities_and_target(logits, mask)
     overlap = (p * t).sum(dim=(0, 2))
@@ -96,7 +96,7 @@ def check_loss(weights: dict[str, float]) -> None:
 
 
 def weighted_loss(logits: Tensor, mask: Tensor, weights: dict[str, float]) -> Tensor:
-    """Add up losses: `weights` gives the weight of each name in `LOSSES`; a scalar."""
+    """Add up losses, each times its weight: `weights` has names of `LOSSES`; returns a scalar."""
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return sum(weight * LOSSES[name](logits, mask) for name, weight in weights.items())

@@ -61,12 +61,12 @@ def confusion_matrices(prediction: Tensor, mask: Tensor, num_classes: int) -> Te
     """
     # Ignored pixels get a cell of their own, behind all others. Removing them with a boolean index,
     # or counting with bincount, would make a GPU wait.
-    cells = num_classes**2
-    cell = mask.long() * num_classes + prediction
-    cell = torch.where(mask == IGNORE, cells, cell).flatten(1)
-    counts = torch.zeros(len(mask), cells + 1, dtype=torch.int64, device=mask.device)
-    counts.scatter_add_(1, cell, torch.ones_like(cell))
-    return counts[:, :cells].view(-1, num_classes, num_classes)
+    n_cells = num_classes**2
+    cell_of_pixel = mask.long() * num_classes + prediction  # row: true class, column: predicted
+    cell_of_pixel = torch.where(mask == IGNORE, n_cells, cell_of_pixel).flatten(1)
+    counts = torch.zeros(len(mask), n_cells + 1, dtype=torch.int64, device=mask.device)
+    counts.scatter_add_(1, cell_of_pixel, torch.ones_like(cell_of_pixel))
+    return counts[:, :n_cells].view(-1, num_classes, num_classes)
 
 
 def chunks(prediction: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -181,7 +181,7 @@ def inside(labels: Tensor) -> Tensor:
     height, width = labels.shape[1:]
     side = 2 * BOUNDARY + 1
     padded = F.pad(labels, [BOUNDARY, BOUNDARY, BOUNDARY, BOUNDARY], value=OUTSIDE)
-    # First compare along rows, then compare rows: 10 comparisons of whole masks, not 25.
+    # First within each row, then between rows: 5 + 5 comparisons of whole masks, not 25.
     centre = padded[:, :, BOUNDARY : BOUNDARY + width]
     row_is_plain = torch.ones_like(centre, dtype=torch.bool)
     for shift in range(side):

@@ -104,12 +104,12 @@ class UNet(nn.Module):
             if i > 0:
                 channels += skip_channels.pop()
             self.decoder.append(double_conv(channels, width, kernel, dropout))
+            is_last = i == len(decoder) - 1
+            out_channels = num_classes if is_last else width
             if i == len(encoder):  # the extra stage of skip: full
-                self.up.append(nn.Conv2d(width, num_classes, kernel_size=1))
-            elif i == len(decoder) - 1:
-                self.up.append(double_resolution(width, num_classes))
+                self.up.append(nn.Conv2d(width, out_channels, kernel_size=1))
             else:
-                self.up.append(double_resolution(width, width))
+                self.up.append(double_resolution(width, out_channels))
             channels = width
 
         if upsampling_init == "bilinear" and bilinear_start_applies(self):
@@ -128,8 +128,8 @@ class UNet(nn.Module):
         height, width = images.shape[-2:]
         # Replicated borders look like the image going on; zeros would look like a black object.
         pad_h, pad_w = -height % self.stride, -width % self.stride
-        x = images * 2 - 1  # centred, so that the zero padding of the convs is neither colour
-        if torch.compiler.is_exporting() or pad_h or pad_w:  # an exported program cannot choose
+        x = images * 2 - 1  # from −1 to 1: the convs pad with 0, which is neither black nor white
+        if torch.compiler.is_exporting() or pad_h or pad_w:  # a program pads always, if by 0 pixels
             x = F.pad(x, (0, pad_w, 0, pad_h), mode="replicate")
 
         skips = []
@@ -214,8 +214,8 @@ def build_model(config: dict) -> nn.Module:
     """Build the model that a config describes, with fresh weights from torch's generator.
 
     To add an architecture, write its class, give it a name for the key `model`, and add an `if`
-    here that returns it. It need not be a U-Net. Every script then trains, scores and uses it, if
-    it is an nn.Module that has
+    here that returns it. Settings of its own are keys in configs/default.yaml. It need not be a
+    U-Net. Every script then trains, scores and uses it, if it is an nn.Module that has
 
         forward(images): images (N, in_channels, H, W) in [0, 1] → logits (N, C, H, W), of the same
             height and width, for the C classes of the config

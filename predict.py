@@ -71,7 +71,7 @@ def predict_classes(model: nn.Module, config: dict, images: Tensor) -> Tensor:
     """Predict classes (N, H, W) uint8, on the CPU, of (N, channels, H, W) uint8 images.
 
     They are the most probable classes of `predict`. But here the numbers of all classes are in
-    memory for a tile only, so that large images fit.
+    memory for a tile only, so that large images fit (with `resize`, for the resized image).
     """
     if config["resize"]:
         return highest_class(predict_logits(model, config, images), images.shape[2:])
@@ -173,9 +173,11 @@ def find_images(given: list[Path], out: Path) -> dict[Path, Path]:
 def find_in_folder(folder: Path, out_resolved: Path) -> list[Path]:
     """List the images in a folder and its subfolders, sorted, without those in the folder out."""
     files = []
-    for file in sorted(folder.rglob("[!.]*")):
+    for file in sorted(folder.rglob("*")):
         is_image = file.suffix.lower() in SUFFIXES
-        if is_image and out_resolved not in file.resolve().parents:  # results of an earlier call
+        is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        is_result = out_resolved in file.resolve().parents  # of an earlier call
+        if is_image and not is_hidden and not is_result:
             files.append(file)
     return files
 

@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common import UserError
+
 
 def join(device: torch.device) -> None:
-    """Join the processes that torchrun started, if it did. Only the first of them prints."""
+    """Join the processes that torchrun started, if it did. Only the first prints to stdout."""
     if not dist.is_torchelastic_launched():
         return
     if device.type == "cuda":
@@ -34,6 +36,19 @@ def place() -> tuple[int, int]:
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+
+def check_shares(config: dict, images_per_epoch: int, validation_images: int) -> None:
+    """Raise UserError unless every process gets as large a share of every batch."""
+    _, world = place()
+    if world == 1:
+        return
+    is_shared = config["batch_size"] % world == 0 and images_per_epoch % config["batch_size"] == 0
+    if not is_shared or config["last_batch"] == "keep" or validation_images < world:
+        raise UserError(
+            f"batch_size, last_batch: {world} processes share every batch evenly; set batch_size to"
+            f" a multiple of {world}, at most all images, and last_batch: drop"
+        )
 
 
 def send_to_all(checkpoint: dict | None) -> dict | None:

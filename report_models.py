@@ -5,8 +5,9 @@ details_X writes the tables at the end of the page. Each takes a study, the runs
 experiment, and returns None if it lacks the runs. To add a sentence with a number, for example, in
 section_models:
 
-    best = study.models["best"][0]  # the run of the first seed
-    text += f" `best` scores {best.test['mean_iou']:.4f}."
+    if "best" in study.models:
+        best = study.models["best"][0]  # the run of the first seed
+        text += f" `best` scores {best.test['mean_iou']:.4f}."
 
 A run has rows of scores `test` and `validation` (keys: the dict `row` in evaluate.py), its
 `config`, and `history`, an entry for each epoch. `study.runs` has all experiments.

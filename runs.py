@@ -1,4 +1,4 @@
-"""Write and read the files of a run: its lock, history, checkpoint to go on from, summary."""
+"""Keep the folder of a run: its lock, what it goes on from, its history, pictures and summary."""
 
 import contextlib
 import fcntl
@@ -76,25 +76,27 @@ def find_checkpoint(
 ) -> dict | None:
     """Return the checkpoint that a run goes on from, or None if it starts over.
 
-    `overwrite` starts over whatever is there. `resume` goes on with a run of the same config and
-    data, and replaces one of another config if it is short (`LONG`). UserError if a run would be
-    lost unasked.
+    `overwrite` starts over, whatever run is there. `resume` goes on with a run of the same config
+    and data, and replaces one of another config if it is short (`LONG`). UserError if a run would
+    be lost unasked.
     """
-    files = set()
-    for path in run_dir.glob("*"):
-        if path.name != "lock" and path.suffix != ".partial" and "tfevents" not in path.name:
-            files.add(path.name)
+    files = list_files(run_dir)
     if not files:
         return None
-    if "config.yaml" not in files or not files <= FIRST_FILES | LATER_FILES:
-        raise UserError(f"{run_dir}: holds other files than a run's; give another --run-dir")
-    if overwrite or files <= FIRST_FILES:  # only these: killed in its first epoch
+    strangers = sorted(files - FIRST_FILES - LATER_FILES)
+    if strangers or "config.yaml" not in files:
+        example = f", as {strangers[0]}" if strangers else ""
+        text = f"holds other files than a run's{example}"
+        raise UserError(f"{run_dir}: {text}; give another --run-dir")
+    killed_in_first_epoch = files <= FIRST_FILES and count_epochs(run_dir) <= 1
+    if overwrite or killed_in_first_epoch:
         return None
+    discard = "make … OVERWRITE=1 (--overwrite) discards it"
     path = run_dir / "last.pt"
     if not path.exists():
-        raise UserError(f"{run_dir}: a run without last.pt to go on from; --overwrite discards it")
+        raise UserError(f"{run_dir}: a run without last.pt to go on from; {discard}")
     if not resume:
-        raise UserError(f"{run_dir}: there is a run; --resume goes on with it, --overwrite not")
+        raise UserError(f"{run_dir}: there is a run; --resume goes on with it, {discard}")
 
     last = read_checkpoint(path, torch.device("cpu"))
     with reading(path, "train into another --run-dir"):
@@ -106,10 +108,26 @@ def find_checkpoint(
     if seconds > LONG:
         raise UserError(
             f"{run_dir}: holds {seconds / 60:.0f} minutes of training with another {changed}; "
-            "make … OVERWRITE=1 (--overwrite) discards it, RUNS=… (--run-dir) trains elsewhere"
+            f"{discard}, RUNS=… (--run-dir) trains elsewhere"
         )
     print(f"{run_dir}: starting over, the run there was made with another {changed}")
     return None
+
+
+def list_files(run_dir: Path) -> set[str]:
+    """List the files of a folder that may be a run's, without those that come and go."""
+    names = set()
+    for path in run_dir.iterdir():
+        is_passing = path.suffix == ".partial" or "tfevents" in path.name or path.name == "lock"
+        if not is_passing and not path.name.startswith("."):
+            names.add(path.name)
+    return names
+
+
+def count_epochs(run_dir: Path) -> int:
+    """Count the epochs in the metrics.jsonl of a run; 0 if it has none."""
+    path = run_dir / "metrics.jsonl"
+    return path.read_text(encoding="utf-8").count("\n") if path.exists() else 0
 
 
 def list_changes(last: dict, config: dict, data_digest: str) -> str:
@@ -139,8 +157,9 @@ def start_run(run_dir: Path, config: dict, environment: dict, done: int) -> "Sum
                 shutil.rmtree(path)
             elif path.name not in ("lock", "config.yaml"):
                 path.unlink()
-        # The last, since it tells that the others are a run's, should this process be killed here.
+        # Removed last: if we are killed before, it still shows that this folder is a run's.
         (run_dir / "config.yaml").unlink(missing_ok=True)
+    (run_dir / "summary.json").unlink(missing_ok=True)  # the run is not finished any more
     write_atomically(run_dir / "config.yaml", dump(config).encode())
     write_atomically(run_dir / "environment.json", json.dumps(environment, indent=2).encode())
     resuming = f", resuming after epoch {done}" if done > 0 else ""
@@ -255,7 +274,7 @@ def print_epoch(config: dict, entry: dict, is_best: bool) -> None:
 def finish(
     run_dir: Path, config: dict, history: list[dict], code: str, data_digest: str, model: nn.Module
 ) -> None:
-    """Leave a run as it is that has nothing left to train; write its summary if it has none."""
+    """End a run that has nothing left to train: write its summary if it is missing."""
     path = run_dir / "summary.json"
     if path.exists():
         path.touch()  # make learns that the run is newer than the data

@@ -24,7 +24,7 @@ def make_scheduler(
 
 
 def derive_seed(seed: int, stream: str, index: int) -> int:
-    """Derive an independent 32-bit seed for each item of each random stream of each run."""
+    """Turn the seed of a run, the name of a purpose and a number into a 32-bit seed."""
     # Hashed, since the CPU's generator looks at the low 32 bits of a seed only.
     digest = hashlib.sha256(f"{seed} {stream} {index}".encode()).digest()
     return int.from_bytes(digest[:4], "big")

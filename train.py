@@ -52,13 +52,8 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
     seed = config["seed"]
     classes = list(config["classes"])
     check_loss(config["loss"])
-    if world > 1 and (config["batch_size"] % world != 0 or config["last_batch"] == "keep"):
-        raise UserError(
-            f"batch_size, last_batch: {world} processes share every batch evenly; "
-            f"set batch_size to a multiple of {world} and last_batch: drop"
-        )
 
-    # ---- 1. data: resident as uint8
+    # ---- 1. data: uint8, on a GPU if there is room
     training, validation = load_data(config)
     images, masks = training.images, training.masks
     if fits(device, images.numel() + masks.numel()):
@@ -70,6 +65,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
     images_per_epoch = config["images_per_epoch"] or len(images)
     if config["last_batch"] == "drop" and images_per_epoch > batch_size:
         images_per_epoch -= images_per_epoch % batch_size
+    processes.check_shares(config, images_per_epoch, len(validation.images))
     steps_per_epoch = math.ceil(images_per_epoch / batch_size)
 
     # ---- 2. model
@@ -77,14 +73,15 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
     dtype = pick_precision(device, config["precision"])
     model = build_model(config).to(device, memory_format=torch.channels_last)
     smallest_batch = images_per_epoch % batch_size or batch_size
-    check_sizes(config, images.shape[2], images.shape[3], model.stride, smallest_batch)
+    check_sizes(config, images.shape[2], images.shape[3], model.stride, smallest_batch // world)
     try_batch(model, images, masks, device, config)
     if config["upsampling_init"] == "bilinear" and not bilinear_start_applies(model):
-        print("note: upsampling_init: bilinear needs skip: pooled and [classes, …] as last stage")
+        needs = "skip: pooled and a last decoder stage of `classes` channels"
+        print(f"note: upsampling_init: bilinear needs {needs}; here it has no effect")
 
     # ---- 3. optimizer and schedule of the learning rate
-    # Another optimizer goes here. Its state is in last.pt: train into a new folder after a change.
-    # The schedule one_cycle also moves Adam's first beta, or the momentum of SGD.
+    # Another optimizer goes here. last.pt holds its state and cannot go on with another one: train
+    # into a new folder. one_cycle also moves Adam's first beta, or the momentum of SGD.
     betas = (0.9, config["adam_beta2"])
     optimizer = torch.optim.Adam(model.parameters(), config["learning_rate"], betas, fused=True)
     steps = steps_per_epoch * config["epochs"]
@@ -102,17 +99,14 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
         scheduler.load_state_dict(resumed["scheduler"])
-        is_finished = len(history) == config["epochs"]
-        if is_finished:
-            code = resumed["code"]  # no epoch is trained by the code of today
-        elif code != resumed["code"]:
-            code = "mixed"
     elif config["init"]:
         print(load_weights(model, Path(config["init"]).expanduser(), classes))
     if len(history) == config["epochs"]:  # nothing is left to train
         if is_first:
-            runs.finish(run_dir, config, history, code, training.digest, model)
+            runs.finish(run_dir, config, history, resumed["code"], training.digest, model)
         return
+    if resumed is not None and resumed["code"] != code:
+        code = "mixed"
     net = model
     if world > 1:
         if device.type == "cuda":  # there is none for CPUs
@@ -184,6 +178,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
                 save_checkpoint(run_dir / "best.pt", best)
                 write_png(run_dir / "predictions.png", picture)
             runs.write_history(run_dir, history)
+            runs.log_epoch(writer, entry, picture)
             checkpoint = {
                 "config": config,
                 "data_digest": data_digest,
@@ -195,7 +190,6 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
             }
             # After all other files: a run that is killed before this line repeats the epoch.
             save_checkpoint(run_dir / "last.pt", checkpoint)
-            runs.log_epoch(writer, entry, picture)
             runs.print_epoch(config, entry, is_best)
 
     if is_first:
@@ -206,7 +200,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
 def try_batch(
     model: nn.Module, images: Tensor, masks: Tensor, device: torch.device, config: dict
 ) -> None:
-    """Try two images on a copy of the model: a mistake shows before an old run is discarded."""
+    """Try an image on a copy of the model: most mistakes show before an old run is discarded."""
     always = dict(config)
     for key in ("blur", "jitter"):
         if config[key] > 0:

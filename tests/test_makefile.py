@@ -144,6 +144,7 @@ def test_only_overwrite_discards_a_run(project: Path) -> None:
     first = make(project, target).stdout
     assert "--resume" in first and "--overwrite" not in first
     assert "trained" not in make(project, target).stdout
+    assert "trained" not in make(project, target, "OVERWRITE=0").stdout
     again = make(project, target, "OVERWRITE=1").stdout
     assert "--overwrite" in again and "--resume" not in again
 

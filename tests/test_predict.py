@@ -155,6 +155,16 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
             predict.find_images([path, other_path], tmp_path)
 
 
+def test_hidden_files_and_folders_are_passed_by(tmp_path: Path) -> None:
+    for name in ("a.png", "sub/b.png", ".c.png", ".cache/d.png", "sub/.thumbs/e.png"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    found = predict.find_images([tmp_path / "in"], tmp_path / "out")
+    names = {path.relative_to(tmp_path / "in").as_posix() for path in found.values()}
+    assert names == {"a.png", "sub/b.png"}
+
+
 def test_finding_images_looks_at_each_path_a_few_times(tmp_path: Path, monkeypatch) -> None:
     for i in range(30):
         save_noise(tmp_path / f"{i}.png", 1, 1)

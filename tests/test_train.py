@@ -219,10 +219,16 @@ def test_other_files_are_never_taken_for_a_run(dataset: Path, run: Path, tmp_pat
         with pytest.raises(UserError, match="holds other files than a run's"):
             train_tiny(dataset, photos)
     assert (photos / "me.png").exists()
+    (photos / "me.png").unlink()
+    (photos / "config.yaml").unlink()
+    (photos / ".DS_Store").write_bytes(b"macOS")  # is no reason to refuse
+    train_tiny(dataset, photos, epochs=1)
     slim = shutil.copytree(run, tmp_path / "slim")
     (slim / "last.pt").unlink()  # somebody saved space
-    with pytest.raises(UserError, match=r"without last.pt"):
-        train_tiny(dataset, slim, resume=True, **RANDOM)
+    for name in ("testing.json", "testing.npz", "summary.json"):
+        (slim / name).unlink(missing_ok=True)
+        with pytest.raises(UserError, match=r"without last.pt"):
+            train_tiny(dataset, slim, resume=True, **RANDOM)
 
 
 @pytest.mark.parametrize("killed_before", ["config.yaml", "metrics.jsonl", "last.pt"])
@@ -277,6 +283,24 @@ def test_more_epochs_of_a_constant_rate_continue(dataset: Path, tmp_path: Path) 
     assert plain(lines(tmp_path / "two")[:2]) == plain(two)
     train_tiny(dataset, tmp_path / "three", epochs=3, **values)
     assert plain(lines(tmp_path / "two")) == plain(lines(tmp_path / "three"))
+
+
+def test_run_that_goes_on_is_unfinished_until_its_end(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"schedule": "constant", "precision": "float32"}
+    run = tmp_path / "run"
+    train_tiny(dataset, run, epochs=1, **values)
+    assert (run / "summary.json").exists()
+
+    def interrupt(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script_module, "get_batch", interrupt)
+        patch.setattr(script_module, "try_batch", lambda *arguments: None)
+        train_tiny(dataset, run, resume=True, epochs=2, **values)
+    assert len(lines(run)) == 1 and not (run / "summary.json").exists()
 
 
 def test_provenance_is_of_the_code_that_trained(
