@@ -155,9 +155,7 @@ def load_split(config: dict, split: str) -> Split:
     if note and split == "testing":
         print(f"note: {note}", file=sys.stderr)
     root = data_root(config)
-    folder = root if os.access(root, os.W_OK) else ROOT / "data"
-    folder = folder / ".cache"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder(root)
     # The name of a cache says how and of which files it was made: an outdated one is never opened.
     settings = digest_settings(config)
     cache = folder / f"{split}-{settings}-{digest_files(root, pairs)}"
@@ -166,19 +164,33 @@ def load_split(config: dict, split: str) -> Split:
             for outdated in folder.glob(f"{split}-{settings}-*"):
                 shutil.rmtree(outdated)
             build_cache(cache, pairs, config)
-        with reading(cache, "remove this folder"):
-            if config["crop"] == 0 and (cache / "padded").exists():
-                raise UserError(f"{root}: has images of several sizes; set resize or crop")
-            images = np.load(cache / "images.npy", mmap_mode="c")
-            masks = np.load(cache / "masks.npy", mmap_mode="c")
-            digest = (cache / "digest").read_text(encoding="utf-8")
+        images, masks, digest = open_cache(cache)
+    if config["crop"] == 0 and (cache / "padded").exists():
+        raise UserError(f"{root}: has images of several sizes; set resize or crop")
     return Split(
-        images=torch.from_numpy(images),
-        masks=torch.from_numpy(masks),
+        images=images,
+        masks=masks,
         names=[pair.name for pair in pairs],
         groups=[pair.group for pair in pairs],
         digest=digest,
     )
+
+
+def cache_folder(root: Path) -> Path:
+    """Make the folder of caches: in that of the data, or in data/ if that one is read-only."""
+    folder = root if os.access(root, os.W_OK) else ROOT / "data"
+    folder = folder / ".cache"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def open_cache(cache: Path) -> tuple[Tensor, Tensor, str]:
+    """Open images, masks and digest of a cache; pixels are read when they are used."""
+    with reading(cache, "remove this folder"):
+        images = np.load(cache / "images.npy", mmap_mode="c")
+        masks = np.load(cache / "masks.npy", mmap_mode="c")
+        digest = (cache / "digest").read_text(encoding="utf-8")
+    return torch.from_numpy(images), torch.from_numpy(masks), digest
 
 
 def digest_settings(config: dict) -> str:

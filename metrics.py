@@ -197,10 +197,10 @@ def inside(labels: Tensor) -> Tensor:
 
 
 def interval(matrices: Tensor) -> list[float] | None:
-    """Estimate the limits that hold 95 % of the mean IoUs of other images of the same kind.
+    """Estimate a 95 % interval for the mean IoU on all images of the same kind, by a bootstrap.
 
     From (M, C, C) confusion matrices: of groups whose images resemble each other (a flight of AFO),
-    or of single images. M of them are drawn with replacement, `DRAWS` times (the bootstrap, Efron
+    or of single images. M of them are drawn with replacement, `DRAWS` times (Efron
     1979). Returns [low, high], or None for fewer than `MIN_GROUPS` groups.
     """
     groups = len(matrices)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 import figures
-from report_models import compare, picture, scores_of
+from report_models import compare, picture, score, scores_of
 from report_runs import Run, Study
 from table import COLUMNS, markdown, tabulate
 
@@ -141,8 +141,9 @@ def section_choices(study: Study) -> str | None:
                 continue
         split = "validation" if ours[0].test is None else "test"  # `make tune` does not test
         our_name, lab_name = f"`{ours[0].name}`", f"`{labs[0].name}`"
-        answer = compare(our_name, scores_of(ours, split), lab_name, scores_of(labs, split))
-        bullets.append(
-            f"- **{choice.title}** ({split} split). {our_name} {choice.says} {answer.text}"
-        )
+        our_scores, lab_scores = scores_of(ours, split), scores_of(labs, split)
+        finding = compare(our_name, our_scores, lab_name, lab_scores).text
+        if our_scores == lab_scores:
+            finding = f"Both score {score(our_scores)}: the same to the last digit."
+        bullets.append(f"- **{choice.title}** ({split} split). {our_name} {choice.says} {finding}")
     return "\n".join(bullets) or None

@@ -210,8 +210,8 @@ def section_seeds(study: Study) -> str | None:
         text += f"With augmentation {shares['with augmentation']} did. "
     text += (
         "The lab concluded that flips and blur together decrease the performance. Its three runs of"
-        " that kind lost one position each. Too few runs can tell whether augmentation adds to"
-        " chance."
+        " that kind lost one position each. These are too few runs to tell whether augmentation"
+        " adds to chance."
     )
     parts.append(text)
     return "\n\n".join(parts)

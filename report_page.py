@@ -48,7 +48,7 @@ WHY_SECTION = Section(
 )
 MODELS_SECTION = Section(
     "Which model wins?",
-    "`best` trains for a different time: compare the images seen.",
+    "`best` may see more images than the others: then part of its lead may be more training.",
     report_models.section_models,
     report_models.answer_models,
     report_models.details_models,
@@ -256,9 +256,9 @@ def definitions(group: str) -> str:
     if group == "flight":
         bullets.append("A **flight** is a scene in motion. Its images are nearly copies.")
     bullets.append(
-        f"**95 % over {group}s**: if the test split had other {group}s of the same kind, 95 % of"
-        " the scores would be within these limits. They come from a bootstrap and are means over"
-        f" the seeds. They are left out if the test split has fewer than five {group}s."
+        f"**95 % over {group}s**: a 95 % interval for the mean IoU on all {group}s of this kind, by"
+        " a bootstrap over those of the test split. Its limits are means over the seeds. It is left"
+        f" out if the test split has fewer than five {group}s."
     )
     return "### Definitions\n\n" + bullet_list(bullets)
 

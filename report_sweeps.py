@@ -320,7 +320,7 @@ def answer_overfitting(study: Study) -> Answer | None:
     if perfect:
         validation = [run.history[-1]["validation"]["mean_iou"] for run in perfect]
         text += f" On new images they score {score(validation)}."
-        return Answer(f"Yes, with another loss than the lab's. {text}", "sure")
+        return Answer(f"Very bad, with another loss than the lab's. {text}", "sure")
     return Answer(f"Not here. {text}", "sure")
 
 
