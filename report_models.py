@@ -304,9 +304,8 @@ def details_other_runs(study: Study) -> str | None:
         parts.append(table(rows_of(study.others, "test"), headings))
     if study.earlier:
         parts.append(
-            "These earlier runs had no horizontal flips, and another training length in the short"
-            " runs. They were scored on the validation split only. `modified-no-flip` stopped after"
-            " 6 of 15 epochs."
+            "These earlier runs had no horizontal flips. They were scored on the validation split"
+            " only. `modified-no-flip` stopped after 6 of 15 epochs."
         )
         headings = ["mean IoU", "n", "never predicted", "images seen"]
         parts.append(table(rank(rows_of(study.earlier, "validation")), headings))
