@@ -15,7 +15,6 @@ and contact_sheet.png. In Python:
 import argparse
 import io
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +32,9 @@ from data import evenly
 from evaluate import predict_batches
 from export import export, slim
 from figures import class_colours, grid, overlay, save, thumbnail, write_image, write_png
-from images import read_image, read_size
+from images import read_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-BATCH = 32  # images that are in memory at once, unless they are large
-PIXELS = 2**24  # that they have together at most; a larger image is alone
-LARGE = 2**18  # values; a larger image is predicted alone, smaller ones of one size together
 TILE = 1024  # pixels along one side of the parts that a larger image is predicted in
 SHEET = 48  # images on the contact sheet at most
 SHEET_COLUMNS = 8  # pictures in a row of it, two for each image
@@ -182,59 +178,12 @@ def find_in_folder(folder: Path, out_resolved: Path) -> list[Path]:
     return files
 
 
-def split_by_pixels(images: dict[Path, Path]) -> list[dict[Path, Path]]:
-    """Split images into windows: at most BATCH images, of PIXELS together, or one larger image."""
-    windows = [{}]
-    pixels = 0  # of the last window
-    for target, path in images.items():
-        try:
-            height, width = read_size(path)
-        except UserError:  # read_images tells it
-            height, width = 0, 0
-        window = windows[-1]
-        is_full = len(window) == BATCH or pixels + height * width > PIXELS
-        if window and is_full:
-            window = {}
-            windows.append(window)
-            pixels = 0
-        window[target] = path
-        pixels += height * width
-    return windows
-
-
 def read(path: Path, config: dict) -> np.ndarray:
     """Read an image as (H, W, channels) uint8, as in training; UserError if that cannot be done."""
     if not path.exists():
         advice = 'put a name with spaces in quotes: python predict.py "my photo (1).jpg"'
         raise UserError(f"{path}: cannot be read, there is no such file; {advice}")
     return read_image(path, config["in_channels"], config["value_range"])
-
-
-def read_images(
-    images: dict[Path, Path], config: dict
-) -> tuple[dict[Path, np.ndarray], list[UserError]]:
-    """Read images in parallel: target → (H, W, channels) uint8, and the errors of the others."""
-    readings = {}
-    contents = {}
-    errors = []
-    with ThreadPoolExecutor() as pool:
-        for target, path in images.items():
-            readings[target] = pool.submit(read, path, config)
-        for target, reading in readings.items():
-            try:
-                contents[target] = reading.result()
-            except UserError as error:
-                errors.append(error)
-    return contents, errors
-
-
-def group_by_size(images: dict[Path, np.ndarray]) -> list[dict[Path, np.ndarray]]:
-    """Group images of one size, which can be predicted together; a large image stays alone."""
-    groups: dict[object, dict[Path, np.ndarray]] = {}
-    for target, image in images.items():
-        key = target if image.size > LARGE else image.shape
-        groups.setdefault(key, {})[target] = image
-    return list(groups.values())
 
 
 class Result(NamedTuple):
@@ -276,31 +225,6 @@ def describe_mask(mask: Tensor, classes: list[str]) -> str:
     return "  ".join(parts)
 
 
-def predict_window(
-    model: nn.Module, config: dict, contents: dict[Path, np.ndarray], keep: bool
-) -> Iterator[tuple[Path, Result]]:
-    """Predict images, target → (H, W, channels) uint8, and write their files; yield the results.
-
-    `keep` writes the probabilities as well.
-    """
-    colours = class_colours(config)
-    with ThreadPoolExecutor() as pool:
-        for group in group_by_size(contents):
-            batch = torch.from_numpy(np.stack(list(group.values()))).permute(0, 3, 1, 2)
-            if keep:
-                probabilities = predict(model, config, batch)
-                masks = probabilities.argmax(dim=1).to(torch.uint8)
-            else:
-                probabilities = [None] * len(group)
-                masks = predict_classes(model, config, batch)
-            writings = {}
-            for i, target in enumerate(group):
-                task = (target, batch[i], masks[i], probabilities[i], colours)
-                writings[target] = pool.submit(write_results, *task)
-            for target, writing in writings.items():
-                yield target, writing.result()
-
-
 def draw_sheet(path: Path, results: dict[Path, Result], colours: dict[str, list[int]]) -> None:
     """Draw images and their overlays side by side, under a legend."""
     cells = []  # caption and picture
@@ -313,23 +237,35 @@ def draw_sheet(path: Path, results: dict[Path, Result], colours: dict[str, list[
 
 
 def predict_files(model: nn.Module, config: dict, given: list[Path], out: Path, keep: bool) -> None:
-    """Predict files and folders; UserError if any cannot be read, after all the others."""
+    """Predict files and folders one after the other; `keep` writes probabilities as well.
+
+    UserError if any cannot be read, after all the others.
+    """
     images = find_images(given, out)
+    colours = class_colours(config)
     targets = list(images)
     on_sheet = {targets[i] for i in evenly(len(targets), SHEET)}
     shown = {}
     failed = 0
-    for window in split_by_pixels(images):
-        contents, errors = read_images(window, config)
-        failed += len(errors)
-        for error in errors:
+    for target, path in images.items():
+        try:
+            image = torch.from_numpy(read(path, config)).permute(2, 0, 1)
+        except UserError as error:
             print(f"problem: {error}")
-        for target, result in predict_window(model, config, contents, keep):
-            print(f"{images[target]}  {result.text}")
-            if target in on_sheet:
-                shown[target] = result
+            failed += 1
+            continue
+        if keep:
+            probabilities = predict(model, config, image[None])[0]
+            mask = probabilities.argmax(dim=0).to(torch.uint8)
+        else:
+            probabilities = None
+            mask = predict_classes(model, config, image[None])[0]
+        result = write_results(target, image, mask, probabilities, colours)
+        print(f"{path}  {result.text}")
+        if target in on_sheet:
+            shown[target] = result
     if shown:
-        draw_sheet(out / "contact_sheet.png", shown, class_colours(config))
+        draw_sheet(out / "contact_sheet.png", shown, colours)
         print(f"masks, overlays and contact_sheet.png in {out}/")
     if failed:
         raise UserError(f"{failed} of {len(images)} images could not be read, listed above")

@@ -110,7 +110,7 @@ def test_images_of_16_bits_are_scaled_as_in_training(tmp_path: Path) -> None:
     assert torch.equal(seen[0], seen[1])
 
 
-def test_bad_images_among_batches(checkpoint: Path, tmp_path: Path, call) -> None:
+def test_bad_images_among_good_ones(checkpoint: Path, tmp_path: Path, call) -> None:
     bad, out = tmp_path / "in/bad.png", tmp_path / "out"
     paths = [save_noise(tmp_path / f"in/{i}.png", 16 + i % 3, 20) for i in range(70)]
     bad.write_bytes(b"\x89PNG no more")
@@ -122,20 +122,6 @@ def test_bad_images_among_batches(checkpoint: Path, tmp_path: Path, call) -> Non
     for path in paths:
         mask = predict.predict_mask(model, config, path).numpy()
         assert (np.array(Image.open(out / f"{path.stem}_mask.png")) == mask).mean() > 0.99
-
-
-def test_large_images_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch) -> None:
-    sizes = ((10, 10), (10, 10), (10, 10), (30, 10), (10, 20), (5, 5))
-    images = {}
-    for i, (height, width) in enumerate(sizes):
-        images[tmp_path / f"{i}"] = save_noise(tmp_path / f"{i}.png", height, width)
-    images[tmp_path / "none"] = tmp_path / "none.png"
-    monkeypatch.setattr(predict, "PIXELS", 250)
-    windows = predict.split_by_pixels(images)
-    names = ["".join(target.name for target in window) for window in windows]
-    assert names == ["01", "2", "3", "45none"]
-    monkeypatch.setattr(predict, "BATCH", 1)
-    assert len(predict.split_by_pixels(images)) == len(images)
 
 
 def test_name_with_spaces_is_told_to_be_quoted(checkpoint: Path, tmp_path: Path, call) -> None:
