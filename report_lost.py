@@ -239,7 +239,7 @@ def details_seeds(study: Study) -> str | None:
         for name in next(iter(rows.values()))[0]["per_class_iou"]:
             columns[name] = iou_of(name)
         parts.append(
-            f"Striped masks: {striped} of {total} tested runs. The table shows them beside the"
+            f"{striped} of {total} tested runs have striped masks. The table shows them beside the"
             " runs of the same experiments with other seeds. `square 2/4` means: squares are"
             " missing at two of the four positions."
         )
