@@ -159,6 +159,11 @@ def answer_models(study: Study) -> Answer | None:
         return Answer(text, "likely")
     if answer.sure == "sure":
         return answer
+    if answer.comparison.verdict == "one seed":
+        text = (
+            f"`{first}` scores highest, {score(a)}, before `{second}` with {score(b)}. One run each"
+        )
+        return Answer(f"{text} cannot show which is better.", answer.sure)
     return Answer(f"`{first}` scores highest, {score(a)}. {answer.text}", answer.sure)
 
 
