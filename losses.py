@@ -26,21 +26,24 @@ def cross_entropy_per_class(logits: Tensor, mask: Tensor) -> Tensor:
     however few pixels it has, as with weights that are inverse to the frequency of a class (Eigen
     and Fergus 2015, arXiv:1411.4734). A class without a pixel in the batch's masks is left out.
     """
-    _, t = _probabilities_and_target(logits, mask)
+    t = _one_hot(mask, logits)
     log_p = logits.flatten(2).log_softmax(dim=1)
     pixels = t.sum(dim=(0, 2))
     mean_of_class = -(t * log_p).sum(dim=(0, 2)) / pixels.clamp(min=1)
     return mean_of_class.sum() / (pixels > 0).sum().clamp(min=1)
 
 
+def _one_hot(mask: Tensor, logits: Tensor) -> Tensor:
+    """Turn a mask into (N, C, H*W), 1 in the channel of the true class, as `logits` in dtype."""
+    classes = torch.arange(logits.shape[1], device=mask.device)[:, None]  # (C, 1)
+    return (mask.flatten(1)[:, None] == classes).to(logits.dtype)  # IGNORE is no class: all 0
+
+
 def _probabilities_and_target(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Compute softmax and one-hot mask, both (N, C, H*W) float32, 0 where pixels are ignored."""
-    mask = mask.flatten(1)[:, None]  # (N, 1, H*W)
-    classes = torch.arange(logits.shape[1], device=mask.device)[:, None]  # (C, 1)
-    target = (mask == classes).to(logits.dtype)
+    counted = mask.flatten(1)[:, None] != IGNORE  # (N, 1, H*W)
     probabilities = logits.flatten(2).softmax(dim=1)
-    counted = mask != IGNORE
-    return probabilities * counted, target
+    return probabilities * counted, _one_hot(mask, logits)
 
 
 def dice_pooled(logits: Tensor, mask: Tensor) -> Tensor:
