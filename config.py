@@ -218,7 +218,8 @@ def note_overridden(paths: list[Path]) -> None:
         for key, value in read_yaml(path).items():
             before, source = given.get(key, (value, path))
             if before != value:
-                print(f"note: {path} overrides {key}: {before} of {source}", file=sys.stderr)
+                text = f"{path} overrides {key}: {before} of {source} or its base"
+                print(f"note: {text}", file=sys.stderr)
             given[key] = (value, path)
 
 

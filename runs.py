@@ -107,8 +107,8 @@ def find_checkpoint(
         return last
     if seconds > LONG:
         raise UserError(
-            f"{run_dir}: holds {seconds / 60:.0f} minutes of training with another {changed}; "
-            f"{discard}, RUNS=… (--run-dir) trains elsewhere"
+            f"{run_dir}: holds {seconds / 60:.1f} minutes of training with another {changed}; "
+            f"with the old values it goes on, {discard}, RUNS=… (--run-dir) trains elsewhere"
         )
     print(f"{run_dir}: starting over, the run there was made with another {changed}")
     return None

@@ -277,7 +277,7 @@ def describe_sizes(
     if crop >= min(height, width):
         lines.append(Line("crop: 0", f"whole images of {width}×{height}"))
     elif is_photograph:
-        reason = f"everything is an object: {percent(1 - background)} is no background"
+        reason = f"everything is an object: {percent(1 - background)} is not of the first class"
         lines.append(Line(f"crop: {crop}", reason))
         lines.append(Line("crop_on_objects: 0.0", "crops anywhere"))
     else:
