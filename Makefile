@@ -24,7 +24,7 @@ DATA_NAME := $(subst /,-,$(basename $(DATA)))
 DATA_DIR  := $(or $(OWN),data/$(DATA))
 RUNS      ?= runs/$(DATA_NAME)/$(PROFILE)
 $(if $(filter generated afo,$(DATA))$(wildcard $(filter-out generated.yaml afo.yaml,$(OWN))),,\
-  $(error DATA=$(DATA): must be generated, afo, or a file NAME.yaml of your own data, of another name))
+  $(error DATA=$(DATA): must be generated, afo, or a file NAME.yaml that exists, of another name))
 $(if $(filter quick full,$(PROFILE)),,$(error PROFILE=$(PROFILE): must be quick or full))
 
 # The files that say that runs are finished, one for each seed: $(call runs,initial tuned).

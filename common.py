@@ -83,17 +83,19 @@ def reading(source: object, advice: str = "replace it") -> Iterator[None]:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; make its folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:  # the error of a full disk does not name the file
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room") from None
+        with contextlib.suppress(OSError):  # as a name that is too long
+            partial.unlink(missing_ok=True)
+        advice = "make room" if error.errno == errno.ENOSPC else "give another path"
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
 
 
 def require(values: dict, kinds: dict[str, type]) -> None:

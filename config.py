@@ -223,6 +223,14 @@ def note_overridden(paths: list[Path]) -> None:
             given[key] = (value, path)
 
 
+def is_same(value: object, other: object) -> bool:
+    """Tell whether two configs, or two values of a key, are the same, in the same order.
+
+    Python compares dicts without their order, but it decides which index a class has.
+    """
+    return str(value) == str(other)
+
+
 def is_finished(run_dir: Path, config: dict, stamp: Path | None) -> bool:
     """Tell whether a run directory holds a finished run of a config, newer than a stamp file."""
     summary = run_dir / "summary.json"
@@ -230,7 +238,7 @@ def is_finished(run_dir: Path, config: dict, stamp: Path | None) -> bool:
         return False
     if stamp is not None and stamp.stat().st_mtime_ns > summary.stat().st_mtime_ns:
         return False
-    return read_run_config(run_dir) == config
+    return is_same(read_run_config(run_dir), config)
 
 
 def main() -> None:

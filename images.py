@@ -161,7 +161,8 @@ def scale_to_8_bits(
     if not value_range:
         highest = int(values.max())
         text = f"has {bits} bits a channel and values up to {highest}"
-        raise UserError(f"{path}: {text}; set value_range: {likely_range(highest)}")
+        advice = f"set value_range: {likely_range(highest)} to train, or save 8 bits"
+        raise UserError(f"{path}: {text}; {advice}")
     low, high = value_range
     scaled = (values.astype(np.float32) - low) * (255 / (high - low))
     result = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
@@ -196,12 +197,26 @@ def read_values(path: Path, mask_format: str) -> np.ndarray:
             text = "holds fractions, as probabilities or smoothed masks do"
             raise UserError(f"{path}: {text}; save class indices as whole numbers")
         values = values.astype(np.int64)
+    if values.min() < 0:
+        text = f"holds numbers below 0, the lowest is {values.min()}"
+        raise UserError(f"{path}: {text}; save class indices, and 255 where there is no label")
     if mask_format == "colours":
         return np.broadcast_to(values, (*values.shape[:2], 3))
     # Grey may be written as three equal channels.
     if values.shape[2] >= 3 and (values[..., :3] != values[..., :1]).any():
         raise UserError(f"{path}: holds colours; set mask_format: colours, and `classes`")
     return values[..., :1]
+
+
+def read_palette(path: Path) -> dict[int, list[int]]:
+    """Read the colour of each number in a palette file: number → [r, g, b]; {} for other files."""
+    with reading(path):
+        image = Image.open(path)
+        if image.mode != "P":
+            return {}
+        palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
+        numbers = np.unique(np.array(image)).tolist()
+    return {number: palette[number].tolist() for number in numbers if number < len(palette)}
 
 
 def read_mask(path: Path, config: dict) -> np.ndarray:

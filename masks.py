@@ -64,6 +64,16 @@ def listed_values(config: dict) -> list[tuple[list[int], int]]:
     return listed
 
 
+def file_values(config: dict) -> list[int]:
+    """List the number that each class has in a predicted mask: of indices, that of the masks."""
+    numbers = list(range(len(config["classes"])))
+    if config["mask_format"] == "indices":
+        for value, target in listed_values(config):
+            if target != IGNORE:
+                numbers[target] = value[0]
+    return numbers
+
+
 def check_mask_keys(config: dict) -> None:
     """Raise UserError unless the keys of masks say what their pixels mean."""
     classes = config["classes"]
@@ -223,6 +233,13 @@ def looks_smoothed(values: np.ndarray, strays: np.ndarray) -> bool:
 def missing_classes_problem(names: list[str], config: dict) -> str:
     """Say what to do about classes that no pixel of the training masks has."""
     advice = "correct its value, add masks that have it, or remove the class"
+    if config["mask_format"] == "indices":
+        # Without `ignore` the classes after a removed one would move up by one.
+        values = file_values(config)
+        missing = [values[list(config["classes"]).index(name)] for name in names]
+        advice += f" and set ignore: {sorted([*config['ignore'], *missing])}"
+    if config["resize"]:
+        advice += "; or make resize larger, if the objects are too small to be left"
     if config["mask_format"] == "indices" and 255 in config["ignore"]:
         advice += " (if 255 is its colour, remove ignore and mask_format: indices)"
     return f"classes: no pixel of the training masks is {', '.join(names)}; {advice}"

@@ -127,12 +127,11 @@ def find_pairs(config: dict, split: str) -> tuple[list[Pair], list[str]]:
     pairs = []
     for name in sorted(images.keys() | masks.keys()):
         if name in images and name in masks:
-            match = re.search(config["group"], name)
-            if match is None:
+            group = group_of(name, config["group"])
+            if not group:
                 path = images[name].path
                 problems.append(f"{path}: group: {config['group']!r} is not in its name")
                 continue
-            group = match[0] or name  # with group: "" every image is its own group
             pairs.append(Pair(name, group, images[name].path, masks[name].path))
     problems += list_alone(root, images, masks, mask_pattern, "mask")
     problems += list_alone(root, masks, images, image_pattern, "image")
@@ -142,8 +141,25 @@ def find_pairs(config: dict, split: str) -> tuple[list[Pair], list[str]]:
         if len(groups) < len(SPLITS) and not problems:
             problems.append(explain_too_few(root, len(groups), len(pairs)))
         chosen = choose_groups(groups, config["split_shares"], split)
+        if not chosen and len(groups) >= len(SPLITS):
+            text = f"leaves none of {len(groups)} groups for {split}; give it a larger share"
+            problems.append(f"{root}: split_shares: {config['split_shares']} {text}")
         pairs = [pair for pair in pairs if pair.group in chosen]
     return pairs, problems
+
+
+def group_of(name: str, expression: str) -> str:
+    """Find the group in the name of a pair: what `group` matches, or its first (…) if it has one.
+
+    With group: "" every image is its own group. Returns "" if nothing is found.
+    """
+    if expression == "":
+        return name
+    match = re.search(expression, name)
+    if match is None:
+        return ""
+    found = match[1] if match.re.groups else match[0]
+    return found or ""
 
 
 def by_name(files: list[File]) -> tuple[dict[str, File], list[str]]:
@@ -263,11 +279,10 @@ def explain_too_few(root: Path, n_groups: int, n_pairs: int) -> str:
     return f"{root}: {text}; {advice}"
 
 
-def find_unread(config: dict, split: str) -> list[str]:
-    """List, as notes, the kinds of images beside those of a split that are not read."""
-    root = data_root(config)
+def find_unread(root: Path, patterns: tuple[str, ...]) -> list[str]:
+    """List, as notes, the kinds of images that patterns below a folder leave out."""
     counts = Counter()
-    for pattern in dict.fromkeys(patterns_of(config, split)):
+    for pattern in dict.fromkeys(patterns):
         expression = file_expression(parts_of(pattern)[-1])
         for folder, _ in find_folders(root, parts_of(pattern)[:-1]):
             for file_name in list_folder(folder)[0]:

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from common import UserError
+
 # The endings that a bare * stands for.
-ENDINGS = ("png", "jpg", "jpeg", "bmp", "gif", "tif", "tiff", "webp")
+ENDINGS = ("png", "jpg", "jpeg", "jfif", "bmp", "gif", "tif", "tiff", "webp")
 # Endings of other images; `data.py check` says that such files are left out.
 CAMERA_ENDINGS = ("heic", "heif", "dng", "cr2", "cr3", "nef", "arw")
 OTHER_ENDINGS = (*CAMERA_ENDINGS, "jp2", "jxl", "avif", "psd", "svg", "dcm", "nii", "czi", "svs")
@@ -37,7 +39,7 @@ def parts_of(pattern: str) -> list[str]:
     'photos/*' and 'photos/*.*' are ['photos', '*.{png,jpg,…}'].
     """
     parts = [part for part in pattern.split("/") if part not in ("", ".")]
-    name = parts.pop()
+    name = parts.pop() if parts else ""
     if name.endswith("*"):
         name = name.removesuffix(".*") + ".{" + ",".join(ENDINGS) + "}"
     return [*parts, name]
@@ -135,8 +137,17 @@ def find_folders(root: Path, parts: list[str]) -> list[tuple[Path, tuple[str, ..
     return places
 
 
+def check_name(path: Path) -> None:
+    """Raise UserError if the name of a file is not in UTF-8, as on disks of old computers."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        readable = os.fsencode(path).decode(errors="replace")
+        raise UserError(f"{readable}: its name is not in UTF-8; rename it") from None
+
+
 def find_files(root: Path, pattern: str) -> list[File]:
-    """Find the files of a pattern below a folder."""
+    """Find the files of a pattern below a folder; UserError if a name cannot be printed."""
     parts = parts_of(pattern)
     expression = file_expression(parts[-1])
     found = []
@@ -146,5 +157,6 @@ def find_files(root: Path, pattern: str) -> list[File]:
             if match:
                 texts = (*matches, *match.groups())
                 name = "/".join(text for text in texts if text)
+                check_name(folder / file_name)
                 found.append(File(folder / file_name, texts, name))
     return found

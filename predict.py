@@ -4,8 +4,8 @@
     python predict.py [--checkpoint CHECKPOINT] [--export FILE.pt2] [--slim FILE.pt]
 
 IMAGE is a file or a folder. A folder is searched with its subfolders, which are kept below DIR.
-Writes NAME_mask.png (class indices, with a palette of colours), NAME_overlay.png
-and contact_sheet.png. In Python:
+Writes NAME_mask.png (class indices, with a palette of colours; with mask_format: indices the same
+numbers as in the training masks), NAME_overlay.png and contact_sheet.png. In Python:
 
     from predict import load_model, predict_mask
     model, config = load_model("weights/best.pt")
@@ -33,8 +33,10 @@ from evaluate import predict_batches
 from export import export, slim
 from figures import class_colours, grid, overlay, save, thumbnail, write_image, write_png
 from images import read_image
+from masks import file_values
+from pairs import find_unread
+from patterns import ENDINGS, find_files
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 TILE = 1024  # pixels along one side of the parts that a larger image is predicted in
 SHEET = 48  # images on the contact sheet at most
 SHEET_COLUMNS = 8  # pictures in a row of it, two for each image
@@ -145,11 +147,17 @@ def find_images(given: list[Path], out: Path) -> dict[Path, Path]:
         if path.is_dir():
             folder = path
             files = find_in_folder(path, out_resolved)
+            for note in find_unread(path, ("**/*",)):
+                print(f"note: {note}")
         else:
             folder = path.parent
             files = [path]
         if not files:
-            raise UserError(f"{path}: holds no image; name images or a folder of them")
+            if out_resolved in (path.resolve(), *path.resolve().parents):
+                text = f"lies in {out}, where results go, which are no images to predict"
+                raise UserError(f"{path}: {text}; give another OUT (--out)")
+            kinds = ", ".join(ENDINGS)
+            raise UserError(f"{path}: holds no image; name images or a folder of them ({kinds})")
         for file in files:
             target = (out / file.relative_to(folder)).with_suffix("")
             if images.get(target, file) != file:
@@ -169,13 +177,11 @@ def find_images(given: list[Path], out: Path) -> dict[Path, Path]:
 def find_in_folder(folder: Path, out_resolved: Path) -> list[Path]:
     """List the images in a folder and its subfolders, sorted, without those in the folder out."""
     files = []
-    for file in sorted(folder.rglob("*")):
-        is_image = file.suffix.lower() in SUFFIXES
-        is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        is_result = out_resolved in file.resolve().parents  # of an earlier call
-        if is_image and not is_hidden and not is_result:
-            files.append(file)
-    return files
+    for file in find_files(folder, "**/*"):
+        is_result = out_resolved in file.path.resolve().parents  # of an earlier call
+        if not is_result:
+            files.append(file.path)
+    return sorted(files)
 
 
 def read(path: Path, config: dict) -> np.ndarray:
@@ -194,16 +200,29 @@ class Result(NamedTuple):
     overlay: Tensor  # (3, h, w) uint8, small
 
 
+def draw_mask(mask: Tensor, config: dict) -> Image.Image:
+    """Draw a mask (H, W) of class indices as a palette image, each class in its colour.
+
+    Where the training masks held indices the pixels get the same numbers: with ignore: [0] the
+    first class is 1 in both.
+    """
+    numbers = np.array(file_values(config), np.uint8)
+    palette = np.zeros((256, 3), np.uint8)
+    palette[numbers] = list(class_colours(config).values())
+    picture = Image.fromarray(numbers[mask.numpy()])
+    picture.putpalette(palette[: numbers.max() + 1].tobytes())
+    return picture
+
+
 def write_results(
-    target: Path, image: Tensor, mask: Tensor, probabilities: Tensor | None, colours: dict
+    target: Path, image: Tensor, mask: Tensor, probabilities: Tensor | None, config: dict
 ) -> Result:
     """Write mask (H, W), overlay and, unless None, probabilities (C, H, W) of an image.
 
-    `image` is (channels, H, W) uint8. `colours` are the classes: name → [red, green, blue].
+    `image` is (channels, H, W) uint8.
     """
-    mask_picture = Image.fromarray(mask.numpy())
-    mask_picture.putpalette(np.array(list(colours.values()), np.uint8).tobytes())
-    write_image(Path(f"{target}_mask.png"), mask_picture)
+    colours = class_colours(config)
+    write_image(Path(f"{target}_mask.png"), draw_mask(mask, config))
 
     laid_over = overlay(image, mask, colours)
     write_png(Path(f"{target}_overlay.png"), laid_over)
@@ -260,7 +279,7 @@ def predict_files(model: nn.Module, config: dict, given: list[Path], out: Path, 
         else:
             probabilities = None
             mask = predict_classes(model, config, image[None])[0]
-        result = write_results(target, image, mask, probabilities, colours)
+        result = write_results(target, image, mask, probabilities, config)
         print(f"{path}  {result.text}")
         if target in on_sheet:
             shown[target] = result

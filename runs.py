@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from checkpoints import read_checkpoint
 from common import ROOT, UserError, reading, require, write_atomically
-from config import dump
+from config import dump, is_same
 from data import evenly
 from figures import class_colours, colourise
 from model import count_parameters
@@ -132,7 +132,7 @@ def count_epochs(run_dir: Path) -> int:
 
 def list_changes(last: dict, config: dict, data_digest: str) -> str:
     """List what keeps a run from going on: the keys that changed, and the data; "" if nothing."""
-    changed = [key for key in config if config[key] != last["config"][key]]
+    changed = [key for key in config if not is_same(config[key], last["config"][key])]
     more_epochs = config["epochs"] >= len(last["history"])
     if "epochs" in changed and config["schedule"] == "constant" and more_epochs:
         changed.remove("epochs")  # the epochs so far are the same, however many follow

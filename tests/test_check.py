@@ -158,6 +158,45 @@ def test_class_missing_in_a_split(cells: Path, call) -> None:
     assert "problem" in out and "no pixel of the training masks is a rather long name" in out
 
 
+def test_palettes_that_differ_are_noted(cells: Path, call) -> None:
+    """Programs that save space number the colours of each file anew."""
+    for i in range(12):
+        path = cells.parent / f"masks/{i}.png"
+        palette_mask = Image.fromarray(np.array(Image.open(path)) // 255)
+        palette_mask.putpalette([0, 0, 0, 255, 0, 0] if i else [0, 0, 0, 0, 0, 255])
+        palette_mask.save(path)
+    options = ("--config", cells, "--set", "mask_format=indices")
+    code, out, _ = call(data.main, "check", *options)
+    assert code == 0 and out.count("set mask_format: colours") == 1
+    assert re.search(r"note: \w+: 1 is \[0, 0, 255\] in .*/0.png and \[255, 0, 0\] in", out)
+    (cells.parent / "masks/0.png").unlink()
+    (cells.parent / "images/0.png").unlink()
+    code, out, _ = call(data.main, "check", *options)
+    assert code == 0 and "set mask_format: colours" not in out
+
+
+def test_advice_on_an_index_without_pixels_keeps_the_others(cells: Path, call) -> None:
+    """Half of the masks hold 0 and 2; no pixel is 1."""
+    for i in range(12):
+        path = cells.parent / f"masks/{i}.png"
+        Image.fromarray(np.array(Image.open(path)) // 255 * 2).save(path)
+    options = ["--config", cells, "--set", "mask_format=indices", "resize=[8, 8]"]
+    three = "classes={a: [0, 0, 0], b: [1, 1, 1], c: [2, 2, 2]}"
+    code, out, _ = call(data.main, "check", *options, three)
+    assert code == 2 and "is b; correct its value" in out and "make resize larger" in out
+    assert "or remove the class and set ignore: [1]" in out
+    two = "classes={a: [0, 0, 0], c: [2, 2, 2]}"
+    assert call(data.main, "check", *options, two, "ignore=[1]")[0] == 0
+
+
+def test_numbers_below_0_are_refused(cells: Path, call) -> None:
+    path = cells.parent / "masks/3.png"
+    Image.fromarray(np.full((16, 16), -9999, np.int32)).save(path.with_suffix(".tif"))
+    path.with_suffix(".tif").rename(path)
+    code, out, _ = call(data.main, "check", "--config", cells, "--set", "mask_format=indices")
+    assert code == 2 and f"{path}: holds numbers below 0, the lowest is -9999; save class" in out
+
+
 def test_two_split_folders(root: Path, call) -> None:
     shutil.rmtree(root / "testing")
     options = ("--set", "split_folders=[training, validation, validation]")

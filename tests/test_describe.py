@@ -162,6 +162,16 @@ def test_names_that_share_a_part_are_proposed_as_groups() -> None:
     assert propose_group([f"scan_{i}" for i in range(9)])[0] == ""
 
 
+@pytest.mark.parametrize("stray", ["photos/rejected/x.png", "labels/preview/x.png"])
+def test_a_stray_image_below_the_others_changes_nothing(tmp_path: Path, stray: str) -> None:
+    write_set(tmp_path, np.arange(3, dtype=np.uint8))
+    save(tmp_path / stray, draw(0)[0])
+    config, text = write_config(tmp_path)
+    assert (config["images"], config["masks"]) == ("photos/*.png", "labels/*.png")
+    assert "1 files are in no pair" in text or "1 files have no partner" in text
+    assert len(read_masks(config)) == N
+
+
 def test_files_without_partner_are_told(tmp_path: Path) -> None:
     write_set(tmp_path, np.array([0, 1, 2], np.uint8))
     (tmp_path / "labels/003.png").unlink()
@@ -317,6 +327,14 @@ def test_labelmes_names_of_classes_are_taken(tmp_path: Path) -> None:
 
 
 # ---- images and sizes
+
+
+def test_a_mask_with_numbers_below_0_is_told(tmp_path: Path) -> None:
+    write_set(tmp_path, np.arange(3, dtype=np.uint8))
+    below = Image.fromarray(np.full((96, 128), -1, np.int32))
+    save(tmp_path / "labels/000.png", below, format="TIFF")
+    _, text = write_config(tmp_path)
+    assert "labels/000.png: holds numbers below 0, the lowest is -1; save class indices" in text
 
 
 def test_channels_and_bits(tmp_path: Path) -> None:

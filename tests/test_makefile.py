@@ -14,7 +14,7 @@ from common import ROOT
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """Copy what make reads, with an environment that is the one the tests run in."""
-    for name in ("Makefile", "requirements.txt", "config.py", "common.py"):
+    for name in ("Makefile", "requirements.txt", "config.py", "common.py", "patterns.py"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "tools").mkdir()
@@ -100,17 +100,29 @@ def test_only_a_changed_value_trains_again(project: Path) -> None:
 
 
 def test_changed_data_train_again(project: Path) -> None:
-    photos = project / "data/generated/training"
-    photos.mkdir()
+    photos = project / "data/generated/training/image"
+    photos.mkdir(parents=True)
     (photos / "a.png").write_bytes(b"first")
     assert trains(project) and not trains(project)
     (photos / "a.png").write_bytes(b"other")  # in place, of the same size
     assert trains(project) and not trains(project)
     (photos / "b.png").write_bytes(b"new")
     assert trains(project) and not trains(project)
-    (project / "data/generated/.cache").mkdir()
-    (project / "data/generated/.cache/x").write_bytes(b"decoded")
+    # Files that are no images of the data, as results of runs in the same folder.
+    (project / "data/generated/training/metrics.jsonl").write_bytes(b"{}")
+    (photos / "gone.png").symlink_to("nowhere")
+    (photos / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"a name of an old disk")
     assert not trains(project)
+
+
+def test_another_order_of_the_classes_trains_again(project: Path) -> None:
+    with (project / "configs/tuned.yaml").open("a") as file:
+        file.write("classes: {a: [0, 0, 0], b: [1, 1, 1], c: [2, 2, 2]}\n")
+    assert trains(project) and not trains(project)
+    text = (project / "configs/tuned.yaml").read_text()
+    swapped = text.replace("b: [1, 1, 1], c: [2, 2, 2]", "c: [2, 2, 2], b: [1, 1, 1]")
+    (project / "configs/tuned.yaml").write_text(swapped)
+    assert trains(project)
 
 
 def test_own_data_win_over_profile_and_experiment(project: Path) -> None:

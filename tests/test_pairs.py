@@ -7,7 +7,7 @@ import pytest
 from conftest import config_for
 
 from common import SPLITS
-from pairs import find_pairs
+from pairs import find_pairs, group_of
 
 
 def touch(root: Path, *names: str) -> None:
@@ -57,6 +57,23 @@ def test_nested_names_hold_their_folders(tmp_path: Path) -> None:
     assert {pair.group for pair in pairs} == set("abcd")
     deep = dict(config, images="**/*.tif", masks="**/*_m.tif", data=str(tmp_path / "c"))
     assert find_pairs(deep, "training")[1] == []
+
+
+def test_group_in_brackets_is_what_they_find() -> None:
+    assert group_of("slice0_patient1", r"slice\d+_(patient\d+)") == "patient1"
+    assert group_of("slice0_patient1", r"patient\d+$") == "patient1"
+    assert group_of("slice0_patient1", "") == "slice0_patient1"
+    for expression in ("[A-Z]*", "P", r"slice0(_?)patient", "(x)?slice"):
+        assert group_of("slice0+patient1", expression) == ""
+
+
+def test_split_without_a_group_is_a_problem(tmp_path: Path) -> None:
+    touch(tmp_path, *[f"{kind}/{i}.png" for kind in "im" for i in range(5)])
+    config = config_for(tmp_path, images="i/*", masks="m/*", group="")
+    config["split_shares"] = [0.1, 0.6, 0.3]
+    assert find_pairs(config, "validation")[1] == []
+    [problem] = find_pairs(config, "training")[1]
+    assert "split_shares: [0.1, 0.6, 0.3] leaves none of 5 groups for training" in problem
 
 
 def test_home_folder(tmp_path: Path, monkeypatch) -> None:

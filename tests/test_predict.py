@@ -13,6 +13,7 @@ import predict
 from checkpoints import save_checkpoint
 from common import ROOT, UserError
 from config import load_config
+from images import read_mask
 from model import build_model
 
 NOISE = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 129, 417), np.uint8))
@@ -108,6 +109,36 @@ def test_images_of_16_bits_are_scaled_as_in_training(tmp_path: Path) -> None:
     for name in ("8.png", "16.png"):
         predict.predict_mask(model, config, tmp_path / name)
     assert torch.equal(seen[0], seen[1])
+
+
+def test_masks_of_indices_get_the_numbers_of_the_training_masks(tmp_path: Path) -> None:
+    """With ignore: [0, 2] the classes are 1, 3 and 4, in training masks and in predicted ones."""
+    config = load_config([], ["mask_format=indices", "ignore=[0, 2]"])
+    config["classes"] = COLOURS
+    classes = np.arange(6, dtype=np.uint8).reshape(2, 3) % 3
+    path = tmp_path / "mask.png"
+    predict.draw_mask(torch.from_numpy(classes), config).save(path)
+    assert np.array(Image.open(path)).tolist() == [[1, 3, 4], [1, 3, 4]]
+    assert (read_mask(path, config) == classes).all()
+    colours = np.array(list(COLOURS.values()))
+    assert (np.array(Image.open(path).convert("RGB")) == colours[classes]).all()
+
+
+def test_linked_folders_are_entered_and_results_left_out(
+    checkpoint: Path, tmp_path: Path, call
+) -> None:
+    save_noise(tmp_path / "elsewhere/b.png", 16, 20)
+    save_noise(tmp_path / "in/a.jfif", 16, 20, format="JPEG")
+    (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/c.heic").touch()
+    options = ("--checkpoint", checkpoint, "--out", tmp_path / "out")
+    code, text, _ = call(predict.main, *options, tmp_path / "in")
+    assert code == 0 and "1 .heic left out" in text
+    assert (tmp_path / "out/linked/b_mask.png").exists() and (tmp_path / "out/a_mask.png").exists()
+    code, _, error = call(predict.main, *options, tmp_path / "out")
+    assert code == 2 and "where results go" in error and "give another OUT" in error
+    code, _, error = call(predict.main, *options[:2], "--out", checkpoint / "x", tmp_path / "in")
+    assert code == 2 and "cannot be written (Not a directory); give another path" in error
 
 
 def test_bad_images_among_good_ones(checkpoint: Path, tmp_path: Path, call) -> None:

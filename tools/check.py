@@ -23,10 +23,18 @@ from config import add_arguments as add_config_arguments
 from config import load_config
 from data import evenly, in_parallel, padded_size
 from figures import class_colours, grid, legend_of, overlay, save, thumbnail
-from images import count_near, is_turned, read_pair
+from images import count_near, is_turned, read_pair, read_palette
 from masks import missing_classes_problem
 from metrics import IGNORE, MIN_GROUPS
-from pairs import Pair, check_data_keys, data_root, find_pairs, find_unread, stand_in_note
+from pairs import (
+    Pair,
+    check_data_keys,
+    data_root,
+    find_pairs,
+    find_unread,
+    patterns_of,
+    stand_in_note,
+)
 
 SAMPLES = 6  # pairs of each split in the picture
 MOST_ALIKE = 3  # unusable files that are named if all have the same mistake
@@ -42,6 +50,7 @@ class Examined(NamedTuple):
     is_plain: bool  # the image is of a single colour
     is_turned: bool  # the image was turned upright by its EXIF data, the mask was not
     n_near: int  # pixels of the mask that have a class through `mask_tolerance` alone
+    palette: dict[int, list[int]]  # of a mask of indices that is a palette file: number → colour
 
 
 class Checked(NamedTuple):
@@ -70,6 +79,7 @@ def examine(pair: Pair, config: dict) -> Examined:
         is_plain=bool((pixels == pixels[:, :1]).all()),
         is_turned=is_turned(pair.image) and not is_turned(pair.mask),
         n_near=count_near(pair.mask, config) if config["mask_tolerance"] else 0,
+        palette=read_palette(pair.mask) if config["mask_format"] == "indices" else {},
     )
 
 
@@ -98,12 +108,13 @@ def check_split(config: dict, split: str, seen: dict[str, tuple[Path, str]]) -> 
     counts = torch.zeros(256, dtype=torch.int64)
     for examined in examined_pairs:
         counts += examined.counts
-    notes = find_unread(config, split)
+    notes = find_unread(data_root(config), patterns_of(config, split))
     sizes = [examined.size for examined in examined_pairs]
     size_problems, size_notes = look_at_sizes(split, sizes, config)
     problems += size_problems
     notes += size_notes
     notes += describe_exceptions(split, readable, examined_pairs)
+    notes += note_palettes(split, readable, examined_pairs)
     if readable:
         missing = [name for i, name in enumerate(config["classes"]) if counts[i] == 0]
         if missing and split == "training":
@@ -159,6 +170,22 @@ def describe_exceptions(split: str, pairs: list[Pair], examined_pairs: list[Exam
         text = f"gives {n_near} pixels ({share:.2%}) the nearest class"
         notes.append(f"{split}: mask_tolerance {text}")
     return notes
+
+
+def note_palettes(split: str, pairs: list[Pair], examined_pairs: list[Examined]) -> list[str]:
+    """Write the note that a number has several colours in masks of indices; [] if none has.
+
+    Programs that save space renumber the colours of each file by themselves.
+    """
+    first_use = {}  # number → its colour, and the first mask that has it
+    for pair, examined in zip(pairs, examined_pairs, strict=True):
+        for number, colour in examined.palette.items():
+            first_colour, first_path = first_use.setdefault(number, (colour, pair.mask))
+            if colour != first_colour:
+                text = f"{number} is {first_colour} in {first_path} and {colour} in {pair.mask}"
+                advice = "if its colour says the class, set mask_format: colours, and `classes`"
+                return [f"{split}: {text}; {advice}"]
+    return []
 
 
 def note_few_groups(split: str, pairs: list[Pair]) -> list[str]:

@@ -356,6 +356,9 @@ def main(args: argparse.Namespace) -> None:
     lines += describe_images(examined, notes)
     lines += describe_sizes(examined, meaning, masks, notes)
     note_doubts(meaning, masks, not layout.split_folders, notes)
+    if names and masks.kind != "colours":
+        text = "are those of a list beside the data: its first for 0, its second for 1 …"
+        notes.append(f"classes: their names {text}; see by their shares if that is right")
     text = write_config(lines, notes, args)
     if args.out is None:
         print(text, end="")

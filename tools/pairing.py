@@ -15,7 +15,7 @@ import numpy as np
 
 from common import UserError
 from data import evenly
-from patterns import find_files
+from patterns import ENDINGS, find_files
 from tools.meaning import read_numbers
 
 GROUPS = {  # what may stand for one video or patient in a name, the likeliest first
@@ -76,7 +76,8 @@ def list_files(text: str) -> list[Path]:
         files = sorted(file.path for file in find_files(folder, pattern))
         if files:
             return files
-    advice = "give a folder with images, or a pattern in quotes, as in 'photos/*.jpg'"
+    kinds = ", ".join(ENDINGS)
+    advice = f"give a folder with images ({kinds}), or a pattern in quotes, as in 'photos/*.jpg'"
     raise UserError(f"{text}: has no images; {advice}")
 
 
@@ -247,7 +248,9 @@ def write_pattern(folder: Path, around: Around, stars: list[str], files: list[Pa
     """Write a pattern: the folder, then each part with its star, then the endings of the files."""
     parts = []
     for (before, after), star in zip(around, stars, strict=True):
-        parts.append(f"{before}{star}{after}")
+        part = f"{before}{star}{after}"
+        if part:  # the folders are empty where all pairs lie at the top
+            parts.append(part)
     endings = sorted({path.suffix.lower().removeprefix(".") for path in files})
     ending = endings[0] if len(endings) == 1 else "{" + ",".join(endings) + "}"
     return (folder / "/".join(parts)).as_posix() + f".{ending}"

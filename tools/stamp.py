@@ -3,8 +3,8 @@
     python -m tools.stamp DIR --out FILE
     python -m tools.stamp --config my.yaml --out FILE
 
-The stamp is a digest of the names, sizes and times of all files below the data's folder. FILE is
-written only if the stamp is another one, so that make sees by its time when the data changed.
+The stamp is a digest of the names, sizes and times of the images and masks. FILE is written only if
+the stamp is another one, so that make sees by its time when the data changed.
 """
 
 import argparse
@@ -14,41 +14,39 @@ from pathlib import Path
 
 from common import UserError, run, write_atomically
 from config import load_config
+from patterns import find_files
 
 
-def stamp_of(folder: Path) -> str:
-    """Compute the digest of names, sizes and times of the files below a folder.
+def stamp_of(config: dict) -> str:
+    """Compute the digest of names, sizes and times of the images and masks of all splits.
 
-    Hidden files and folders do not count, nor does the cache among them. UserError if there is no
-    such folder.
+    UserError if there is no such folder.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; run make data, or set `data`")
+    root = Path(config["data"]).expanduser()
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; run make data, or set `data`")
+    patterns = set()
+    for folder in config["split_folders"]:
+        for key in ("images", "masks"):
+            patterns.add(config[key].replace("{split}", folder))
     digest = sha256()
-    seen = set()  # a link may lead back to a folder above it
-    for path, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(path) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(path))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith("."):
-                status = os.stat(os.path.join(path, name))
-                digest.update(f"{path}/{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for pattern in sorted(patterns):
+        for file in find_files(root, pattern):
+            status = file.path.stat()
+            digest.update(os.fsencode(file.path))
+            digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", nargs="?", type=Path, metavar="DIR", help="the folder of the data")
+    parser.add_argument("data", nargs="?", metavar="DIR", help="the folder of the data")
     parser.add_argument("--config", type=Path, metavar="FILE", help="or a config that names it")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
-    folder = args.data
-    if args.config is not None:
-        folder = Path(load_config([args.config])["data"]).expanduser()
-    stamp = stamp_of(folder) + "\n"
+    paths = [] if args.config is None else [args.config]
+    overrides = [] if args.data is None else [f"data={args.data!r}"]
+    stamp = stamp_of(load_config(paths, overrides)) + "\n"
     if not args.out.exists() or args.out.read_text(encoding="utf-8") != stamp:
         write_atomically(args.out, stamp.encode())
 
