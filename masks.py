@@ -237,7 +237,7 @@ def missing_classes_problem(names: list[str], config: dict) -> str:
         # Without `ignore` the classes after a removed one would move up by one.
         values = file_values(config)
         missing = [values[list(config["classes"]).index(name)] for name in names]
-        advice += f" and set ignore: {sorted([*config['ignore'], *missing])}"
+        advice += f" and set ignore: {sorted(config['ignore'] + missing)}"
     if config["resize"]:
         advice += "; or make resize larger, if the objects are too small to be left"
     if config["mask_format"] == "indices" and 255 in config["ignore"]:

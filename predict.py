@@ -153,7 +153,7 @@ def find_images(given: list[Path], out: Path) -> dict[Path, Path]:
             folder = path.parent
             files = [path]
         if not files:
-            if out_resolved in (path.resolve(), *path.resolve().parents):
+            if path.resolve().is_relative_to(out_resolved):
                 text = f"lies in {out}, where results go, which are no images to predict"
                 raise UserError(f"{path}: {text}; give another OUT (--out)")
             kinds = ", ".join(ENDINGS)
