@@ -182,8 +182,8 @@ def page_of_published(runs: list[Run], studies: list[Study]) -> str:
         " turns squares and triangles into a pattern of both.](docs/stripes.png)",
         "`tuned` with seed 0 and with seed 3 is the same code (`make train-tuned DATA=afo"
         ' RUNS=runs/random SEEDS="0 3" SET="upsampling_init=random background_bias=0"`). With seed'
-        " 3, each pixel position has learnt one of the two shapes alone. The short runs below start"
-        " in another way, against this.",
+        " 3, each pixel position has learnt one of the two shapes alone. (No table below has these"
+        " two runs. Short runs start differently, to prevent this.)",
         "A student lab of 2021 asked what makes a small U-Net good. We asked again, with its own"
         f" data: *Artificial Flying Objects*, tested on {test['images']:,} images from"
         f" {test['groups']} flights. A flight is a scene in motion: its images are nearly copies.",
@@ -205,13 +205,15 @@ def page_of_published(runs: list[Run], studies: list[Study]) -> str:
         "    make weights\n    python evaluate.py weights/best.pt --data data/afo",
         "## A short training on generated flights",
         "`speedrun` trains a smaller `best` on generated flights for four epochs. The goal is a"
-        " mean IoU of 0.995 on the real images. These runs had one thread each, beside others.",
+        " mean IoU of 0.995 on the real images. These runs had one thread each, while others shared"
+        " the machine.",
         speedrun_table(runs),
         "## Three things to try",
         '- `make train-tuned RUNS=runs/random SEEDS="4 5 6" SET="upsampling_init=random'
         ' background_bias=0"`: does one of your seeds lose a class? Look for stripes in'
         " `predictions.png`.\n"
-        '- `make train-tuned SEEDS="3 4 5"`: with the start that short runs have, is one lost?\n'
+        '- `make train-tuned SEEDS="3 4 5"`: with the start that short runs have, is a class'
+        " lost?\n"
         "- `python evaluate.py weights/best.pt --data data/generated`: does the shipped model know"
         " the generated images as well?",
         details_of(studies),

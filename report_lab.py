@@ -56,7 +56,9 @@ def section_fifty_images(study: Study) -> str | None:
             batch.append(abs(row["lab_batch"] - row["mean_iou"]))
             if row.get("lab_batch_training_mode") is not None:
                 mode.append(abs(row["lab_batch_training_mode"] - row["lab_batch"]))
-    finding = f"Taking 50 images for all changed a score by up to {max(batch):.4f}."
+    finding = (
+        f"Testing on 50 images instead of all changed the score of a run by up to {max(batch):.4f}."
+    )
     if mode:
         finding += f" Training mode changed it by up to {max(mode):.4f} more."
     return (

@@ -110,10 +110,10 @@ def draw_lost(study: Study, runs: list[Run]) -> str:
     labels = ("validation loss at the end", "mean IoU")
     figures.scatter(study.figures / "lost-positions.png", groups, *labels)
     caption = (
-        "Each lost position costs about the same IoU; its loss depends on the shape. Crosses:"
-        " computed from the share of the pixels that each shape covers. The lab's runs: its logged"
-        " validation loss and its published test IoU. Our runs by its protocol: validation, medians"
-        f" of the last {LAST} epochs."
+        "Each lost position costs about the same IoU; how much it adds to the loss depends on the"
+        " shape. Crosses: computed from the share of the pixels that each shape covers. The lab's"
+        " runs: its logged validation loss and its published test IoU. Our runs by its protocol:"
+        f" validation, medians of the last {LAST} epochs."
     )
     return picture(study, "lost-positions.png", caption)
 
@@ -155,8 +155,8 @@ def answer_seeds(study: Study) -> Answer | None:
         lost = [run for run in ours if lost_in_masks(run) > 0]
         labs = [number for number in lab_runs().values() if number > 0]
         text = (
-            "Probably luck. Some runs lose a shape at some pixel positions. That would explain the"
-            f" {len(labs)} low scores among the lab's {len(lab_runs())} runs with a Dice loss."
+            "Probably by luck: some runs lose a shape at some pixel positions. That would explain"
+            f" the {len(labs)} low scores among the lab's {len(lab_runs())} runs with a Dice loss."
             f" {len(lost)} of our {len(ours)} such runs lost positions."
         )
         return Answer(text, "likely")
@@ -193,7 +193,7 @@ def section_seeds(study: Study) -> str | None:
         "The lab's scores lie near four values: 0.99, 0.92, 0.86 and 0.80. A shape that is missing"
         " at one of four positions loses a quarter of its IoU. Four classes are averaged, so the"
         " mean IoU falls by a sixteenth. The loss rises by a quarter of the pixels that the shape"
-        " covers. The lab's own logs fit this.",
+        " covers. The lab's own logs lie near the values computed in this way.",
         lost_table(counts),
     ]
     shares = {}
@@ -238,10 +238,11 @@ def details_seeds(study: Study) -> str | None:
         columns = {"mean IoU": COLUMNS["mean IoU"], "striped": COLUMNS["striped"]}
         for name in next(iter(rows.values()))[0]["per_class_iou"]:
             columns[name] = iou_of(name)
+        verb = "have" if striped > 1 else "has"
         parts.append(
-            f"{striped} of {total} tested runs have striped masks. The table shows them beside the"
-            " runs of the same experiments with other seeds. `square 2/4` means: squares are"
-            " missing at two of the four positions."
+            f"{striped} of the {total} tested runs {verb} striped masks. The table shows striped"
+            " runs beside runs of the same experiment with other seeds. `square 2/4` means:"
+            " squares are missing at two of the four positions."
         )
         parts.append(markdown(tabulate(rows, columns)))
     parts.append(count_never_predicted(study))
@@ -304,9 +305,9 @@ def answer_heads(study: Study) -> Answer | None:
     if not runs:
         return None
     text = (
-        f"Of {len(runs)} short runs of `tuned`, {count_never(runs)[-1]} never predict some class"
-        f" after {steps_by_epoch(runs[0])[-1]}. {count_poor(runs)} end with a class whose IoU is"
-        f" below {LOW_IOU}."
+        f"Of {len(runs)} runs of `tuned` with the lab's start, {count_never(runs)[-1]} predict some"
+        f" class nowhere after {steps_by_epoch(runs[0])[-1]}. {count_poor(runs)} end with a"
+        f" class whose IoU is below {LOW_IOU}."
     )
     wide = study.heads.get("heads/tuned-wide")
     if wide:

@@ -26,7 +26,12 @@ from report_runs import Run, Runs, Study
 from table import COLUMNS, LAB, NONE, background_only, format_stat, markdown, rank, tabulate
 
 HIGH_ACCURACY, LOW_IOU = 0.8, 0.5  # what is called high and poor
-YES_OR_NO = {"more": "Yes. ", "less": "No. ", "noise": "We saw no clear gain. ", "one seed": ""}
+YES_OR_NO = {
+    "more": "Yes. ",
+    "less": "No. ",
+    "noise": "We saw no clear difference. ",
+    "one seed": "",
+}
 Rows = dict[str, list[dict]]  # experiment → the rows of its runs
 
 # For pictures of up to five classes: colours that the colour-blind can tell apart.
@@ -68,7 +73,8 @@ def compare(name_a: str, a: list[float], name_b: str, b: list[float]) -> Answer:
     result = welch(a, b)
     if result.verdict == "one seed":
         text = f"{name_a} scores {score(a)}, {name_b} {score(b)}."
-        return Answer(f"{text} One run each cannot show which is better.", "cannot tell", result)
+        number = "One run each" if len(a) == len(b) else f"So few runs, {len(a)} and {len(b)},"
+        return Answer(f"{text} {number} cannot show which is better.", "cannot tell", result)
     margin = "" if result.margin is None else f" ± {result.margin:.4f}"
     found = f"({score(a)} against {score(b)}, difference {result.difference:+.4f}{margin})"
     says = {
@@ -123,7 +129,7 @@ def answer_accuracy(study: Study) -> Answer | None:
         f" of {share:.4f}, but a mean IoU of {low:.4f}."
     )
     if share >= HIGH_ACCURACY and low <= LOW_IOU:
-        return Answer(f"No. {found}", "sure")
+        return Answer(f"No, mean IoU suits better. {found}", "sure")
     return Answer(f"This data does not show it. {found}", "cannot tell")
 
 
@@ -310,7 +316,8 @@ def details_other_runs(study: Study) -> str | None:
     if study.earlier:
         parts.append(
             "These earlier runs had no horizontal flips. They were scored on the validation split"
-            " only. `modified-no-flip` stopped after 6 of 15 epochs."
+            " only, and so stand apart from later runs of the same name. `modified-no-flip` stopped"
+            " after 6 of 15 epochs."
         )
         headings = ["mean IoU", "n", "never predicted", "images seen"]
         parts.append(table(rank(rows_of(study.earlier, "validation")), headings))

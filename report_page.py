@@ -124,7 +124,7 @@ SECTIONS = [
     Section(
         "What had the greatest impact?",
         "Each setting changes one thing in `tuned`. Settings are compared on the validation split,"
-        " because the test split is not there to choose by.",
+        " because the test split must not be used for choosing.",
         report_sweeps.section_tuning,
         report_sweeps.answer_tuning,
         report_sweeps.details_tuning,

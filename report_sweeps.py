@@ -7,8 +7,9 @@ from statistics import fmean
 from typing import NamedTuple
 
 import figures
-from report_lost import count_never, steps_by_epoch
+from report_lost import count_never, count_poor, steps_by_epoch
 from report_models import (
+    LOW_IOU,
     YES_OR_NO,
     Answer,
     Rows,
@@ -122,7 +123,9 @@ def answer_flips(study: Study) -> Answer | None:
         return None
     horizontal, vertical = answers
     if horizontal.comparison.verdict == "less" and vertical.comparison.verdict != "more":
-        return Answer("Probably because they replaced horizontal flips, which hurt.", "likely")
+        return Answer(
+            "Probably because they replaced horizontal flips, which hurt in these runs.", "likely"
+        )
     return Answer("These runs cannot tell.", "cannot tell")
 
 
@@ -213,7 +216,8 @@ def answer_tuning(study: Study) -> Answer | None:
     for factor in factors:
         if factor.answer.sure == "sure":
             # Only likely: the two settings were picked as the extremes of several.
-            return Answer(f"The {factor.name}: {factor.answer.text}", "likely")
+            text = f"On validation, the {factor.name}: {factor.answer.text}"
+            return Answer(text, "likely")
     widest = factors[0]
     text = f"Perhaps the {widest.name}, whose settings differ most. {widest.answer.text}"
     return Answer(text, "cannot tell")
@@ -289,8 +293,9 @@ def section_loss(study: Study) -> str | None:
     return (
         "Both are scored on the validation split. With the lab's own start the loss matters more:"
         f" after {steps_by_epoch(labs[0])[-1]} {count_never(ours)[-1]} of {len(ours)} runs of"
-        f" `tuned-loss-per-class` never predict some class, and {count_never(labs)[-1]} of"
-        f" {len(labs)} with the lab's loss."
+        f" `tuned-loss-per-class` predict some class nowhere, and {count_never(labs)[-1]} of"
+        f" {len(labs)} with the lab's loss. {count_poor(ours)} and {count_poor(labs)} end with a"
+        f" class whose IoU is below {LOW_IOU}."
     )
 
 

@@ -20,13 +20,14 @@ def test_welch_decides_the_verdict() -> None:
     assert report_models.compare("b", b, "a", a).text.startswith("b scores lower than a (")
     assert report_models.compare("a", a, "b", [0.7, 0.9, 1.0]).sure == "cannot tell"
     one = report_models.compare("a", a, "b", [0.8]).text
-    assert one.startswith("a scores 0.9100 ± 0.0100, b 0.8000. One run each cannot show which")
+    assert one.startswith("a scores 0.9100 ± 0.0100, b 0.8000. So few runs, 3 and 1, cannot")
 
 
 def test_accuracy_of_background_alone(tmp_path: Path) -> None:
     study = make_study([make_run("tuned", 0, 0.8)], tmp_path)
     answer = report_models.answer_accuracy(study)
-    assert answer.text.startswith("No. Predicting background everywhere scores an accuracy of 0.86")
+    assert answer.text.startswith("No, mean IoU suits better. Predicting background everywhere")
+    assert "scores an accuracy of 0.8600, but a mean IoU of 0.2150" in answer.text
     assert "mean IoU of 0.2150." in answer.text and answer.sure == "sure"  # 0.86 / 4
 
 
@@ -91,8 +92,8 @@ def test_losses_are_compared_on_validation(tmp_path: Path) -> None:
     runs += [make_run("heads/tuned", 0, 0.4), make_run("heads/tuned-loss-per-class", 0, 0.9)]
     runs[-2].history[-1]["validation"]["dead_classes"] = ["square"]
     text = report_sweeps.section_loss(make_study(runs, tmp_path))
-    assert "after 10 steps 0 of 1 runs of `tuned-loss-per-class` never" in text
-    assert text.endswith("and 1 of 1 with the lab's loss.")
+    assert "after 10 steps 0 of 1 runs of `tuned-loss-per-class` predict some class" in text
+    assert "and 1 of 1 with the lab's loss. 0 and 1 end with a class whose IoU is below" in text
 
 
 def test_flips_are_compared_with_no_augmentation(tmp_path: Path) -> None:
@@ -128,7 +129,8 @@ def test_heads_are_counted_by_step(tmp_path: Path, no_drawing: None) -> None:
     text = report_lost.section_heads(study)
     assert "No run of `tuned-wide` ends with a class below 0.5." in text
     answer = report_lost.answer_heads(study).text
-    assert answer.startswith("Of 2 short runs of `tuned`, 1 never predict some class after 10 st")
+    assert answer.startswith("Of 2 runs of `tuned` with the lab's start, 1 predict some class")
+    assert "nowhere after 10 steps" in answer
 
 
 def test_overfitting_names_the_first_perfect_epoch(tmp_path: Path, no_drawing: None) -> None:
@@ -158,7 +160,7 @@ def test_striped_runs_are_shown_with_their_siblings(tmp_path: Path) -> None:
     runs[1].test["lost_positions"] = {"triangle": 2}
     study = make_study(runs, tmp_path)
     text = report_lost.details_seeds(study)
-    assert "1 of 3 tested runs have striped masks. The table shows them beside the runs" in text
+    assert "1 of the 3 tested runs has striped masks. The table shows striped runs beside" in text
     assert "| `tuned`, seed 1 | 0.8650 | triangle 2/4 |" in text
     assert "| `tuned`, seed 0 | 0.9850 | – |" in text and "| `initial`" not in text
     assert "score from 0.8650 to 0.9850" in report_lost.answer_seeds(study).text
