@@ -16,7 +16,7 @@ MODELS := initial modified tuned best
 NAMED    := $(filter-out afo allowed default quick weights,$(patsubst configs/%.yaml,%,$(wildcard configs/*.yaml)))
 names     = $(sort $(patsubst configs/$(1)/%.yaml,%,$(wildcard configs/$(1)/*.yaml)))
 AUGMENT  := $(filter-out $(if $(filter full,$(PROFILE)),,no-augmentation),$(call names,augment))
-SPEEDRUN := $(foreach seed,0 1 2,runs/speedrun/seed$(seed)/on-afo.json)
+SPEEDRUN := $(foreach seed,0 1 2 3 4,runs/speedrun/seed$(seed)/on-afo.json)
 
 # DATA=my.yaml: a config that says where your data lie. It wins over those of the experiments.
 OWN       := $(filter %.yaml,$(DATA))
@@ -24,7 +24,7 @@ DATA_NAME := $(subst /,-,$(basename $(DATA)))
 DATA_DIR  := $(or $(OWN),data/$(DATA))
 RUNS      ?= runs/$(DATA_NAME)/$(PROFILE)
 $(if $(filter generated afo,$(DATA))$(wildcard $(filter-out generated.yaml afo.yaml,$(OWN))),,\
-  $(error DATA=$(DATA): must be generated, afo, or a file NAME.yaml that exists, of another name))
+  $(error DATA=$(DATA): must be generated, afo, or a file NAME.yaml that exists and has another name than these))
 $(if $(filter quick full,$(PROFILE)),,$(error PROFILE=$(PROFILE): must be quick or full))
 
 # The files that say that runs are finished, one for each seed: $(call runs,initial tuned).
@@ -70,7 +70,7 @@ check: | $(DATA_DIR) .venv/installed  ## list all problems of the data, and show
 # Written anew when a file of the data is added, removed or changed; then all runs look again.
 STAMP := $(RUNS)/data.stamp
 $(STAMP): FORCE | $(DATA_DIR) .venv/installed
-	@$(PY) -m tools.stamp $(if $(OWN),--config $(OWN),$(DATA_DIR)) --out $@
+	@$(PY) -m tools.stamp $(if $(OWN),--config $(OWN),$(DATA_DIR)) --out $@ --set $(SET)
 # RUN.yaml beside the folder RUN is the config asked for, RUN/config.yaml is that of the run there. An
 # experiment file with a line `data:` of its own keeps that data. config.py ends with 3 if a run must train.
 data_of   = $(if $(OWN)$(shell grep -s '^data:' configs/$(1).yaml),,data=$(DATA_DIR))
@@ -125,7 +125,7 @@ doctor: | .venv/installed  ## say what is wrong with the run RUN=runs/... and wh
 
 bench: | $(DATA_DIR) .venv/installed  ## measure training speed beside a textbook loop, in one run
 	$(PY) -m tools.bench --data $(DATA_DIR) --device $(DEVICE)
-speedrun: | data/afo data/scenes  ## a minute of training on generated flights to a mean IoU of 0.995 on the real test split, three seeds
+speedrun: | data/afo data/scenes  ## a minute of training on generated flights to a mean IoU of 0.995 on the real test split, five seeds
 	@$(MAKE) --no-print-directory DATA=configs/data/scenes.yaml RUNS=runs $(SPEEDRUN)
 	@$(PY) evaluate.py $(SPEEDRUN) --goal 0.995
 torture: | .venv/installed  ## kill training 50 times at random moments, compare with a run left alone

@@ -91,10 +91,11 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:  # the error of a full disk does not name the file
+    except OSError as error:  # the error of a full disk, for one, does not name the file
         with contextlib.suppress(OSError):  # as a name that is too long
             partial.unlink(missing_ok=True)
-        advice = "make room" if error.errno == errno.ENOSPC else "give another path"
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "make room" if is_full else "give another path"
         raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
 
 

@@ -217,7 +217,7 @@ def note_overridden(paths: list[Path]) -> None:
     for path in paths:
         for key, value in read_yaml(path).items():
             before, source = given.get(key, (value, path))
-            if before != value:
+            if not is_same(before, value):
                 text = f"{path} overrides {key}: {before} of {source} or its base"
                 print(f"note: {text}", file=sys.stderr)
             given[key] = (value, path)

@@ -124,7 +124,10 @@ def load_data(config: dict) -> tuple[Split, Split]:
         names = ", ".join(missing)
         print(f"note: limits: the chosen training masks have no {names}", file=sys.stderr)
     elif missing:
-        raise UserError(f"{config['data']}: {missing_classes_problem(missing, config)}")
+        text = missing_classes_problem(missing, config)
+        if config["resize"]:
+            text += "; if `make check` finds its pixels, `resize` loses them: make it larger"
+        raise UserError(f"{config['data']}: {text}")
     return training, validation
 
 
@@ -206,7 +209,8 @@ def digest_files(root: Path, pairs: list[Pair]) -> str:
     files = []
     for pair in pairs:
         for path in (pair.image, pair.mask):
-            status = path.stat()
+            with reading(path):  # a link may lead nowhere
+                status = path.stat()
             name = str(path.relative_to(root))  # however the folder is spelled
             files.append((name, status.st_size, status.st_mtime_ns))
     return sha256(json.dumps(files).encode()).hexdigest()[:12]

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import metrics
 from checkpoints import restore_model
 from common import ROOT, SPLITS, UserError, reading, require, run, write_atomically
+from config import is_same
 from data import Split, evenly, load_split, to_float
 from losses import check_loss, weighted_loss
 from metrics import IGNORE
@@ -116,7 +117,7 @@ def score_in_training_mode(
     model, checkpoint = restore_model(last, device)  # a model of its own, which may change
     # `epochs` may have grown since the best epoch, if the run was continued.
     keys = [key for key in config if key != "epochs"]
-    if any(checkpoint["config"][key] != config[key] for key in keys):
+    if not all(is_same(checkpoint["config"][key], config[key]) for key in keys):
         return None
     images, masks = batch
     dtype = pick_precision(device, config["precision"])

@@ -27,6 +27,7 @@ ALIKE = 32  # colours that differ by less than this in each channel look alike
 SIDE = 160  # pixels of a picture in a grid
 DPI = 110
 FAR = 10  # times the distance from the median to the best: runs that are lower become an arrow
+SMALLEST_GAP = 0.001  # of mean IoU, which counts as that distance at least
 
 # Colours (Okabe and Ito 2008: the colour-blind can tell them apart), line styles and markers.
 LOOKS = [
@@ -230,21 +231,27 @@ def scatter(
     save(figure, path)
 
 
+def lowest_shown(scores: list[float]) -> float:
+    """Choose the lowest of the scores that is drawn at its place, since more would squeeze all."""
+    median = float(np.median(scores))
+    return median - FAR * max(max(scores) - median, SMALLEST_GAP)
+
+
 def ranking(path: Path, scores: dict[str, list[float]], label: str) -> None:
     """Draw a line for each experiment, the first at the top: its runs as dots, their mean.
 
     Runs that are far below the others become an arrow, so that these are not squeezed together.
     """
     figure, (ax,) = new_figure(7.5, 0.8 + 0.27 * len(scores))
-    every = np.concatenate(list(scores.values()))
-    left = np.median(every) - FAR * (every.max() - np.median(every))
-    if every.min() < left:
-        label += " (arrows: further to the left)"
+    every = [value for values in scores.values() for value in values]
+    left = lowest_shown(every)
+    if min(every) < left:
+        label += " (arrows: runs further to the left, and no mean of their line)"
     for y, values in enumerate(scores.values()):
         for value in values:
             marker = "<" if value < left else "o"
             ax.plot([max(value, left)], [y], marker, color="#0072B2", ms=5, alpha=0.6)
-        if np.mean(values) >= left:
+        if min(values) >= left:
             ax.plot([np.mean(values)], [y], "|", color="black", ms=14, mew=2)
     ax.set(yticks=range(len(scores)), yticklabels=list(scores), xlabel=label)
     ax.set_ylim(len(scores) - 0.5, -0.5)

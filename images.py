@@ -199,7 +199,8 @@ def read_values(path: Path, mask_format: str) -> np.ndarray:
         values = values.astype(np.int64)
     if values.min() < 0:
         text = f"holds numbers below 0, the lowest is {values.min()}"
-        raise UserError(f"{path}: {text}; save class indices, and 255 where there is no label")
+        advice = "save 0 and more; where there is no label 255, and set ignore: [255]"
+        raise UserError(f"{path}: {text}; {advice}")
     if mask_format == "colours":
         return np.broadcast_to(values, (*values.shape[:2], 3))
     # Grey may be written as three equal channels.

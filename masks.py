@@ -97,6 +97,8 @@ def check_mask_keys(config: dict) -> None:
     for value in values:
         if values.count(value) > 1:
             raise UserError(f"classes, ignore: {value} stands twice; give each its own value")
+    if max(file_values(config)) > 255:
+        raise UserError("classes, ignore: have numbers above 255, which no predicted mask can hold")
     if config["other_values"] and config["other_values"] not in classes:
         names = ", ".join(classes)
         raise UserError(f"other_values: is {config['other_values']!r}; give a class of {names}")
@@ -172,7 +174,7 @@ def refuse_strays(path: Path, values: np.ndarray, strays: np.ndarray, config: di
     if config["mask_format"] == "indices":
         advice = advise_for_indices(greys, config)
     else:
-        is_jpeg = path.suffix.lower() in (".jpg", ".jpeg")
+        is_jpeg = path.suffix.lower() in (".jpg", ".jpeg", ".jfif")
         advice = advise_for_colours(values, strays, greys, is_jpeg, config)
     raise UserError(f"{path}: {text}; {advice}")
 
@@ -238,8 +240,6 @@ def missing_classes_problem(names: list[str], config: dict) -> str:
         values = file_values(config)
         missing = [values[list(config["classes"]).index(name)] for name in names]
         advice += f" and set ignore: {sorted(config['ignore'] + missing)}"
-    if config["resize"]:
-        advice += "; or make resize larger, if the objects are too small to be left"
     if config["mask_format"] == "indices" and 255 in config["ignore"]:
         advice += " (if 255 is its colour, remove ignore and mask_format: indices)"
     return f"classes: no pixel of the training masks is {', '.join(names)}; {advice}"

@@ -130,7 +130,7 @@ def find_pairs(config: dict, split: str) -> tuple[list[Pair], list[str]]:
             group = group_of(name, config["group"])
             if not group:
                 path = images[name].path
-                problems.append(f"{path}: group: {config['group']!r} is not in its name")
+                problems.append(f"{path}: group: {config['group']!r} finds nothing in its name")
                 continue
             pairs.append(Pair(name, group, images[name].path, masks[name].path))
     problems += list_alone(root, images, masks, mask_pattern, "mask")
@@ -149,7 +149,7 @@ def find_pairs(config: dict, split: str) -> tuple[list[Pair], list[str]]:
 
 
 def group_of(name: str, expression: str) -> str:
-    """Find the group in the name of a pair: what `group` matches, or its first (…) if it has one.
+    """Find the group in the name of a pair: what `group` matches, or what its (…) match.
 
     With group: "" every image is its own group. Returns "" if nothing is found.
     """
@@ -158,8 +158,9 @@ def group_of(name: str, expression: str) -> str:
     match = re.search(expression, name)
     if match is None:
         return ""
-    found = match[1] if match.re.groups else match[0]
-    return found or ""
+    if match.re.groups:
+        return "/".join(text for text in match.groups() if text)
+    return match[0]
 
 
 def by_name(files: list[File]) -> tuple[dict[str, File], list[str]]:

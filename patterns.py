@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError
+from common import UserError, reading
 
 # The endings that a bare * stands for.
 ENDINGS = ("png", "jpg", "jpeg", "jfif", "bmp", "gif", "tif", "tiff", "webp")
@@ -91,16 +91,20 @@ def specificity(pattern: str) -> int:
 
 
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """List the names of the files and of the folders in a folder, sorted, without hidden ones."""
+    """List the names of the files and of the folders in a folder, sorted, without hidden ones.
+
+    A link that leads nowhere counts as a file: whoever reads it says so. UserError if the folder
+    cannot be read.
+    """
     files = []
     folders = []
-    with os.scandir(folder) as entries:
+    with reading(folder, "let it be read, or move it"), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):  # macOS leaves such files behind
                 continue
             if entry.is_dir():  # a link to a folder is one
                 folders.append(entry.name)
-            elif entry.is_file():
+            elif entry.is_file() or entry.is_symlink():
                 files.append(entry.name)
     return sorted(files), sorted(folders)
 

@@ -35,7 +35,7 @@ from figures import class_colours, grid, overlay, save, thumbnail, write_image, 
 from images import read_image
 from masks import file_values
 from pairs import find_unread
-from patterns import ENDINGS, find_files
+from patterns import ENDINGS, check_name, find_files
 
 TILE = 1024  # pixels along one side of the parts that a larger image is predicted in
 SHEET = 48  # images on the contact sheet at most
@@ -80,7 +80,10 @@ def predict_classes(model: nn.Module, config: dict, images: Tensor) -> Tensor:
 
 
 def predict_mask(model: nn.Module, config: dict, path: str | Path) -> Tensor:
-    """Predict (H, W) uint8 class indices of an image file; UserError if it cannot be read."""
+    """Predict (H, W) uint8 class indices of an image file; UserError if it cannot be read.
+
+    0 is the first class, whatever number it has in mask files.
+    """
     pixels = read(Path(path), config)
     image = torch.from_numpy(pixels).permute(2, 0, 1)
     return predict_classes(model, config, image[None])[0]
@@ -186,6 +189,7 @@ def find_in_folder(folder: Path, out_resolved: Path) -> list[Path]:
 
 def read(path: Path, config: dict) -> np.ndarray:
     """Read an image as (H, W, channels) uint8, as in training; UserError if that cannot be done."""
+    check_name(path)
     if not path.exists():
         advice = 'put a name with spaces in quotes: python predict.py "my photo (1).jpg"'
         raise UserError(f"{path}: cannot be read, there is no such file; {advice}")

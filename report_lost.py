@@ -305,9 +305,9 @@ def answer_heads(study: Study) -> Answer | None:
     if not runs:
         return None
     text = (
-        f"Of {len(runs)} runs of `tuned` with the lab's start, {count_never(runs)[-1]} predict some"
-        f" class nowhere after {steps_by_epoch(runs[0])[-1]}. {count_poor(runs)} end with a"
-        f" class whose IoU is below {LOW_IOU}."
+        f"In {count_never(runs)[-1]} of {len(runs)} runs of `tuned` with the lab's start, some"
+        f" class is in no prediction after {steps_by_epoch(runs[0])[-1]}. {count_poor(runs)} end"
+        f" with a class whose IoU is below {LOW_IOU}."
     )
     wide = study.heads.get("heads/tuned-wide")
     if wide:

@@ -292,10 +292,10 @@ def section_loss(study: Study) -> str | None:
         return "Both are scored on the validation split."
     return (
         "Both are scored on the validation split. With the lab's own start the loss matters more:"
-        f" after {steps_by_epoch(labs[0])[-1]} {count_never(ours)[-1]} of {len(ours)} runs of"
-        f" `tuned-loss-per-class` predict some class nowhere, and {count_never(labs)[-1]} of"
-        f" {len(labs)} with the lab's loss. {count_poor(ours)} and {count_poor(labs)} end with a"
-        f" class whose IoU is below {LOW_IOU}."
+        f" after {steps_by_epoch(labs[0])[-1]} some class is in no prediction of"
+        f" {count_never(ours)[-1]} of {len(ours)} runs of `tuned-loss-per-class`, and of"
+        f" {count_never(labs)[-1]} of {len(labs)} runs with the lab's loss. {count_poor(ours)} and"
+        f" {count_poor(labs)} end with a class whose IoU is below {LOW_IOU}."
     )
 
 

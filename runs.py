@@ -108,7 +108,7 @@ def find_checkpoint(
     if seconds > LONG:
         raise UserError(
             f"{run_dir}: holds {seconds / 60:.1f} minutes of training with another {changed}; "
-            f"with the old values it goes on, {discard}, RUNS=… (--run-dir) trains elsewhere"
+            f"with the old values and data it goes on, {discard}, RUNS=… (--run-dir) trains anew"
         )
     print(f"{run_dir}: starting over, the run there was made with another {changed}")
     return None

@@ -322,8 +322,9 @@ def test_exchanged_images_and_masks_are_refused(tmp_path: Path) -> None:
 def test_labelmes_names_of_classes_are_taken(tmp_path: Path) -> None:
     write_set(tmp_path, np.array([0, 1, 2], np.uint8))
     (tmp_path / "class_names.txt").write_text("__ignore__\n_background_\nyes\nbar: 2\n")
-    config, _ = write_config(tmp_path)
+    config, text = write_config(tmp_path)
     assert list(config["classes"]) == ["background", "yes", "bar: 2"]
+    assert "# To decide: classes: their names are those of a list beside the data" in text
 
 
 # ---- images and sizes
@@ -334,7 +335,7 @@ def test_a_mask_with_numbers_below_0_is_told(tmp_path: Path) -> None:
     below = Image.fromarray(np.full((96, 128), -1, np.int32))
     save(tmp_path / "labels/000.png", below, format="TIFF")
     _, text = write_config(tmp_path)
-    assert "labels/000.png: holds numbers below 0, the lowest is -1; save class indices" in text
+    assert "labels/000.png: holds numbers below 0, the lowest is -1; save 0 and more" in text
 
 
 def test_channels_and_bits(tmp_path: Path) -> None:

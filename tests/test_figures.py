@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from common import ROOT
-from figures import GREY, class_colours, colourise, legend_of, overlay, thumbnail
+from figures import (
+    GREY,
+    class_colours,
+    colourise,
+    legend_of,
+    lowest_shown,
+    overlay,
+    thumbnail,
+)
 
 CLASSES = {"background": [0, 0, 0], "square": [255, 0, 0], "circle": [0, 0, 255]}
 
@@ -66,3 +74,9 @@ def test_pictures_do_not_need_matplotlib(monkeypatch: pytest.MonkeyPatch) -> Non
     assert alone.colourise(torch.tensor([[1]]), CLASSES).flatten().tolist() == [255, 0, 0]
     with pytest.raises(ImportError):
         alone.new_figure(1, 1)
+
+
+def test_scores_far_below_the_others_are_not_drawn_at_their_place() -> None:
+    scores = [0.98, 0.97, 0.96, 0.95, 0.2]
+    assert lowest_shown(scores) == pytest.approx(0.96 - 10 * 0.02)
+    assert lowest_shown([0.9, 0.9, 0.9, 0.89]) == pytest.approx(0.9 - 10 * 0.001)

@@ -110,9 +110,19 @@ def test_changed_data_train_again(project: Path) -> None:
     assert trains(project) and not trains(project)
     # Files that are no images of the data, as results of runs in the same folder.
     (project / "data/generated/training/metrics.jsonl").write_bytes(b"{}")
-    (photos / "gone.png").symlink_to("nowhere")
+    (photos / "gone.txt").symlink_to("nowhere")
     (photos / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"a name of an old disk")
     assert not trains(project)
+
+
+def test_data_that_set_names_are_watched(project: Path) -> None:
+    setting = "SET=masks=training/m2/*.png"
+    masks = project / "data/generated/training/m2"
+    masks.mkdir(parents=True)
+    (masks / "a.png").write_bytes(b"first")
+    assert trains(project, setting) and not trains(project, setting)
+    (masks / "a.png").write_bytes(b"other")
+    assert trains(project, setting)
 
 
 def test_another_order_of_the_classes_trains_again(project: Path) -> None:

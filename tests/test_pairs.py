@@ -62,6 +62,8 @@ def test_nested_names_hold_their_folders(tmp_path: Path) -> None:
 def test_group_in_brackets_is_what_they_find() -> None:
     assert group_of("slice0_patient1", r"slice\d+_(patient\d+)") == "patient1"
     assert group_of("slice0_patient1", r"patient\d+$") == "patient1"
+    assert group_of("x_q7", r"^(p\d+)|x_(q\d+)") == "q7"
+    assert group_of("left_2_a", r"^(left|right)_(\d+)") == "left/2"
     assert group_of("slice0_patient1", "") == "slice0_patient1"
     for expression in ("[A-Z]*", "P", r"slice0(_?)patient", "(x)?slice"):
         assert group_of("slice0+patient1", expression) == ""

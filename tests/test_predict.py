@@ -134,6 +134,9 @@ def test_linked_folders_are_entered_and_results_left_out(
     options = ("--checkpoint", checkpoint, "--out", tmp_path / "out")
     code, text, _ = call(predict.main, *options, tmp_path / "in")
     assert code == 0 and "1 .heic left out" in text
+    (tmp_path / "in/gone.png").symlink_to("nowhere")
+    code, text, _ = call(predict.main, *options, tmp_path / "in")
+    assert code == 2 and f"problem: {tmp_path / 'in/gone.png'}: cannot be read" in text
     assert (tmp_path / "out/linked/b_mask.png").exists() and (tmp_path / "out/a_mask.png").exists()
     code, _, error = call(predict.main, *options, tmp_path / "out")
     assert code == 2 and "where results go" in error and "give another OUT" in error

@@ -27,8 +27,8 @@ def test_accuracy_of_background_alone(tmp_path: Path) -> None:
     study = make_study([make_run("tuned", 0, 0.8)], tmp_path)
     answer = report_models.answer_accuracy(study)
     assert answer.text.startswith("No, mean IoU suits better. Predicting background everywhere")
-    assert "scores an accuracy of 0.8600, but a mean IoU of 0.2150" in answer.text
-    assert "mean IoU of 0.2150." in answer.text and answer.sure == "sure"  # 0.86 / 4
+    assert "scores an accuracy of 0.8600, but a mean IoU of 0.2150." in answer.text  # 0.86 / 4
+    assert answer.sure == "sure"
 
 
 def test_augmentation_is_chosen_on_validation_and_judged_on_the_test_split(tmp_path: Path) -> None:
@@ -92,8 +92,8 @@ def test_losses_are_compared_on_validation(tmp_path: Path) -> None:
     runs += [make_run("heads/tuned", 0, 0.4), make_run("heads/tuned-loss-per-class", 0, 0.9)]
     runs[-2].history[-1]["validation"]["dead_classes"] = ["square"]
     text = report_sweeps.section_loss(make_study(runs, tmp_path))
-    assert "after 10 steps 0 of 1 runs of `tuned-loss-per-class` predict some class" in text
-    assert "and 1 of 1 with the lab's loss. 0 and 1 end with a class whose IoU is below" in text
+    assert "in no prediction of 0 of 1 runs of `tuned-loss-per-class`, and of 1 of 1 runs" in text
+    assert "with the lab's loss. 0 and 1 end with a class whose IoU is below" in text
 
 
 def test_flips_are_compared_with_no_augmentation(tmp_path: Path) -> None:
@@ -129,8 +129,8 @@ def test_heads_are_counted_by_step(tmp_path: Path, no_drawing: None) -> None:
     text = report_lost.section_heads(study)
     assert "No run of `tuned-wide` ends with a class below 0.5." in text
     answer = report_lost.answer_heads(study).text
-    assert answer.startswith("Of 2 runs of `tuned` with the lab's start, 1 predict some class")
-    assert "nowhere after 10 steps" in answer
+    assert answer.startswith("In 1 of 2 runs of `tuned` with the lab's start, some class is in no")
+    assert "is in no prediction after 10 steps" in answer
 
 
 def test_overfitting_names_the_first_perfect_epoch(tmp_path: Path, no_drawing: None) -> None:

@@ -1,7 +1,7 @@
 """Write a stamp that changes when a data set may have changed, for make to compare.
 
-    python -m tools.stamp DIR --out FILE
-    python -m tools.stamp --config my.yaml --out FILE
+    python -m tools.stamp DIR --out FILE [--set key=value ...]
+    python -m tools.stamp --config my.yaml --out FILE [--set key=value ...]
 
 The stamp is a digest of the names, sizes and times of the images and masks. FILE is written only if
 the stamp is another one, so that make sees by its time when the data changed.
@@ -12,7 +12,7 @@ import os
 from hashlib import sha256
 from pathlib import Path
 
-from common import UserError, run, write_atomically
+from common import UserError, reading, run, write_atomically
 from config import load_config
 from patterns import find_files
 
@@ -32,7 +32,8 @@ def stamp_of(config: dict) -> str:
     digest = sha256()
     for pattern in sorted(patterns):
         for file in find_files(root, pattern):
-            status = file.path.stat()
+            with reading(file.path):  # a link may lead nowhere
+                status = file.path.stat()
             digest.update(os.fsencode(file.path))
             digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
@@ -42,11 +43,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", nargs="?", metavar="DIR", help="the folder of the data")
     parser.add_argument("--config", type=Path, metavar="FILE", help="or a config that names it")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="as for train.py")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
     paths = [] if args.config is None else [args.config]
     overrides = [] if args.data is None else [f"data={args.data!r}"]
-    stamp = stamp_of(load_config(paths, overrides)) + "\n"
+    stamp = stamp_of(load_config(paths, overrides + args.set)) + "\n"
     if not args.out.exists() or args.out.read_text(encoding="utf-8") != stamp:
         write_atomically(args.out, stamp.encode())
 
