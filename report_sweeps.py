@@ -291,8 +291,8 @@ def section_loss(study: Study) -> str | None:
     if not ours or not labs:
         return "Both are scored on the validation split."
     return (
-        "Both are scored on the validation split. With the lab's own start the loss matters more:"
-        f" after {steps_by_epoch(labs[0])[-1]} some class is in no prediction of"
+        "Both are scored on the validation split. With the lab's own start the loss matters more."
+        f" After {steps_by_epoch(labs[0])[-1]} some class is in no prediction of"
         f" {count_never(ours)[-1]} of {len(ours)} runs of `tuned-loss-per-class`, and of"
         f" {count_never(labs)[-1]} of {len(labs)} runs with the lab's loss. {count_poor(ours)} and"
         f" {count_poor(labs)} end with a class whose IoU is below {LOW_IOU}."
