@@ -240,6 +240,6 @@ def missing_classes_problem(names: list[str], config: dict) -> str:
         values = file_values(config)
         missing = [values[list(config["classes"]).index(name)] for name in names]
         advice += f" and set ignore: {sorted(config['ignore'] + missing)}"
-    if config["mask_format"] == "indices" and 255 in config["ignore"]:
-        advice += " (if 255 is its colour, remove ignore and mask_format: indices)"
+        if 255 in config["ignore"]:  # it may be the object, white in a black mask
+            advice = f"if 255 is its colour, remove ignore and mask_format: indices; else {advice}"
     return f"classes: no pixel of the training masks is {', '.join(names)}; {advice}"
