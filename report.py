@@ -205,8 +205,8 @@ def page_of_published(runs: list[Run], studies: list[Study]) -> str:
         "    make weights\n    python evaluate.py weights/best.pt --data data/afo",
         "## A short training on generated flights",
         "`speedrun` trains a smaller `best` on generated flights for four epochs. The goal is a"
-        " mean IoU of 0.995 on the real images. These runs had one thread each, while others shared"
-        " the machine.",
+        " mean IoU of 0.995 on the real images. Most of these runs had one thread, while others"
+        " shared the machine.",
         speedrun_table(runs),
         "## Three things to try",
         '- `make train-tuned RUNS=runs/random SEEDS="4 5 6" SET="upsampling_init=random'
