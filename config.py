@@ -215,9 +215,12 @@ def note_overridden(paths: list[Path]) -> None:
     """Print which values of earlier files each file overrides."""
     given = {}  # key → (value, the file that gave it last)
     for path in paths:
-        for key, value in read_yaml(path).items():
+        values = read_yaml(path)
+        for key, value in values.items():
             before, source = given.get(key, (value, path))
-            if not is_same(before, value):
+            # Another `images` is other data, whose `group` has nothing to do with that before.
+            is_of_other_data = key == "group" and "images" in values
+            if not is_same(before, value) and not is_of_other_data:
                 text = f"{path} overrides {key}: {before} of {source} or its base"
                 print(f"note: {text}", file=sys.stderr)
             given[key] = (value, path)

@@ -96,9 +96,9 @@ def test_lab_protocol_flips_in_three_models_only() -> None:
 
 def test_overrides_are_named(tmp_path: Path, call) -> None:
     mine, out = tmp_path / "mine.yaml", tmp_path / "out.yaml"
-    mine.write_text("epochs: 30\ncrop: 48\n")
+    mine.write_text("epochs: 30\ncrop: 48\ngroup: '^a'\n")
     last = tmp_path / "last.yaml"
-    last.write_text("last_batch: keep\nepochs: 7\n")
+    last.write_text("last_batch: keep\nepochs: 7\nimages: 'b/*'\ngroup: '^b'\n")
     files = ("--config", mine, ROOT / "configs/quick.yaml", last, "--out", out)
     code, printed, note = call(main, *files)
     assert (code, printed) == (0, "")
