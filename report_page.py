@@ -251,6 +251,9 @@ def definitions(group: str) -> str:
         " the mean ± the sample standard deviation over them.",
         "**Luck of the seed**: the difference of two means is too small for Welch's t test over the"
         " seeds (two-sided, 95 %). **Difference** stands with half of its 95 % interval.",
+        "**Sure** is what was counted in enough runs, or a difference beyond luck of the seed."
+        " **Likely** is a difference that may have another cause, or was picked among several; or a"
+        " cause that fits what was counted.",
         "**Lab IoU** is what the lab published, from one run and one batch of 50 images.",
     ]
     if group == "flight":
