@@ -166,10 +166,7 @@ def answer_models(study: Study) -> Answer | None:
     if answer.sure == "sure":
         return answer
     if answer.comparison.verdict == "one seed":
-        text = (
-            f"`{first}` scores highest, {score(a)}, before `{second}` with {score(b)}. One run each"
-        )
-        return Answer(f"{text} cannot show which is better.", answer.sure)
+        return Answer(f"`{first}` scores highest. {answer.text}", answer.sure)
     return Answer(f"`{first}` scores highest, {score(a)}. {answer.text}", answer.sure)
 
 

@@ -176,7 +176,7 @@ def test_palettes_that_differ_are_noted(cells: Path, call) -> None:
 
 
 def test_advice_on_an_index_without_pixels_keeps_the_others(cells: Path, call) -> None:
-    """Half of the masks hold 0 and 2; no pixel is 1."""
+    """The masks hold 0 and 2; no pixel is 1."""
     for i in range(12):
         path = cells.parent / f"masks/{i}.png"
         Image.fromarray(np.array(Image.open(path)) // 255 * 2).save(path)

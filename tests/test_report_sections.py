@@ -227,3 +227,11 @@ def test_blurred_masks_need_runs_that_had_them(tmp_path: Path) -> None:
     runs[1].config["blur_masks"] = True
     text = report_lab.section_choices(study)
     assert "- **Blurred masks** (test split). `blur-0.8-clean-masks` leaves the masks" in text
+
+
+def test_models_of_one_run_are_not_called_one_run_each_if_others_have_more(tmp_path: Path) -> None:
+    runs = [make_run("best", seed, 0.90 + seed / 100) for seed in (0, 1, 2)]
+    runs.append(make_run("initial", 0, 0.8))
+    text = report_models.answer_models(make_study(runs, tmp_path)).text
+    assert text.startswith("`best` scores highest. `best` scores 0.9100 ± 0.0100, `initial` 0.8")
+    assert "So few runs, 3 and 1, cannot show which is better." in text

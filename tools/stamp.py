@@ -20,7 +20,8 @@ from patterns import find_files
 def stamp_of(config: dict) -> str:
     """Compute the digest of names, sizes and times of the images and masks of all splits.
 
-    UserError if there is no such folder.
+    UserError if there is no such folder. It does not use pairs.py, which imports torch: make calls
+    this each time, and it should take no seconds.
     """
     root = Path(config["data"]).expanduser()
     if not root.is_dir():
