@@ -15,7 +15,9 @@ MODELS := initial modified tuned best
 # Any experiment in configs/ can be trained by its name: a new file there is a new target.
 NAMED    := $(filter-out afo allowed default quick weights,$(patsubst configs/%.yaml,%,$(wildcard configs/*.yaml)))
 names     = $(sort $(patsubst configs/$(1)/%.yaml,%,$(wildcard configs/$(1)/*.yaml)))
-AUGMENT  := $(filter-out $(if $(filter full,$(PROFILE)),,no-augmentation),$(call names,augment))
+# One augmentation is what tuned has by itself: it needs no run of its own.
+OF_TUNED := $(if $(filter full,$(PROFILE)),horizontal-flip-0.7,no-augmentation)
+AUGMENT  := $(filter-out $(OF_TUNED),$(call names,augment))
 SPEEDRUN := $(foreach seed,0 1 2 3 4,runs/speedrun/seed$(seed)/on-afo.json)
 
 # DATA=my.yaml: a config that says where your data lie. It wins over those of the experiments.

@@ -299,8 +299,9 @@ def missing(study: Study, studies: list[Study]) -> list[str]:
         done.update(other.overfit)
         done.update(other.tune)
     tuned = study.runs.get("tuned")
-    if tuned and tuned[0].config["horizontal_flip"] == 0:
-        done.add("augment/no-augmentation")  # the same as tuned
+    if tuned:  # one of these is the same as tuned
+        same_as_tuned = {0.0: "augment/no-augmentation", 0.7: "augment/horizontal-flip-0.7"}
+        done.add(same_as_tuned.get(tuned[0].config["horizontal_flip"]))
     lines = []
     absent = [name for name in (*MODELS, "final") if name not in done]
     if absent:

@@ -64,6 +64,18 @@ def test_unknown_setting_is_refused(project: Path, setting: str, says: str) -> N
     assert done.returncode == 2 and setting in done.stderr and says in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("profile", "of_tuned"), [("quick", "no-augmentation"), ("full", "horizontal-flip-0.7")]
+)
+def test_augmentation_that_tuned_has_is_not_trained(
+    project: Path, profile: str, of_tuned: str
+) -> None:
+    done = make(project, "augment", "-n", f"PROFILE={profile}")
+    configs = {path.stem for path in (project / "configs/augment").glob("*.yaml")}
+    trained = {name for name in configs if f"configs/augment/{name}.yaml" in done.stdout}
+    assert trained == configs - {of_tuned}
+
+
 FAKE_TRAINING = """
 import pathlib, shutil, sys
 def after(name): return pathlib.Path(sys.argv[sys.argv.index(name) + 1])

@@ -42,6 +42,19 @@ def test_first_report_has_no_empty_section(tmp_path: Path, no_drawing: None) -> 
     )
 
 
+@pytest.mark.parametrize(
+    ("flip", "of_tuned"), [(0.0, "no-augmentation"), (0.7, "horizontal-flip-0.7")]
+)
+def test_augmentation_that_tuned_has_needs_no_run(
+    tmp_path: Path, flip: float, of_tuned: str
+) -> None:
+    study = make_study([make_run("tuned", 0, 0.8, horizontal_flip=flip)], tmp_path)
+    lines = report_page.missing(study, [study])
+    [augment] = [line for line in lines if line.startswith("`make augment")]
+    assert of_tuned not in augment
+    assert augment.count("-augmentation") + augment.count("horizontal-flip") == 1
+
+
 def test_an_answer_that_can_tell_comes_before_one_that_cannot(tmp_path: Path) -> None:
     studies = []
     for profile, seeds in (("full", [0]), ("quick", [0, 1, 2])):
