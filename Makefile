@@ -108,7 +108,7 @@ report: $(call runs,$(MODELS)) | $(filter overfit tune augment heads final,$(MAK
 	@$(PY) report.py --runs $(RUNS) --out report
 
 scenes: ; $(error make scenes: its name is now make weights)
-weights: | data/afo data/scenes  ## train the shipped weights again: 21,600 generated flights, hours
+weights: | data/afo data/scenes  ## train the shipped weights again: 21,600 generated flights, an hour
 	@$(MAKE) --no-print-directory DATA=configs/data/scenes.yaml RUNS=runs \
 	  $(foreach seed,$(SEEDS),runs/weights/seed$(seed)/on-afo.json runs/weights/seed$(seed)/on-scenes.json)
 	@$(PY) evaluate.py $(foreach seed,$(SEEDS),runs/weights/seed$(seed)/on-afo.json)
@@ -127,7 +127,7 @@ doctor: | .venv/installed  ## say what is wrong with the run RUN=runs/... and wh
 
 bench: | $(DATA_DIR) .venv/installed  ## measure training speed beside a textbook loop, in one run
 	$(PY) -m tools.bench --data $(DATA_DIR) --device $(DEVICE)
-speedrun: | data/afo data/scenes  ## a minute of training on generated flights to a mean IoU of 0.995 on the real test split, five seeds
+speedrun: | data/afo data/scenes  ## train on generated flights to a mean IoU of 0.995 on the real test split, five seeds
 	@$(MAKE) --no-print-directory DATA=configs/data/scenes.yaml RUNS=runs $(SPEEDRUN)
 	@$(PY) evaluate.py $(SPEEDRUN) --goal 0.995
 torture: | .venv/installed  ## kill training 50 times at random moments, compare with a run left alone

@@ -237,23 +237,26 @@ def lowest_shown(scores: list[float]) -> float:
     return median - FAR * max(max(scores) - median, SMALLEST_GAP)
 
 
-def ranking(path: Path, scores: dict[str, list[float]], label: str) -> None:
+def ranking(path: Path, scores: dict[str, list[float]], label: str) -> bool:
     """Draw a line for each experiment, the first at the top: its runs as dots, their mean.
 
-    Runs that are far below the others become an arrow, so that these are not squeezed together.
+    Runs that are far below the others become an arrow with their number, so that the others are
+    not squeezed together. Returns whether there is an arrow.
     """
     figure, (ax,) = new_figure(7.5, 0.8 + 0.27 * len(scores))
     every = [value for values in scores.values() for value in values]
     left = lowest_shown(every)
-    if min(every) < left:
-        label += " (arrows: runs further to the left, and no mean of their line)"
     for y, values in enumerate(scores.values()):
-        for value in values:
-            marker = "<" if value < left else "o"
-            ax.plot([max(value, left)], [y], marker, color="#0072B2", ms=5, alpha=0.6)
-        if min(values) >= left:
+        shown = [value for value in values if value >= left]
+        far = len(values) - len(shown)
+        ax.plot(shown, [y] * len(shown), "o", color="#0072B2", ms=5, alpha=0.6)
+        if far > 0:
+            ax.plot([left], [y], "<", color="#0072B2", ms=5)
+            ax.annotate(str(far), (left, y), (4, 0), "data", "offset points", va="center", size=8)
+        else:
             ax.plot([np.mean(values)], [y], "|", color="black", ms=14, mew=2)
     ax.set(yticks=range(len(scores)), yticklabels=list(scores), xlabel=label)
     ax.set_ylim(len(scores) - 0.5, -0.5)
     ax.grid(alpha=0.3)
     save(figure, path)
+    return min(every) < left

@@ -256,7 +256,9 @@ def draw_sheet(path: Path, results: dict[Path, Result], colours: dict[str, list[
         cells.append(("", result.overlay))
     starts = range(0, len(cells), SHEET_COLUMNS)
     rows = [cells[start : start + SHEET_COLUMNS] for start in starts]
-    save(grid(rows, colours), path)
+    legend = dict(colours)
+    del legend[next(iter(colours))]  # the background has no contour
+    save(grid(rows, legend), path)
 
 
 def predict_files(model: nn.Module, config: dict, given: list[Path], out: Path, keep: bool) -> None:

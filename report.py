@@ -20,7 +20,7 @@ from pathlib import Path
 from markdown import markdown as convert
 
 from common import ROOT, UserError, run, write_atomically
-from report_models import draw_curves, rows_of, section_pictures, table
+from report_models import captioned, draw_curves, rows_of, section_pictures, table_of
 from report_page import (
     MODELS_SECTION,
     SECTIONS,
@@ -34,14 +34,14 @@ from report_page import (
     write_section,
 )
 from report_runs import Run, Study, find_runs, read_published, sort_runs
-from table import COLUMNS, comparison_table
+from table import COLUMNS, markdown
 
 # ---- the report of a folder
 
 
 def page_of_folder(study: Study, unfinished: list[str]) -> str:
     """Write the page of `make report`."""
-    runs = [member for members in study.runs.values() for member in members]
+    runs = study.all_runs
     seeds = ", ".join(str(seed) for seed in sorted({member.seed for member in runs}))
     parts = [
         "# Flying objects: small U-Nets, compared",
@@ -81,12 +81,13 @@ def to_html(text: str, folder: Path) -> str:
     body = convert(text, extensions=["tables"]).replace(" ± ", "&nbsp;±&nbsp;")
 
     def embed(match: re.Match) -> str:
-        caption, source = match.groups()
+        title, source, caption = match.groups()
         data = base64.b64encode((folder / source).read_bytes()).decode()
-        image = f'<img alt="" src="data:image/png;base64,{data}" />'
+        image = f'<img alt="{title}" src="data:image/png;base64,{data}" />'
         return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
-    body = re.sub(r'<p><img alt="(.*?)" src="(.*?)" /></p>', embed, body)
+    figure = r'<p><img alt="(.*?)" src="(.*?)" /></p>\n<p><em>(.*?)</em></p>'  # see `captioned`
+    body = re.sub(figure, embed, body)
     page = (ROOT / "docs/report.html").read_text(encoding="utf-8")
     title = text.splitlines()[0].removeprefix("# ")
     return page.replace("$title", title).replace("$body", body)
@@ -107,15 +108,18 @@ def write_report(root: Path, out: Path) -> None:
 
 # ---- the published runs
 
-PROTOCOLS = """### The two kinds of runs
+PROTOCOLS = """### The kinds of runs
 
 - **By the lab's protocol** (`PROFILE=full`) means: whole images, batches of 32, Adam at 0.005, 15
   epochs, the lab's losses, and horizontal flips where the lab had them. Three things differ from
   the lab. Images are RGB, without a fourth channel computed from the three. Most runs compute in
   bfloat16. The epoch that is best on the validation split is tested. `best` has a recipe of its
   own.
-- **In short runs** (`PROFILE=quick`) means: one or two minutes of training on small crops, without
-  horizontal flips. The last layer starts as a plain enlargement, so that it loses fewer classes.
+- **In short runs** (`PROFILE=quick`) means: one to four minutes of training on small crops, by a
+  learning rate that rises and falls, without horizontal flips. The last up-sampling starts as a
+  plain enlargement, so that it loses fewer classes.
+- **In runs of their own length** means: whole images without augmentation for 1,000 steps (`make
+  heads`), or two and 32 images again and again (`make overfit`).
 
 `make results` writes this page from `results/runs.jsonl`. What the lab did comes from its notebook
 and logs (johagg17/ArtificialFlyingObjects at commit 98b1590), not from its report alone."""
@@ -137,26 +141,24 @@ def models_on_generated(runs: list[Run], out: Path) -> str:
     link = "results/figures/generated-quick"
     study = sort_runs([run for run in runs if run.data == "generated"], out / link, link)
     draw_curves(study)
-    return table(rows_of(study.models, "test"), ["parameters", "mean IoU", "accuracy"])
+    return table_of(rows_of(study.models, "test"), ["parameters", "mean IoU", "accuracy"])
 
 
 def models_on_real_images(studies: list[Study]) -> str:
     """Tabulate the models trained on the lab's images in short runs, for README.md."""
     study = next(study for study in studies if study.profile == "quick")
-    return table(rows_of(study.models, "test"), ["mean IoU", "accuracy", "lab IoU"])
+    return table_of(rows_of(study.models, "test"), ["mean IoU", "accuracy", "lab IoU"])
 
 
 def speedrun_table(runs: list[Run]) -> str:
-    """Format the table that `make speedrun` prints."""
-    rows = [without_code(run.on_afo) for run in runs if run.experiment == "speedrun"]
-    return f"```\n{comparison_table(rows)}\n```"
-
-
-def without_code(row: dict) -> dict:
-    """Copy a row without the digest of its code: the page names commits, it needs no mark."""
-    copy = dict(row)
-    copy.pop("code", None)
-    return copy
+    """Tabulate the runs of `make speedrun` one by one: each of them must reach the goal."""
+    shown = ("mean IoU", "boundary IoU (2 px)", "accuracy", "images seen", "training")
+    lines = [["seed", *shown, "threads"]]
+    for member in runs:
+        if member.experiment == "speedrun":
+            cells = [COLUMNS[heading]([member.on_afo]) for heading in shown]
+            lines.append([str(member.seed), *cells, str(member.machine["threads"])])
+    return markdown(lines)
 
 
 def fill_tables(page: str, tables: dict[str, str], source: str) -> str:
@@ -178,19 +180,24 @@ def page_of_published(runs: list[Run], studies: list[Study]) -> str:
     parts = [
         "# Results",
         "A small U-Net can find a shape and still get half of its pixels wrong.",
-        "![Two test images, their truth, and the predictions of four runs. With seed 3, `tuned`"
-        " turns squares and triangles into a pattern of both.](docs/stripes.png)",
-        "`tuned` with seed 0 and with seed 3 is the same code (`make train-tuned DATA=afo"
+        captioned(
+            "docs/stripes.png",
+            "Two test images, their truth, and the predictions of four runs. With seed 3, `tuned`"
+            " turns squares and triangles into a pattern of both.",
+        ),
+        "Seed 0 and seed 3 of `tuned` are the same code (`make train-tuned DATA=afo"
         ' RUNS=runs/random SEEDS="0 3" SET="upsampling_init=random background_bias=0"`). With seed'
-        " 3, each pixel position has learnt one of the two shapes alone. (No table below has these"
-        " two runs. Short runs start differently, to prevent this.)",
+        " 3, each pixel position has learnt one of the two shapes alone. No table below has these"
+        " two runs, since our other short runs start the last up-sampling in a way that prevents"
+        " this.",
         "A student lab of 2021 asked what makes a small U-Net good. We asked again, with its own"
         f" data: *Artificial Flying Objects*, tested on {test['images']:,} images from"
         f" {test['groups']} flights. A flight is a scene in motion: its images are nearly copies.",
         "Three models are the lab's: `initial`, `modified` (a stage deeper) and `tuned` (narrower)."
         " `best` is ours. It differs in several choices at once: its skip connections start at full"
-        " resolution, its last stage is wide, each class counts alike in its loss, and its learning"
-        " rate rises and falls.",
+        " resolution, its decoder and its last stage are wider, and each class counts alike in its"
+        " loss. In long runs it also trains on crops around shapes, by a learning rate that rises"
+        " and falls. In short runs all models do so.",
         in_short(studies),
         write_section(WHY_SECTION, studies),
     ]
@@ -204,9 +211,8 @@ def page_of_published(runs: list[Run], studies: list[Study]) -> str:
         scores_of_weights(runs),
         "    make weights\n    python evaluate.py weights/best.pt --data data/afo",
         "## A short training on generated flights",
-        "`speedrun` trains a smaller `best` on generated flights for four epochs. The goal is a"
-        " mean IoU of 0.995 on the real images. Most of these runs had one thread, while others"
-        " shared the machine.",
+        "`speedrun` trains a smaller `best` on generated flights for four epochs. The goal of each"
+        " run is a mean IoU of 0.995 on the real test images.",
         speedrun_table(runs),
         "## Three things to try",
         '- `make train-tuned RUNS=runs/random SEEDS="4 5 6" SET="upsampling_init=random'

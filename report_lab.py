@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 import figures
-from report_models import compare, picture, score, scores_of
-from report_runs import Run, Study
+from report_models import Rows, compare, panel, picture, rows_of, score, scores_of
+from report_runs import Run, Runs, Study
 from table import COLUMNS, markdown, tabulate
 
 # ---- the metric and the test
@@ -33,15 +33,17 @@ def section_running_average(study: Study) -> str | None:
     )
 
 
-def section_fifty_images(study: Study) -> str | None:
-    """Compare the whole test split with the lab's fifty images of it."""
-    rows = {}
-    for runs in study.runs.values():
-        tests = [run.test for run in runs if run.test and run.test.get("lab_batch") is not None]
-        if tests:
-            rows[runs[0].name] = tests
-    if not rows:
-        return None
+def rows_on_fifty(runs: Runs) -> Rows:
+    """Collect the test rows that have a score on the lab's fifty images."""
+    scored: Runs = {}
+    for experiment, members in runs.items():
+        for run in members:
+            if run.test and run.test.get("lab_batch") is not None:
+                scored.setdefault(experiment, []).append(run)
+    return rows_of(scored, "test")
+
+
+def fifty_table(rows: Rows) -> str:
     columns = {
         "all test images": COLUMNS["mean IoU"],
         "the lab's 50": COLUMNS["lab batch"],
@@ -49,23 +51,43 @@ def section_fifty_images(study: Study) -> str | None:
         "published by the lab": COLUMNS["lab IoU"],
         "n": COLUMNS["n"],
     }
-    first = next(iter(rows.values()))[0]
+    return markdown(tabulate(rows, columns))
+
+
+def section_fifty_images(study: Study) -> str | None:
+    """Compare the whole test split with the lab's fifty images of it."""
+    rows = rows_on_fifty(study.runs)
+    if not rows:
+        return None
     batch, mode = [], []
     for tests in rows.values():
         for row in tests:
             batch.append(abs(row["lab_batch"] - row["mean_iou"]))
             if row.get("lab_batch_training_mode") is not None:
                 mode.append(abs(row["lab_batch_training_mode"] - row["lab_batch"]))
-    finding = (
+    text = (
         f"Testing on 50 images instead of all changed the score of a run by up to {max(batch):.4f}."
     )
     if mode:
-        finding += f" Training mode changed it by up to {max(mode):.4f} more."
-    return (
-        f"{finding} The table compares mean IoU on all {first['images']:,} test images and on the"
-        " lab's 50. In training mode we score the weights of the last epoch, as the lab did.\n\n"
-        f"{markdown(tabulate(rows, columns))}"
-    )
+        text += (
+            " Training mode, with the weights of the last epoch as in the lab, changed it by up to"
+            f" {max(mode):.4f} more."
+        )
+        if all(members[0].config.get("crop") for members in study.models.values()):
+            text += (
+                " Perhaps because these models were trained on crops around shapes: the statistics"
+                " of whole images, which are mostly background, differ."
+            )
+    models = rows_on_fifty(study.models)
+    if models:
+        text += f"\n\n{fifty_table(models)}"
+    return text
+
+
+def details_fifty_images(study: Study) -> str | None:
+    """Tabulate all runs that were scored on the lab's fifty images."""
+    rows = rows_on_fifty(study.runs)
+    return fifty_table(rows) if rows else None
 
 
 def deepest_fall(run: Run) -> float:
@@ -82,13 +104,13 @@ def section_last_batch(study: Study) -> str | None:
     """Compare the curves of tuned with and without the last batch of one image."""
     if "tuned" not in study.runs or "tuned-drop-last" not in study.runs:
         return None
-    lines, texts = {}, []
-    for name in ("tuned", "tuned-drop-last"):
-        runs = study.runs[name]
-        lines[name] = [[entry["validation"]["mean_iou"] for entry in run.history] for run in runs]
-        falls = ", ".join(f"{deepest_fall(run):.3f}" for run in runs)
+    runs = {name: study.runs[name] for name in ("tuned", "tuned-drop-last")}
+    texts = []
+    for name, members in runs.items():
+        falls = ", ".join(f"{deepest_fall(run):.3f}" for run in members)
         texts.append(f"{falls} in the runs of `{name}`")
-    figures.curves(study.figures / "last-batch.png", {"validation mean IoU": lines})
+    panels = {"validation mean IoU": panel(runs, "validation")}
+    figures.curves(study.figures / "last-batch.png", panels)
     caption = "`tuned-drop-last` leaves out the last batch of one image."
     return (
         f"The deepest fall of the validation mean IoU below its best so far: {' and '.join(texts)}."
@@ -109,7 +131,7 @@ class Choice(NamedTuple):
     setting: str | None = None  # the key of the config that must be on in the lab's runs alone
 
 
-POOLED = "takes its skips before pooling. Both have a last layer of 16 channels."
+POOLED = "takes its skips before pooling. Both have a last stage of 16 channels."
 DICE = "has cross-entropy and a Dice of each class instead."
 NARROW = "has 16 channels there."
 FLIPS = "augment/horizontal-flip-0.7"  # tuned in the full profile has these flips by itself
@@ -122,7 +144,7 @@ CHOICES = [
         "Blurred masks", "augment/blur-0.8-clean-masks", "augment/blur-0.8", SHARP, "blur_masks"
     ),
     Choice("A last batch of one image", "tuned-drop-last", "tuned", "leaves it out."),
-    Choice("A last layer as narrow as the classes", "tune/head-wide", "tuned", NARROW),
+    Choice("A last stage as narrow as the classes", "tune/head-wide", "tuned", NARROW),
     Choice("Skips after pooling", "tune/skip-wide", "tune/head-wide", POOLED),
     Choice("A Dice pooled over the classes", "tune/loss-class", "tuned", DICE),
 ]

@@ -11,11 +11,15 @@ from report_models import LOW_IOU, Answer, picture
 from report_runs import Run, Study
 from table import COLUMNS, LAB, iou_of, markdown, tabulate
 
-POSITIONS = 4  # of each 2×2 pixels: the last layer computes each with weights of its own
+POSITIONS = 4  # of each 2×2 pixels: the last up-sampling computes each with its own weights
 RANGE_OF_SEEDS = 0.05  # mean IoU: runs that differ more do so by more than usual luck
 EPOCHS = 15  # of the lab's runs; its last run has twice as many
 LAST = 3  # epochs at the end of which the median is taken, since the loss has spikes
 MOST_LOST = 3  # positions that a run of the lab lost
+# Lines of the table of lost positions.
+LABS = "the lab's runs, from their loss"
+WITH = "our runs by its protocol, with augmentation"
+WITHOUT = "our runs by its protocol, without augmentation"
 
 # ---- lost positions: the lab's logs and our runs
 
@@ -120,14 +124,11 @@ def draw_lost(study: Study, runs: list[Run]) -> str:
 
 def count_lost(study: Study) -> dict[str, list[int]]:
     """Count the lost positions of each run: the lab's, and ours with and without augmentation."""
-    runs = [run for members in study.runs.values() for run in members]
-    counts = {"the lab's runs, from their loss": list(lab_runs().values())}
-    for title, augmented in (("with", True), ("without", False)):
-        lost = []
-        for run in runs:
-            if has_lab_protocol(run) and is_augmented(run) == augmented:
-                lost.append(lost_in_masks(run))
-        counts[f"our runs by its protocol, {title} augmentation"] = lost
+    counts: dict[str, list[int]] = {LABS: list(lab_runs().values()), WITH: [], WITHOUT: []}
+    for run in study.all_runs:
+        if has_lab_protocol(run):
+            title = WITH if is_augmented(run) else WITHOUT
+            counts[title].append(lost_in_masks(run))
     return {title: lost for title, lost in counts.items() if lost}
 
 
@@ -149,8 +150,7 @@ def lost_table(counts: dict[str, list[int]]) -> str:
 
 def answer_seeds(study: Study) -> Answer | None:
     """Say that luck decides what is lost; of other data, which runs of one experiment differ."""
-    runs = [run for members in study.runs.values() for run in members]
-    ours = [run for run in runs if has_lab_protocol(run)]
+    ours = [run for run in study.all_runs if has_lab_protocol(run)]
     if ours:
         lost = [run for run in ours if lost_in_masks(run) > 0]
         labs = [number for number in lab_runs().values() if number > 0]
@@ -183,8 +183,7 @@ def widest_range(study: Study) -> Answer | None:
 
 def section_seeds(study: Study) -> str | None:
     """Show what lost positions cost, and how many runs lost some."""
-    runs = [run for members in study.runs.values() for run in members]
-    ours = [run for run in runs if has_lab_protocol(run)]
+    ours = [run for run in study.all_runs if has_lab_protocol(run)]
     if not ours:
         return None
     counts = count_lost(study)
@@ -199,15 +198,14 @@ def section_seeds(study: Study) -> str | None:
     shares = {}
     for title, lost in counts.items():
         number = sum(count > 0 for count in lost)
-        shares[title.rpartition(", ")[2]] = f"{number} of {len(lost)} runs"
+        shares[title] = f"{number} of {len(lost)} runs"
     text = "Was it augmentation, or chance? "
-    if "without augmentation" in shares:
-        text += (
-            f"Chance is enough: {shares['without augmentation']} without any augmentation lost"
-            " positions. "
-        )
-    if "with augmentation" in shares:
-        text += f"With augmentation {shares['with augmentation']} did. "
+    if WITHOUT in shares:
+        if sum(counts[WITHOUT]) > 0:
+            text += "Chance is enough: "
+        text += f"{shares[WITHOUT]} without any augmentation lost positions. "
+    if WITH in shares:
+        text += f"With augmentation {shares[WITH]} did. "
     text += (
         "The lab concluded that flips and blur together decrease the performance. Its three runs of"
         " that kind lost one position each. These are too few runs to tell whether augmentation"
@@ -241,31 +239,41 @@ def details_seeds(study: Study) -> str | None:
         verb = "have" if striped > 1 else "has"
         parts.append(
             f"{striped} of the {total} tested runs {verb} striped masks. The table shows striped"
-            " runs beside runs of the same experiment with other seeds. `square 2/4` means:"
-            " squares are missing at two of the four positions."
+            " runs beside runs of the same experiment with other seeds."
         )
         parts.append(markdown(tabulate(rows, columns)))
+    untested = []
+    for run in study.all_runs:
+        if run.test is None and has_lab_protocol(run) and lost_in_masks(run) > 0:
+            untested.append(run.label)
+    if untested:
+        parts.append(
+            f"By their validation, {len(untested)} runs more lost positions. They were not tested:"
+            f" {'; '.join(untested)}."
+        )
     parts.append(count_never_predicted(study))
     return "\n\n".join(parts)
 
 
 def count_never_predicted(study: Study) -> str:
     """Count the runs that never predicted some class. The runs of heads have their own section."""
-    total, number = 0, 0
+    total, at_some_epoch, at_the_last = 0, 0, 0
     names = []
     for experiment, members in study.runs.items():
         if experiment in study.heads:
             continue
         missing = [run for run in members if any(never_at(entry) for entry in run.history)]
         total += len(members)
-        number += len(missing)
+        at_some_epoch += len(missing)
+        at_the_last += sum(never_at(run.history[-1]) for run in missing)
         if missing:
             names.append(f"`{experiment}`")
-    text = f"In {number} of {total} runs some class was never predicted at the end of an epoch"
+    text = f"In {at_some_epoch} of {total} runs some class was never predicted at the end of an"
+    text += f" epoch, in {at_the_last} of them also at the end of the last"
     return f"{text}: runs of {', '.join(names)}." if names else f"{text}."
 
 
-# ---- how often does the last layer lose a class?
+# ---- how often does the last stage lose a class?
 
 
 def never_at(entry: dict) -> bool:
@@ -312,8 +320,8 @@ def answer_heads(study: Study) -> Answer | None:
     wide = study.heads.get("heads/tuned-wide")
     if wide:
         poor = count_poor(wide)
-        verb = "do" if poor > 1 else "does"
-        text += f" With a wider last layer {poor or 'none'} of {len(wide)} runs {verb}."
+        verb = "ends" if poor == 1 else "end"
+        text += f" With a wider last stage {poor} of {len(wide)} runs {verb} so."
     return Answer(text, "sure" if len(runs) > 5 else "likely")
 
 

@@ -13,6 +13,7 @@ A run has rows of scores `test` and `validation` (keys: the dict `row` in evalua
 `config`, and `history`, an entry for each epoch. `study.runs` has all experiments.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,11 @@ class Answer(NamedTuple):
     text: str
     sure: str  # "sure", "likely" or "cannot tell"
     comparison: Comparison | None = None  # what it rests on, where two experiments are compared
+    short: str | None = None  # for the table of short answers, with fewer numbers; None: the text
+
+    def begin_with(self, words: str) -> "Answer":
+        """Put words before the text and before its short form."""
+        return self._replace(text=words + self.text, short=words + (self.short or self.text))
 
 
 # ---- helpers
@@ -51,11 +57,21 @@ class Answer(NamedTuple):
 
 def rows_of(runs: Runs, split: str) -> Rows:
     """Take the rows of the "test" or the "validation" split, and drop the folders of the names."""
+    names = short_names(runs)
     rows = {}
     for experiment, members in runs.items():
-        name = experiment.split("/")[-1]
-        rows[name] = [getattr(run, split) for run in members]
+        rows[names[experiment]] = [getattr(run, split) for run in members]
     return rows
+
+
+def short_names(runs: Runs) -> dict[str, str]:
+    """Name experiments without their folder, or with it where two would have the same name."""
+    last_parts = {experiment: experiment.split("/")[-1] for experiment in runs}
+    counts = Counter(last_parts.values())
+    names = {}
+    for experiment, last_part in last_parts.items():
+        names[experiment] = last_part if counts[last_part] == 1 else experiment
+    return names
 
 
 def scores_of(runs: list[Run], split: str) -> list[float]:
@@ -75,33 +91,43 @@ def compare(name_a: str, a: list[float], name_b: str, b: list[float]) -> Answer:
         text = f"{name_a} scores {score(a)}, {name_b} {score(b)}."
         number = "One run each" if len(a) == len(b) else f"So few runs, {len(a)} and {len(b)},"
         return Answer(f"{text} {number} cannot show which is better.", "cannot tell", result)
-    margin = "" if result.margin is None else f" ± {result.margin:.4f}"
-    found = f"({score(a)} against {score(b)}, difference {result.difference:+.4f}{margin})"
-    says = {
+    difference = f"{result.difference:+.4f} ± {result.margin:.4f}"
+    numbers = f"({score(a)} against {score(b)}, difference {difference})"
+    finding = {
         "more": f"{name_a} beats {name_b}",
         "less": f"{name_a} scores lower than {name_b}",
         "noise": f"The gap between {name_a} and {name_b} may be luck of the seed",
-    }
-    sure = "sure" if result.verdict in ("more", "less") else "cannot tell"
-    return Answer(f"{says[result.verdict]} {found}.", sure, result)
+    }[result.verdict]
+    if result.verdict == "noise":
+        return Answer(f"{finding} {numbers}.", "cannot tell", result, f"{finding}.")
+    short = f"{finding}, by {abs(result.difference):.4f} ± {result.margin:.4f}."
+    return Answer(f"{finding} {numbers}.", "sure", result, short)
 
 
-def table(rows: Rows, headings: list[str]) -> str:
+def table_of(rows: Rows, headings: list[str]) -> str:
     """Write a table of experiments with some of `table.COLUMNS`."""
     columns = {heading: COLUMNS[heading] for heading in headings}
     return markdown(tabulate(rows, columns))
 
 
 def picture(study: Study, name: str, caption: str) -> str:
-    return f"![{caption}]({study.link}/{name})"
+    """Write a figure of a study with its caption below it."""
+    return captioned(f"{study.link}/{name}", caption)
+
+
+def captioned(link: str, caption: str) -> str:
+    """Write a picture with a caption that a reader sees: Markdown shows no other text of it."""
+    title = Path(link).stem.replace("-", " ")
+    return f"![{title}]({link})\n\n*{caption}*"
 
 
 def panel(runs: Runs, split: str, key: str = "mean_iou") -> dict[str, list[list[float]]]:
     """List a value of every epoch for `figures.curves`: experiment → runs → epochs."""
+    names = short_names(runs)
     lines = {}
     for experiment, members in runs.items():
-        name = experiment.split("/")[-1]
-        lines[name] = [[entry[split][key] for entry in run.history] for run in members]
+        values = [[entry[split][key] for entry in run.history] for run in members]
+        lines[names[experiment]] = values
     return lines
 
 
@@ -157,17 +183,17 @@ def answer_models(study: Study) -> Answer | None:
     a = scores_of(study.models[first], "test")
     b = scores_of(study.models[second], "test")
     answer = compare(f"`{first}`", a, f"`{second}`", b)
-    seen, seen_by_second = (
-        study.models[name][0].validation["images_seen"] for name in (first, second)
-    )
+    seen = study.models[first][0].validation["images_seen"]
+    seen_by_second = study.models[second][0].validation["images_seen"]
     if answer.sure == "sure" and seen != seen_by_second:
-        text = f"{answer.text} It saw {seen:,} images, `{second}` {seen_by_second:,}."
-        return Answer(text, "likely")
+        lengths = f" It saw {seen:,} images, `{second}` {seen_by_second:,}."
+        short = answer.short + lengths
+        return Answer(answer.text + lengths, "likely", answer.comparison, short)
     if answer.sure == "sure":
         return answer
     if answer.comparison.verdict == "one seed":
-        return Answer(f"`{first}` scores highest. {answer.text}", answer.sure)
-    return Answer(f"`{first}` scores highest, {score(a)}. {answer.text}", answer.sure)
+        return answer.begin_with(f"`{first}` scores highest. ")
+    return answer.begin_with(f"`{first}` scores highest, {score(a)}. ")
 
 
 def section_models(study: Study) -> str | None:
@@ -278,7 +304,7 @@ def pictures_of(arrays: dict, judged: str, k: int, classes: dict) -> list[tuple]
     return row
 
 
-# ---- did modified beat initial? and the other runs
+# ---- a deeper model, longer training, and the other runs
 
 
 def answer_modified(study: Study) -> Answer | None:
@@ -287,29 +313,47 @@ def answer_modified(study: Study) -> Answer | None:
     a = scores_of(study.models["modified"], "test")
     b = scores_of(study.models["initial"], "test")
     answer = compare("`modified`", a, "`initial`", b)
-    return answer._replace(text=YES_OR_NO[answer.comparison.verdict] + answer.text)
+    return answer.begin_with(YES_OR_NO[answer.comparison.verdict])
 
 
 def section_modified(study: Study) -> str | None:
+    """Compare modified with initial on the validation split as well."""
     if "initial" not in study.models or "modified" not in study.models:
         return None
+    a = scores_of(study.models["modified"], "validation")
+    b = scores_of(study.models["initial"], "validation")
+    answer = compare("`modified`", a, "`initial`", b)
     return (
+        f"On the validation split: {answer.text}\n\n"
         f"The lab published {LAB['test_iou']['modified']:.4f} for `modified` and"
         f" {LAB['test_iou']['initial']:.4f} for `initial`, each from one run."
     )
+
+
+def answer_longer(study: Study) -> Answer | None:
+    """Say whether twice the epochs help: final against flip-0.5, which is half as long."""
+    final = study.runs.get("final")
+    half = study.runs.get("augment/flip-0.5")
+    if not final or not half:
+        return None
+    answer = compare("`final`", scores_of(final, "test"), "`flip-0.5`", scores_of(half, "test"))
+    return answer.begin_with(YES_OR_NO[answer.comparison.verdict])
+
+
+def section_longer(study: Study) -> str | None:
+    """Tabulate final beside the run of half its length."""
+    if answer_longer(study) is None:
+        return None
+    runs = {name: study.runs[name] for name in ("augment/flip-0.5", "final")}
+    return table_of(rows_of(runs, "test"), ["mean IoU", "n", "lab IoU", "images seen"])
 
 
 def details_other_runs(study: Study) -> str | None:
     """Tabulate the tested runs that share no table with the models, and the earlier runs."""
     parts = []
     if study.others:
-        half = study.augment.get("augment/flip-0.5")
-        final = study.others.get("final")
-        if final and half:
-            a, b = scores_of(final, "test"), scores_of(half, "test")
-            parts.append(compare("`final`, with twice the epochs,", a, "`flip-0.5`", b).text)
         headings = ["mean IoU", "n", "never predicted", "striped", "lab IoU", "images seen"]
-        parts.append(table(rows_of(study.others, "test"), headings))
+        parts.append(table_of(rows_of(study.others, "test"), headings))
     if study.earlier:
         parts.append(
             "These earlier runs had no horizontal flips. They were scored on the validation split"
@@ -317,5 +361,5 @@ def details_other_runs(study: Study) -> str | None:
             " after 6 of 15 epochs."
         )
         headings = ["mean IoU", "n", "never predicted", "images seen"]
-        parts.append(table(rank(rows_of(study.earlier, "validation")), headings))
+        parts.append(table_of(rank(rows_of(study.earlier, "validation")), headings))
     return "\n\n".join(parts) or None

@@ -19,6 +19,8 @@ from table import LAB, markdown
 
 # The studies of RESULTS.md: (data, profile) → what the page calls it.
 STUDIES = {("afo", "full"): "By the lab's protocol", ("afo", "quick"): "In short runs"}
+RUN_LENGTH = {"full": "long", "quick": "short"}
+OWN_LENGTH = "In runs of their own length"  # the same in both profiles
 LAB_IOU = LAB["test_iou"]
 
 
@@ -32,11 +34,12 @@ class Section(NamedTuple):
     details: Callable[[Study], str | None] | None = None  # the full tables, at the end of the page
     lab_said: str = "–"
     once: bool = False  # True: one study is enough
+    target: str | None = None  # of make, if it makes runs of one length, whatever the profile
 
 
 WHY_SECTION = Section(
     "Why do runs of the same code differ so much?",
-    "The last layer of the lab's networks computes each of the four positions of every 2×2"
+    "The last up-sampling of the lab's networks computes each of the four positions of every 2×2"
     " pixels with weights of its own (Odena et al. 2016, doi:10.23915/distill.00003). At some"
     " positions these weights may never learn a class. The masks then have stripes or regular"
     " holes.",
@@ -48,7 +51,7 @@ WHY_SECTION = Section(
 )
 MODELS_SECTION = Section(
     "Which model wins?",
-    "`best` may see more images than the others: then part of its lead may be more training.",
+    "",
     report_models.section_models,
     report_models.answer_models,
     report_models.details_models,
@@ -65,13 +68,14 @@ SECTIONS = [
     ),
     WHY_SECTION,
     Section(
-        "How often does the last layer lose a class?",
+        "How often does the last stage lose a class?",
         "The lab's last decoder stage is a ReLU as narrow as the number of classes. It may stop"
         " passing on a class. That class then scores an IoU of 0. Accuracy hardly shows it.",
         report_lost.section_heads,
         report_lost.answer_heads,
         report_lost.details_heads,
         once=True,
+        target="heads",
     ),
     Section(
         "Curves that lied",
@@ -85,12 +89,13 @@ SECTIONS = [
         "The lab tested on one batch of 50 images, the same for every run, with the model left in"
         " training mode.",
         report_lab.section_fifty_images,
-        once=True,
+        details=report_lab.details_fifty_images,
     ),
     MODELS_SECTION,
     Section(
         "Increase the complexity a little: does it improve?",
-        "`modified` is one stage deeper than `initial`.",
+        "`modified` is one stage deeper than `initial`. It also has another loss, the pooled Dice"
+        " instead of cross-entropy, so depth alone is not tested.",
         report_models.section_modified,
         report_models.answer_modified,
         lab_said=f"{LAB_IOU['modified']:.4f} against {LAB_IOU['initial']:.4f}",
@@ -118,7 +123,7 @@ SECTIONS = [
         " fails on images of four channels.",
         report_sweeps.section_jitter,
         report_sweeps.answer_jitter,
-        lab_said="tried, and failed",
+        lab_said="tried it, but its code failed",
         once=True,
     ),
     Section(
@@ -144,8 +149,16 @@ SECTIONS = [
         report_sweeps.section_overfitting,
         report_sweeps.answer_overfitting,
         report_sweeps.details_overfitting,
-        lab_said="tried, and failed",
+        lab_said="tried, and failed to",
         once=True,
+        target="overfit",
+    ),
+    Section(
+        "Does longer training help?",
+        "`final`, the lab's last run, is `flip-0.5` with twice the epochs.",
+        report_models.section_longer,
+        report_models.answer_longer,
+        lab_said=f"{LAB_IOU['final']:.4f} against {LAB_IOU['flip-0.5']:.4f}",
     ),
     Section(
         "A last batch of one image",
@@ -178,7 +191,8 @@ def write_section(section: Section, studies: list[Study]) -> str | None:
         if answer is not None:
             text = f"{answer.text}\n\n{text}"
         texts[study.profile] = text
-    return under_heading(f"## {section.title}", section.introduction, texts, studies)
+    heading = f"## {section.title}"
+    return under_heading(heading, section.introduction, texts, studies, section.target)
 
 
 def write_details(section: Section, studies: list[Study]) -> str | None:
@@ -190,13 +204,20 @@ def write_details(section: Section, studies: list[Study]) -> str | None:
         text = section.details(study)
         if text is not None:
             texts[study.profile] = text
-    return under_heading(f"### {section.title}", "", texts, studies)
+    return under_heading(f"### {section.title}", "", texts, studies, section.target)
 
 
 def under_heading(
-    heading: str, introduction: str, texts: dict[str, str], studies: list[Study]
+    heading: str,
+    introduction: str,
+    texts: dict[str, str],
+    studies: list[Study],
+    target: str | None = None,
 ) -> str | None:
-    """Join the texts of studies, profile → text, under a heading; None if there is none."""
+    """Join the texts of studies, profile → text, under a heading; None if there is none.
+
+    Each text says of which runs it is, if there is more than one study.
+    """
     if not texts:
         return None
     parts = [heading]
@@ -205,35 +226,53 @@ def under_heading(
     for study in studies:
         if study.profile not in texts:
             continue
-        if len(studies) > 1:
+        if len(studies) > 1 and target is not None:
+            parts.append(f"**{OWN_LENGTH}** (`make {target}`)")
+        elif len(studies) > 1:
             parts.append(f"**{STUDIES[study.data, study.profile]}** (`PROFILE={study.profile}`)")
         parts.append(texts[study.profile])
     return "\n\n".join(parts)
 
 
-def short_answer(section: Section, studies: list[Study]) -> Answer | None:
+def short_answer(section: Section, studies: list[Study]) -> tuple[Study, Answer] | None:
     """Take the answer of the first study that can tell, or else of the first with several seeds."""
-    answers = [section.answer(study) for study in studies]
-    answers = [answer for answer in answers if answer is not None]
-    for answer in answers:
+    answers = []
+    for study in studies:
+        answer = section.answer(study) if section.answer else None
+        if answer is not None:
+            answers.append((study, answer))
+    for study, answer in answers:
         if answer.sure != "cannot tell":
-            return answer
-    for answer in answers:
+            return study, answer
+    for study, answer in answers:
         if answer.comparison is not None and answer.comparison.verdict != "one seed":
-            return answer
+            return study, answer
     return answers[0] if answers else None
 
 
 def in_short(studies: list[Study]) -> str | None:
     """Tabulate the lab's questions with its answers and ours."""
-    lines = [["question", "the lab said", "we found", "how sure"]]
+    lines = []
     for section in SECTIONS:
-        answer = short_answer(section, studies) if section.answer else None
-        if answer is not None:
-            lines.append([section.title, section.lab_said, answer.text, answer.sure])
-    if len(lines) == 1:
+        answered = short_answer(section, studies)
+        if answered is None:
+            continue
+        study, answer = answered
+        cells = [section.title, section.lab_said, answer.short or answer.text, answer.sure]
+        if len(studies) > 1:
+            cells.append("own length" if section.target else RUN_LENGTH[study.profile])
+        lines.append(cells)
+    if not lines:
         return None
-    return f"## In short\n\n{markdown(lines).replace('---:', '---')}"
+    headings = ["question", "the lab said", "we found", "how sure"]
+    text = "## In short\n\nScores are mean IoU."
+    if len(studies) > 1:
+        headings.append("runs")
+        text += (
+            " Long runs follow the lab's protocol, short runs train for minutes ([more on both]"
+            "(#the-kinds-of-runs)). The other words are [defined below](#definitions)."
+        )
+    return f"{text}\n\n{markdown([headings, *lines]).replace('---:', '---')}"
 
 
 def definitions(group: str) -> str:
@@ -255,6 +294,7 @@ def definitions(group: str) -> str:
         " **Likely** is a difference that may have another cause, or was picked among several; or a"
         " cause that fits what was counted.",
         "**Lab IoU** is what the lab published, from one run and one batch of 50 images.",
+        "**Images seen** counts each time that training showed an image, or a crop of one.",
     ]
     if group == "flight":
         bullets.append("A **flight** is a scene in motion. Its images are nearly copies.")

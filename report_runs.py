@@ -199,6 +199,10 @@ class Study:
     left_out: list[str]  # a sentence for each run in no table
 
     @property
+    def all_runs(self) -> list[Run]:
+        return [run for members in self.runs.values() for run in members]
+
+    @property
     def settings(self) -> str:
         """Give the variables that make needs for these runs, with a space in front."""
         text = ""

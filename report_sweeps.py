@@ -19,10 +19,10 @@ from report_models import (
     rows_of,
     score,
     scores_of,
-    table,
+    table_of,
 )
 from report_runs import LAB_MODELS, Run, Runs, Study
-from table import markdown, rank
+from table import LAB, markdown, rank
 
 PERFECT = 0.9995  # rounds to 1.000
 PLAIN_TUNED = "no augmentation (tuned)"
@@ -33,8 +33,14 @@ def draw_ranking(study: Study, name: str, ranked: Rows, split: str, what: str) -
     ious = {}
     for experiment, rows in ranked.items():
         ious[experiment] = [row["mean_iou"] for row in rows]
-    figures.ranking(study.figures / name, ious, f"mean IoU on the {split} split")
-    return picture(study, name, f"{what}: dots are runs, lines their means.")
+    has_arrows = figures.ranking(study.figures / name, ious, f"mean IoU on the {split} split")
+    caption = f"{what}: dots are runs, lines their means."
+    if has_arrows:
+        caption += (
+            " An arrow stands for runs further to the left, as many as the number beside it says;"
+            " an experiment with an arrow has no line."
+        )
+    return picture(study, name, caption)
 
 
 # ---- augment
@@ -69,13 +75,14 @@ def answer_augmentation(study: Study) -> Answer | None:
     answer = compare(f"`{best}`", scores_of(runs[best], "test"), "no augmentation", plain)
     lower = [name for name in tried if fmean(scores_of(runs[name], "test")) < fmean(plain)]
     number = "all" if len(lower) == len(tried) else str(len(lower))
-    text = YES_OR_NO[answer.comparison.verdict] + answer.text
+    answer = answer.begin_with(YES_OR_NO[answer.comparison.verdict])
     if len(tried) > 1:
-        text += (
+        choice = (
             f" The validation split chose `{best}` from {len(tried)} tried. On the test split"
             f" {number} of them scored lower than no augmentation."
         )
-    return answer._replace(text=text)
+        return answer._replace(text=answer.text + choice)
+    return answer
 
 
 def ranked_augmentations(study: Study) -> Rows:
@@ -99,7 +106,7 @@ def details_augmentation(study: Study) -> str | None:
     if not study.augment:
         return None
     headings = ["mean IoU", "n", "never predicted", "striped", "lab IoU", "images seen"]
-    return table(ranked_augmentations(study), headings)
+    return table_of(ranked_augmentations(study), headings)
 
 
 def compare_flips(study: Study) -> tuple[Answer, Answer] | None:
@@ -123,9 +130,12 @@ def answer_flips(study: Study) -> Answer | None:
         return None
     horizontal, vertical = answers
     if horizontal.comparison.verdict == "less" and vertical.comparison.verdict != "more":
-        return Answer(
-            "Probably because they replaced horizontal flips, which hurt in these runs.", "likely"
+        gap = LAB["test_iou"]["flip-0.5"] - LAB["test_iou"]["tuned"]
+        text = (
+            "Probably because they replaced horizontal flips, which hurt in these runs. But the"
+            f" lab's gap of {gap:.4f}, from one run each, may also be luck."
         )
+        return Answer(text, "likely")
     return Answer("These runs cannot tell.", "cannot tell")
 
 
@@ -145,7 +155,7 @@ def answer_jitter(study: Study) -> Answer | None:
         return None
     jitter = scores_of(runs["jitter"], "test")
     answer = compare("`jitter`", jitter, "no augmentation", scores_of(runs[without], "test"))
-    return answer._replace(text=YES_OR_NO[answer.comparison.verdict] + answer.text)
+    return answer.begin_with(YES_OR_NO[answer.comparison.verdict])
 
 
 def section_jitter(study: Study) -> str | None:
@@ -216,11 +226,11 @@ def answer_tuning(study: Study) -> Answer | None:
     for factor in factors:
         if factor.answer.sure == "sure":
             # Only likely: the two settings were picked as the extremes of several.
-            text = f"On validation, the {factor.name}: {factor.answer.text}"
-            return Answer(text, "likely")
+            answer = factor.answer.begin_with(f"On validation, the {factor.name}: ")
+            return answer._replace(sure="likely")
     widest = factors[0]
-    text = f"Perhaps the {widest.name}, whose settings differ most. {widest.answer.text}"
-    return Answer(text, "cannot tell")
+    answer = widest.answer.begin_with(f"Perhaps the {widest.name}, whose settings differ most. ")
+    return answer._replace(sure="cannot tell")
 
 
 def factors_table(factors: list[Factor]) -> str:
@@ -265,7 +275,7 @@ def details_tuning(study: Study) -> str | None:
         )
     ranked = rank(rows_of(study.tune, "validation"))
     parts.append("All settings, by their score on the validation split:")
-    parts.append(table(ranked, ["mean IoU", "n", "never predicted", "images seen"]))
+    parts.append(table_of(ranked, ["mean IoU", "n", "never predicted", "images seen"]))
     return "\n\n".join(parts)
 
 
@@ -291,11 +301,11 @@ def section_loss(study: Study) -> str | None:
     if not ours or not labs:
         return "Both are scored on the validation split."
     return (
-        "Both are scored on the validation split. With the lab's own start the loss matters more."
-        f" After {steps_by_epoch(labs[0])[-1]} some class is in no prediction of"
-        f" {count_never(ours)[-1]} of {len(ours)} runs of `tuned-loss-per-class`, and of"
-        f" {count_never(labs)[-1]} of {len(labs)} runs with the lab's loss. {count_poor(ours)} and"
-        f" {count_poor(labs)} end with a class whose IoU is below {LOW_IOU}."
+        "Both are scored on the validation split. In runs with the lab's own start, some class is"
+        f" in no prediction after {steps_by_epoch(labs[0])[-1]} in {count_never(ours)[-1]} of"
+        f" {len(ours)} runs of `tuned-loss-per-class`, and in {count_never(labs)[-1]} of"
+        f" {len(labs)} runs with the lab's loss. {count_poor(ours)} of {len(ours)} and"
+        f" {count_poor(labs)} of {len(labs)} end with a class whose IoU is below {LOW_IOU}."
     )
 
 

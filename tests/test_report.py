@@ -63,11 +63,15 @@ def test_an_answer_that_can_tell_comes_before_one_that_cannot(tmp_path: Path) ->
         studies.append(make_study(runs, tmp_path))
         studies[-1].profile = profile
     section = next(part for part in report_page.SECTIONS if "complexity" in part.title)
-    answer = report_page.short_answer(section, studies)
-    assert answer.text.startswith("Yes. `modified` beats `initial`")
+    study, answer = report_page.short_answer(section, studies)
+    assert study is studies[1] and answer.text.startswith("Yes. `modified` beats `initial`")
+    assert "| Yes. `modified` beats `initial`, by 0.2000 ± 0.0227. | sure | short |" in (
+        report_page.in_short(studies)
+    )
     studies[1].models["modified"][0].test["mean_iou"] = 0.1  # now three seeds cannot tell
-    assert "may be luck of the seed" in report_page.short_answer(section, studies).text
-    answer = report_page.short_answer(section, studies[:1])
+    _, answer = report_page.short_answer(section, studies)
+    assert "may be luck of the seed" in answer.text
+    _, answer = report_page.short_answer(section, studies[:1])
     assert answer.text.endswith("One run each cannot show which is better.")
 
 

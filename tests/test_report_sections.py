@@ -92,8 +92,8 @@ def test_losses_are_compared_on_validation(tmp_path: Path) -> None:
     runs += [make_run("heads/tuned", 0, 0.4), make_run("heads/tuned-loss-per-class", 0, 0.9)]
     runs[-2].history[-1]["validation"]["dead_classes"] = ["square"]
     text = report_sweeps.section_loss(make_study(runs, tmp_path))
-    assert "in no prediction of 0 of 1 runs of `tuned-loss-per-class`, and of 1 of 1 runs" in text
-    assert "with the lab's loss. 0 and 1 end with a class whose IoU is below" in text
+    assert "in 0 of 1 runs of `tuned-loss-per-class`, and in 1 of 1 runs with the lab's" in text
+    assert "the lab's loss. 0 of 1 and 1 of 1 end with a class whose IoU is below" in text
 
 
 def test_flips_are_compared_with_no_augmentation(tmp_path: Path) -> None:
@@ -235,3 +235,11 @@ def test_models_of_one_run_are_not_called_one_run_each_if_others_have_more(tmp_p
     text = report_models.answer_models(make_study(runs, tmp_path)).text
     assert text.startswith("`best` scores highest. `best` scores 0.9100 ± 0.0100, `initial` 0.8")
     assert "So few runs, 3 and 1, cannot show which is better." in text
+
+
+def test_experiments_of_one_name_in_two_folders_are_both_shown(tmp_path: Path) -> None:
+    runs = [make_run("rate/tuned", 0, 0.9), make_run("random/tuned", 0, 0.8)]
+    study = make_study([*runs, make_run("rate/best", 0, 0.95)], tmp_path)
+    text = report_models.details_other_runs(study)
+    assert "| rate/tuned | 0.9000 |" in text and "| random/tuned | 0.8000 |" in text
+    assert "| best | 0.9500 |" in text
