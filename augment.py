@@ -98,7 +98,11 @@ def choose_object_pixels(masks: Tensor, choice: Tensor) -> tuple[Tensor, Tensor,
 
 
 def last_start(is_labelled: Tensor, crop: int) -> Tensor:
-    """Find the last place, (N,) int64, where a crop is within the labelled part of (N, side)."""
+    """Find the last place, (N,) int64, at which a crop still ends inside the labelled part.
+
+    `is_labelled` (N, side) says of each row or column whether it has a labelled pixel. The place is
+    0 if the crop is larger than the labelled part.
+    """
     side = torch.arange(1, is_labelled.shape[1] + 1, device=is_labelled.device)
     end = (is_labelled * side).amax(dim=1)  # of the labelled part; 0 if there is none
     return (end - crop).clamp(min=0)

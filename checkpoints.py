@@ -42,6 +42,7 @@ def read_checkpoint(path: Path, device: torch.device) -> dict:
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"its format is {checkpoint['format']}, not {FORMAT}")
         require(checkpoint, {"config": dict, "model": dict})
+    with reading(path, "undo the change of this key in configs/default.yaml, or train again"):
         checkpoint["config"] = with_todays_keys(checkpoint["config"])
     return checkpoint
 
@@ -53,19 +54,14 @@ def restore_model(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
     """
     checkpoint = read_checkpoint(path, device)
     model = build_model(checkpoint["config"])
-    check_state(path, checkpoint["model"], model)
+    misfit = find_misfit(checkpoint["model"], model.state_dict())
+    if misfit:
+        advice = "undo the change of model.py, or train again"
+        raise UserError(f"{path}: its weights do not fit the model ({misfit}); {advice}")
     model.load_state_dict(checkpoint["model"])
     model.to(device, memory_format=torch.channels_last)
     model.eval()
     return model, checkpoint
-
-
-def check_state(path: Path, state: dict, model: nn.Module) -> None:
-    """Check that the weights of a file fit a model; UserError names the first that do not."""
-    misfit = find_misfit(state, model.state_dict())
-    if misfit:
-        advice = "undo the change of model.py, or train again"
-        raise UserError(f"{path}: its weights do not fit the model ({misfit}); {advice}")
 
 
 def find_misfit(state: dict, expected: dict[str, Tensor]) -> str | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("training", "validation", "testing")
-CODE_OF_SCORES = (
+CODE_OF_SCORES = (  # the files whose code decides scores
     "augment.py",
     "checkpoints.py",
     "config.py",
@@ -106,17 +106,30 @@ def require(values: dict, kinds: dict[str, type]) -> None:
             raise ValueError(f"{key} is {values[key]!r}")
 
 
-def code_digest() -> str:
-    """Compute twelve hexadecimal digits that change with the code that decides scores.
+def code_digest(names: tuple[str, ...] = CODE_OF_SCORES) -> str:
+    """Compute twelve hexadecimal digits that change with the code of these files.
 
-    Comments, docstrings and layout do not count.
+    Comments, docstrings, layout and the version of Python do not count.
     """
     digest = hashlib.sha256()
-    for name in CODE_OF_SCORES:
+    for name in names:
         tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             has_body = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
             if has_body and ast.get_docstring(node, clean=False) is not None:
                 node.body = node.body[1:] or [ast.Pass()]
-        digest.update(ast.unparse(tree).encode())
+        digest.update(str(as_lists(tree)).encode())
     return digest.hexdigest()[:12]
+
+
+def as_lists(node: object) -> list | str:
+    """Turn a syntax tree into lists and strings that are the same in every version of Python.
+
+    Fields that are empty are left out, since newer versions add some.
+    """
+    if isinstance(node, ast.AST):
+        fields = [as_lists(value) for _, value in ast.iter_fields(node) if value not in (None, [])]
+        return [type(node).__name__, *fields]
+    if isinstance(node, list):
+        return [as_lists(item) for item in node]
+    return repr(node)

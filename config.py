@@ -217,12 +217,13 @@ def note_overridden(paths: list[Path]) -> None:
     for path in paths:
         values = read_yaml(path)
         for key, value in values.items():
-            before, source = given.get(key, (value, path))
             # Another `images` is other data, whose `group` has nothing to do with that before.
             is_of_other_data = key == "group" and "images" in values
-            if not is_same(before, value) and not is_of_other_data:
-                text = f"{path} overrides {key}: {before} of {source} or its base"
-                print(f"note: {text}", file=sys.stderr)
+            if key in given and not is_of_other_data:
+                before, source = given[key]
+                if not is_same(before, value):
+                    text = f"{path} overrides {key}: {before} of {source} or its base"
+                    print(f"note: {text}", file=sys.stderr)
             given[key] = (value, path)
 
 

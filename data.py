@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import ROOT, UserError, reading, run
+from common import ROOT, UserError, code_digest, reading, run
 from images import read_pair, read_size
 from masks import missing_classes_problem
 from metrics import IGNORE
@@ -53,6 +53,7 @@ DATA_KEYS = (  # the keys that decide, beside `data`, which pixels a split holds
     "classes",
     "in_channels",
 )
+CODE_OF_PIXELS = ("data.py", "images.py", "masks.py")  # whoever edits these sees the effect
 MOST_WAITING = 32  # pairs that are decoded ahead of the one in use, and fill memory meanwhile
 MOST_PADDING = 4  # times the pixels of the images that they may have once padded to one size
 
@@ -162,7 +163,7 @@ def load_split(config: dict, split: str) -> Split:
     # The name of a cache says how and of which files it was made: an outdated one is never opened.
     settings = digest_settings(config)
     cache = folder / f"{split}-{settings}-{digest_files(root, pairs)}"
-    with locked(folder / f"{settings}.lock"):  # scripts that start together build it once
+    with wait_for_lock(folder / f"{settings}.lock"):  # scripts that start together build it once
         if not cache.is_dir():
             for outdated in folder.glob(f"{split}-{settings}-*"):
                 shutil.rmtree(outdated)
@@ -205,8 +206,8 @@ def digest_settings(config: dict) -> str:
 
 
 def digest_files(root: Path, pairs: list[Pair]) -> str:
-    """Twelve hexadecimal digits that change with the names, sizes or times of the files."""
-    files = []
+    """Twelve hexadecimal digits that change with the files' names, sizes or times, or the code."""
+    files = [code_digest(CODE_OF_PIXELS)]
     for pair in pairs:
         for path in (pair.image, pair.mask):
             with reading(path):  # a link may lead nowhere
@@ -217,7 +218,7 @@ def digest_files(root: Path, pairs: list[Pair]) -> str:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def wait_for_lock(path: Path) -> Iterator[None]:
     """Wait until no other process holds the lock of this file, and hold it."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # closing the file gives it back
@@ -317,6 +318,7 @@ def padded_size(sizes: list[tuple[int, int]], config: dict) -> tuple[int, int]:
 def pad(image: Tensor, mask: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Pad an image and its mask at the bottom and on the right, by pixels that count nowhere.
 
+    From (channels, h, w) and (h, w) to (channels, height, width) and (height, width), all uint8.
     The image goes on mirrored, so that a model predicts its border as if nothing were added.
     """
     bottom = max(0, height - image.shape[1])

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from machine import keep_memory, pick_device, pick_precision
+from machine import autocast, keep_memory, pick_device, pick_precision
 
 import numpy as np
 import torch
@@ -55,12 +55,13 @@ def images_per_batch(height: int, width: int, device: torch.device) -> int:
 def predict_batches(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield the logits (n, C, H, W) of batches of whole (M, channels, H, W) uint8 images.
 
-    Only one batch of images is on the device of the model at a time.
+    The logits have the given dtype. Only one batch of images is on the device of the model at a
+    time.
     """
     device = next(model.parameters()).device
     height, width = images.shape[-2:]
     for batch in images.split(images_per_batch(height, width, device)):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             logits = model(to_float(batch.to(device, non_blocking=True)))
         yield logits
 
@@ -71,8 +72,8 @@ def evaluate(
     """Run a model in evaluation mode once over images and compare its predictions with masks.
 
     From (M, channels, H, W) images and (M, H, W) masks, both uint8. Returns, all on the CPU:
-    (M, C, C) int64 confusion matrices of the images; the mean loss of the batches, by their images;
-    (M, H, W) uint8 predicted classes.
+    (M, C, C) int64 confusion matrices of the images; the mean of the batches' losses, weighted by
+    their images; (M, H, W) uint8 predicted classes.
     """
     model.eval()
     matrices = []
@@ -123,10 +124,7 @@ def score_in_training_mode(
     dtype = pick_precision(device, config["precision"])
     torch.manual_seed(0)  # for dropout
     model.train()
-    with (
-        torch.inference_mode(),
-        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
-    ):
+    with torch.inference_mode(), autocast(device, dtype):
         predicted = model(to_float(images.to(device))).argmax(dim=1).cpu()
     matrices = metrics.confusion_matrices(predicted, masks, len(config["classes"]))
     return metrics.number(metrics.mean_iou(matrices.sum(dim=0)))

@@ -65,7 +65,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device(known[-1])
     if name not in known:
-        raise UserError(f"device {name}: PyTorch finds only {', '.join(known)}; use DEVICE=cpu")
+        raise UserError(f"device {name}: PyTorch finds only {', '.join(known)}; give one of these")
     return torch.device(name)
 
 
@@ -82,6 +82,11 @@ def pick_precision(device: torch.device, name: str) -> torch.dtype:
     else:
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Make the context in which a model computes in `dtype`, as `pick_precision` gives it."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def fits(device: torch.device, needed: int) -> bool:

@@ -129,7 +129,7 @@ class UNet(nn.Module):
         # Replicated borders look like the image going on; zeros would look like a black object.
         pad_h, pad_w = -height % self.stride, -width % self.stride
         x = images * 2 - 1  # from −1 to 1: the convs pad with 0, which is neither black nor white
-        if torch.compiler.is_exporting() or pad_h or pad_w:  # a program pads always, if by 0 pixels
+        if torch.compiler.is_exporting() or pad_h or pad_w:  # an exported program always pads
             x = F.pad(x, (0, pad_w, 0, pad_h), mode="replicate")
 
         skips = []

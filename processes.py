@@ -43,8 +43,11 @@ def check_shares(config: dict, images_per_epoch: int, validation_images: int) ->
     _, world = place()
     if world == 1:
         return
+    if validation_images < world:
+        text = f"{validation_images} images of the validation split are too few for {world}"
+        raise UserError(f"{config['data']}: {text} processes; start fewer")
     is_shared = config["batch_size"] % world == 0 and images_per_epoch % config["batch_size"] == 0
-    if not is_shared or config["last_batch"] == "keep" or validation_images < world:
+    if not is_shared or config["last_batch"] == "keep":
         raise UserError(
             f"batch_size, last_batch: {world} processes share every batch evenly; set batch_size to"
             f" a multiple of {world}, at most all images, and last_batch: drop"

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import figures
+from common import reading
 from evaluate import SHOWN
 from metrics import IGNORE, Comparison, mean_iou, welch
 from report_runs import Run, Runs, Study
@@ -265,7 +266,8 @@ def section_pictures(study: Study) -> str | None:
     for name, members in study.models.items():
         path = (members[0].folder or Path()) / "testing.npz"
         if members[0].folder is not None and path.exists():
-            arrays[name] = dict(np.load(path))
+            with reading(path, "remove this file and run make again"):
+                arrays[name] = dict(np.load(path))
     if not arrays:
         return None
     judged = list(arrays)[-1]

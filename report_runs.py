@@ -208,11 +208,19 @@ class Study:
         text = ""
         if self.data == "afo":
             text += " DATA=afo"
-        elif self.data != "generated":  # own data: the name of their config
-            text += f" DATA={self.data}.yaml"
+        elif self.data != "generated":
+            text += f" DATA={self.config_of_data}"
         if self.profile != "quick":
             text += f" PROFILE={self.profile}"
         return text
+
+    @property
+    def config_of_data(self) -> str:
+        """Name the config of own data, whose runs lie in a folder of its name, with - for /."""
+        for name in (f"{self.data}.yaml", f"{self.data.replace('-', '/')}.yaml"):
+            if (ROOT / name).exists():
+                return name
+        return f"{self.data}.yaml"
 
     @property
     def group(self) -> str:
@@ -234,7 +242,7 @@ def by_experiment(runs: list[Run]) -> Runs:
 def page_key(run: Run) -> dict[str, object]:
     """Say on what a run was scored: the runs of one page share all values that they have."""
     key = {
-        "validation images": run.validation["digest"],
+        "training images": run.validation["digest"],
         "classes": tuple(run.validation["per_class_iou"]),
     }
     if run.test is not None:
@@ -274,7 +282,7 @@ def family_of(run: Run) -> str:
 
 
 def split_by_length(runs: list[Run]) -> tuple[list[Run], list[Run]]:
-    """Part the runs that saw as many images in training as most of their family from the others."""
+    """Separate the runs that saw as many images as most of their family from the others."""
     lengths: dict[str, list[int]] = {}
     for run in runs:
         lengths.setdefault(family_of(run), []).append(run.validation["images_seen"])

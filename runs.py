@@ -5,7 +5,6 @@ import fcntl
 import json
 import platform
 import resource
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -49,7 +48,10 @@ ADVICE_NEVER_PREDICTED = (
 
 
 def default_folder(config: dict) -> Path:
-    """Name the folder of a run, as make does: runs/<data>/<profile>/<experiment>/seed<n>."""
+    """Name the folder of a run: runs/<folder of the data>/<profile>/<experiment>/seed<n>.
+
+    make does the same for the experiments at the top of configs/ with the data in data/.
+    """
     seed = f"seed{config['seed']}"
     return Path("runs", Path(config["data"]).name, config["profile"], config["name"], seed)
 
@@ -115,7 +117,7 @@ def find_checkpoint(
 
 
 def list_files(run_dir: Path) -> set[str]:
-    """List the files of a folder that may be a run's, without those that come and go."""
+    """List the files of a folder that may be a run's, without those hidden or that come and go."""
     names = set()
     for path in run_dir.iterdir():
         is_passing = path.suffix == ".partial" or "tfevents" in path.name or path.name == "lock"
@@ -147,15 +149,14 @@ def list_changes(last: dict, config: dict, data_digest: str) -> str:
 def start_run(run_dir: Path, config: dict, environment: dict, done: int) -> "SummaryWriter":
     """Write config and environment of a run; returns a writer of TensorBoard events.
 
-    A new run (`done` is 0 epochs) starts in an empty folder.
+    A new run (`done` is 0 epochs) removes the files of the run before it.
     """
     from torch.utils.tensorboard import SummaryWriter
 
     if done == 0:
         for path in run_dir.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name not in ("lock", "config.yaml"):
+            is_kept = path.name.startswith(".") or path.name in ("lock", "config.yaml")
+            if path.is_file() and not is_kept:  # a run makes no folder
                 path.unlink()
         # Removed last: if we are killed before, it still shows that this folder is a run's.
         (run_dir / "config.yaml").unlink(missing_ok=True)
@@ -272,20 +273,35 @@ def print_epoch(config: dict, entry: dict, is_best: bool) -> None:
 
 
 def finish(
-    run_dir: Path, config: dict, history: list[dict], code: str, data_digest: str, model: nn.Module
+    run_dir: Path,
+    config: dict,
+    history: list[dict],
+    code: str,
+    training_digest: str,
+    model: nn.Module,
 ) -> None:
     """End a run that has nothing left to train: write its summary if it is missing."""
+    # Fewer epochs may be asked for than when the run was begun: make compares with this file.
+    write_atomically(run_dir / "config.yaml", dump(config).encode())
     path = run_dir / "summary.json"
     if path.exists():
         path.touch()  # make learns that the run is newer than the data
     else:
-        write_summary(run_dir, config, history, code, data_digest, model)
+        write_summary(run_dir, config, history, code, training_digest, model)
 
 
 def write_summary(
-    run_dir: Path, config: dict, history: list[dict], code: str, data_digest: str, model: nn.Module
+    run_dir: Path,
+    config: dict,
+    history: list[dict],
+    code: str,
+    training_digest: str,
+    model: nn.Module,
 ) -> None:
-    """Write summary.json: the scores of the best epoch, and what the whole run cost."""
+    """Write summary.json: the scores of the best epoch, and what the whole run cost.
+
+    `training_digest`, of all training images, tells runs of other data apart.
+    """
     best = best_of(history)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
@@ -299,7 +315,7 @@ def write_summary(
         "parameters": count_parameters(model),
         "code": code,
         "peak_memory_mib": peak / unit,
-        "digest": data_digest,
+        "digest": training_digest,
         "training": best["training"],
         "validation": best["validation"],
     }

@@ -15,7 +15,7 @@ import math
 import time
 from pathlib import Path
 
-from machine import fits, keep_memory, pick_device, pick_precision
+from machine import autocast, fits, keep_memory, pick_device, pick_precision
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +132,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
             torch.manual_seed(derive_seed(seed, stream, step))
             index = index[rank::world]  # the share of this process
             batch, mask = get_batch(images, masks, index, device, config)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with autocast(device, dtype):
                 logits = net(batch)
             loss = weighted_loss(logits, mask, config["loss"])
             optimizer.zero_grad(set_to_none=True)

@@ -158,6 +158,15 @@ def test_cache_is_made_once_and_again_when_a_file_changes(root: Path) -> None:
     assert len(list(root.glob(".cache/testing-*"))) == 1 and not cache.exists()
 
 
+def test_cache_is_made_again_when_the_code_that_reads_changes(root: Path, monkeypatch) -> None:
+    config = config_for(root)
+    d.load_split(config, "testing")
+    [cache] = root.glob(".cache/testing-*")
+    monkeypatch.setattr(d, "code_digest", lambda names: "edited")
+    d.load_split(config, "testing")
+    assert len(list(root.glob(".cache/testing-*"))) == 1 and not cache.exists()
+
+
 def test_configs_of_one_folder_keep_their_caches(pond: dict) -> None:
     configs = [
         pond,

@@ -1,5 +1,6 @@
 """Tests of tools/describe.py and of tools/meaning.py, on small real files."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 from made_photos import BLACK_RED_BLUE, LARGE, N, draw, read_masks, save, write_config, write_set
 from PIL import Image, ImageFilter
 
+import data as data_script
 from common import UserError
 from config import load_config
 from metrics import IGNORE
-from tools.meaning import Examined, collect, run_lengths
+from tools.meaning import ExaminedPair, collect, run_lengths
 
 # ---- values of masks
 
@@ -118,7 +120,7 @@ def test_a_mask_counts_once_for_a_colour_that_two_of_its_numbers_have() -> None:
     """Two numbers of a palette may be one colour; another palette makes colours of both."""
     pairs = []
     for palette in ({0: 0, 1: 0xFF0000, 2: 0xFF0000}, {0: 0xFF0000, 1: 0}):
-        pair = Examined(
+        pair = ExaminedPair(
             image=Path("a.png"),
             size=(9, 9),
             mask_size=(9, 9),
@@ -228,6 +230,12 @@ def test_a_file_that_exists_is_kept(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists already"):
         write_config(tmp_path)
     assert (tmp_path / "own.yaml").read_text() == "mine"
+
+
+def test_both_folders_must_be_given(call: Callable) -> None:
+    """make gives an empty name for IMAGES or MASKS if the user gives none."""
+    code, _, error = call(data_script.main, "describe", "--images", "", "--masks", "labels")
+    assert code == 2 and error.startswith("error: give both folders: make describe IMAGES=")
 
 
 def test_unreadable_files_are_told(tmp_path: Path) -> None:

@@ -209,7 +209,8 @@ def test_stripes_are_found(run: Path, findings: Callable, monkeypatch) -> None:
 def test_stopped_run_is_told_from_one_that_trains(run: Path, findings: Callable) -> None:
     configure(run, epochs=9)
     [(title, _, advice)] = findings(run)
-    assert title == "The run stopped after 3 of 9 epochs" and "--resume" in advice
+    assert title == "The run stopped after 3 of 9 epochs"
+    assert f"train.py --config {run}/config.yaml --run-dir {run} --resume" in advice
     with locked(run):
         assert findings(run) == []
     for name in ("metrics.jsonl", "best.pt", "last.pt"):

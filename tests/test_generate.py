@@ -195,6 +195,16 @@ def test_existing_files_are_left_alone_and_a_leftover_is_replaced(tmp_path):
     assert not list(tmp_path.rglob("mine.txt"))
 
 
+def test_folder_that_cannot_be_made_is_one_line(tmp_path, call):
+    (tmp_path / "file").write_text("keep")
+    code, _, error = call(data_script.main, "generate", "--out", tmp_path / "file/data")
+    assert code == 2 and "cannot be made" in error and error.count("\n") == 1
+    (tmp_path / "data.partial").write_text("keep")
+    with pytest.raises(UserError, match=r"data\.partial: cannot be made"):
+        g.generate(tmp_path / "data", {"training": 1}, size=16, seed=0)
+    assert (tmp_path / "data.partial").read_text() == "keep"
+
+
 def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(counts, *args, **kwargs):
         assert next(iter(counts)) > 0  # files are being written

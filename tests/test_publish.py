@@ -45,8 +45,9 @@ def test_runs_are_added_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found == [("full", "tuned", 0.5), ("quick", "best", 0.8), ("quick", "tuned", 0.9)]
 
 
-def test_several_profiles_at_once_are_refused(tmp_path: Path, monkeypatch) -> None:
-    run = make_run("quick/tuned", 0, 0.5)
+@pytest.mark.parametrize("experiment", ["quick/tuned", "afo/quick/tuned"])
+def test_several_profiles_at_once_are_refused(tmp_path: Path, monkeypatch, experiment: str) -> None:
+    run = make_run(experiment, 0, 0.5)
     monkeypatch.setattr(publish, "find_runs", lambda root: ([run], []))
     with pytest.raises(UserError, match="several profiles"):
         publish.publish(Path("runs/afo"), tmp_path / "runs.jsonl")

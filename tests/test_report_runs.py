@@ -41,6 +41,8 @@ def test_settings_are_those_of_make(tmp_path: Path) -> None:
     assert study.settings == " DATA=afo"
     study.data, study.profile = "my", "full"
     assert study.settings == " DATA=my.yaml PROFILE=full"
+    study.data = "configs-data-scenes"
+    assert study.settings == " DATA=configs/data/scenes.yaml PROFILE=full"
     study.data, study.profile = "generated", "quick"
     assert study.settings == ""
 

@@ -222,7 +222,14 @@ def test_other_files_are_never_taken_for_a_run(dataset: Path, run: Path, tmp_pat
     (photos / "me.png").unlink()
     (photos / "config.yaml").unlink()
     (photos / ".DS_Store").write_bytes(b"macOS")  # is no reason to refuse
+    for folder in (".git", "old.partial"):
+        (photos / folder).mkdir()
+        (photos / folder / "mine").write_bytes(b"dear")
     train_tiny(dataset, photos, epochs=1)
+    with runs.locked(photos):
+        train(load_config([], tiny(dataset, epochs=1)), photos, CPU, resume=False, overwrite=True)
+    for name in (".DS_Store", ".git/mine", "old.partial/mine"):
+        assert (photos / name).exists()
     slim = shutil.copytree(run, tmp_path / "slim")
     (slim / "last.pt").unlink()  # somebody saved space
     for name in ("testing.json", "testing.npz", "summary.json"):

@@ -11,12 +11,14 @@ import pytest
 import torch
 from conftest import tiny
 from PIL import Image
-from test_train import lines, load, train_tiny
+from test_train import CPU, lines, load, train_tiny
 from torch import Tensor
 
+import checkpoints
 import runs
 import train as script_module
 from common import ROOT, UserError
+from config import is_finished
 from data import load_split
 from metrics import confusion_matrices, scores
 from model import build_model
@@ -48,6 +50,20 @@ def test_interrupt_is_one_word_and_frees_the_folder(
     assert code == 130 and errors.splitlines()[-1] == "interrupted"
     with runs.locked(run):
         assert len(lines(run)) == len(load(run / "last.pt")["history"]) == 1
+
+
+def test_fewer_epochs_end_a_run_that_was_stopped(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"schedule": "constant", "precision": "float32"}
+    run = tmp_path / "run"
+    train_tiny(dataset, run, epochs=1, **values)
+    (run / "summary.json").unlink()  # as if stopped while more epochs were asked for
+    text = (run / "config.yaml").read_text()
+    assert "epochs: 1" in text
+    (run / "config.yaml").write_text(text.replace("epochs: 1", "epochs: 9"))
+    train_tiny(dataset, run, resume=True, epochs=1, **values)
+    assert is_finished(run, checkpoints.read_checkpoint(run / "last.pt", CPU)["config"], None)
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(
@@ -179,6 +195,14 @@ def test_batch_that_processes_cannot_share_evenly_is_refused(
     monkeypatch.setattr("processes.place", lambda: (0, 2))
     with pytest.raises(UserError, match="2 processes share"):
         train_tiny(dataset, tmp_path / "run", **values)
+
+
+def test_validation_split_of_fewer_images_than_processes_is_refused(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("processes.place", lambda: (0, 2))
+    with pytest.raises(UserError, match="1 images of the validation split are too few for 2"):
+        train_tiny(dataset, tmp_path / "run", limit_validation=1)
 
 
 def test_it_learns(dataset: Path, tmp_path: Path) -> None:

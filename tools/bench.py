@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
     args = parser.parse_args()
     device = pick_device(args.device)
-    overrides = [f"data={args.data}", "limit_validation=8", *args.overrides, "crop=0"]
+    overrides = [f"data={args.data!r}", "limit_validation=8", *args.overrides, "crop=0"]
     print(format_line(HEADINGS))
     for name in args.models:
         config = load_config([ROOT / f"configs/{name}.yaml"], overrides)

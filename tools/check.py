@@ -41,7 +41,7 @@ MOST_ALIKE = 3  # unusable files that are named if all have the same mistake
 MOST_GROUPS = 3  # that are named of those in several splits
 
 
-class Examined(NamedTuple):
+class CheckedPair(NamedTuple):
     """What is known of a pair that was read."""
 
     counts: Tensor  # (256,) int64: pixels by their value in the mask
@@ -68,11 +68,11 @@ class Checked(NamedTuple):
 # ---- reading
 
 
-def examine(pair: Pair, config: dict) -> Examined:
+def examine(pair: Pair, config: dict) -> CheckedPair:
     """Read a pair in its own size."""
     image, mask = read_pair(pair.image, pair.mask, dict(config, resize=[]))
     pixels = image.flatten(1)
-    return Examined(
+    return CheckedPair(
         counts=mask.flatten().bincount(minlength=256),
         size=(mask.shape[0], mask.shape[1]),
         digest=sha256(image.numpy().tobytes()).hexdigest(),
@@ -145,7 +145,9 @@ def look_at_sizes(
     return [], [f"{split}: {text}; what is added counts nowhere"]
 
 
-def describe_exceptions(split: str, pairs: list[Pair], examined_pairs: list[Examined]) -> list[str]:
+def describe_exceptions(
+    split: str, pairs: list[Pair], examined_pairs: list[CheckedPair]
+) -> list[str]:
     """Write notes on images of a single colour, turned images and masks with a tolerance."""
     plain = []
     turned = []
@@ -172,7 +174,7 @@ def describe_exceptions(split: str, pairs: list[Pair], examined_pairs: list[Exam
     return notes
 
 
-def note_palettes(split: str, pairs: list[Pair], examined_pairs: list[Examined]) -> list[str]:
+def note_palettes(split: str, pairs: list[Pair], examined_pairs: list[CheckedPair]) -> list[str]:
     """Write the note that a number has several colours in masks of indices; [] if none has.
 
     Programs that save space renumber the colours of each file by themselves.

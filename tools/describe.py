@@ -23,7 +23,7 @@ from images import likely_range, read_image
 from patterns import find_files
 from tools.check import note_shared_groups
 from tools.meaning import (
-    Examined,
+    ExaminedPair,
     Masks,
     Meaning,
     Value,
@@ -204,7 +204,7 @@ def note_doubts(meaning: Meaning, masks: Masks, is_drawn: bool, notes: list[str]
             notes.append(f"ignore: {value} {text}")
 
 
-def describe_images(examined: list[Examined], notes: list[str]) -> list[Line]:
+def describe_images(examined: list[ExaminedPair], notes: list[str]) -> list[Line]:
     """Say how many channels and bits the images have."""
     lines = []
     value_range = []
@@ -236,7 +236,7 @@ def describe_images(examined: list[Examined], notes: list[str]) -> list[Line]:
     return lines
 
 
-def look_at_pixels(examined: list[Examined], value_range: list[int]) -> tuple[bool, set[int]]:
+def look_at_pixels(examined: list[ExaminedPair], value_range: list[int]) -> tuple[bool, set[int]]:
     """Tell whether a few of the images are grey; also list the values of their alpha channel."""
     is_grey = True
     opacities = set()
@@ -248,7 +248,7 @@ def look_at_pixels(examined: list[Examined], value_range: list[int]) -> tuple[bo
 
 
 def describe_sizes(
-    examined: list[Examined], meaning: Meaning, masks: Masks, notes: list[str]
+    examined: list[ExaminedPair], meaning: Meaning, masks: Masks, notes: list[str]
 ) -> list[Line]:
     """Choose `resize`, `crop` and `crop_on_objects` by the sizes of images and of objects."""
     sizes = [pair.size for pair in examined]
@@ -344,6 +344,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     if args.out and args.out.exists():
         raise UserError(f"{args.out}: exists already; give another --out, or remove it")
+    if not args.images or not args.masks:
+        raise UserError("give both folders: make describe IMAGES=photos MASKS=labels")
     layout = find_layout(args.images, args.masks)
     examined, notes = examine_all(layout.pairs)
     masks = collect(examined)

@@ -60,7 +60,8 @@ def diagnose(
     if len(history) < config["epochs"] and not is_training(run_dir):
         title = f"The run stopped after {len(history)} of {config['epochs']} epochs"
         lower_rate = config["learning_rate"] / 10
-        advice = f"train.py --resume goes on; learning_rate: {lower_rate:g} if the loss was nan"
+        command = f"python train.py --config {run_dir}/config.yaml --run-dir {run_dir} --resume"
+        advice = f"`{command}` goes on; learning_rate: {lower_rate:g} if the loss was nan"
         findings.append(Finding(title, "no process trains now", advice))
     if history:
         findings += check_classes(config, history)

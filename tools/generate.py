@@ -164,7 +164,11 @@ def new_folder(out: Path) -> Iterator[Path]:
     out = out.resolve()
     incomplete = out.with_name(out.name + ".partial")
     shutil.rmtree(incomplete, ignore_errors=True)  # left by a process that was killed
-    incomplete.mkdir(parents=True)
+    try:
+        incomplete.mkdir(parents=True)
+    except OSError as error:
+        advice = "give another --out"
+        raise UserError(f"{incomplete}: cannot be made ({error.strerror}); {advice}") from None
     try:
         yield incomplete
         incomplete.rename(out)

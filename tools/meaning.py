@@ -30,7 +30,7 @@ SMALLEST_SHARE = 0.002  # of a class that smoothing or JPEG changed; what has le
 LARGEST_TOLERANCE = 128
 
 
-class Examined(NamedTuple):
+class ExaminedPair(NamedTuple):
     """What is known of a pair of files."""
 
     image: Path
@@ -95,7 +95,7 @@ def measure_thickness(numbers: np.ndarray) -> np.ndarray:
 
 
 def read_numbers(path: Path) -> tuple[np.ndarray, str, dict[int, int]]:
-    """Read a mask as (H, W) numbers; also its kind and its palette, as in Examined."""
+    """Read a mask as (H, W) numbers; also its kind and its palette, as in ExaminedPair."""
     with reading(path):
         image, _ = open_image(path)
     if image.mode == "P":
@@ -129,7 +129,7 @@ def coarse_colours(numbers: np.ndarray) -> np.ndarray:
     return coarse
 
 
-def examine(pair: tuple[Path, Path]) -> Examined:
+def examine(pair: tuple[Path, Path]) -> ExaminedPair:
     """Look at an image and its mask; UserError if one cannot be read."""
     image_path, mask_path = pair
     with reading(image_path):
@@ -143,7 +143,7 @@ def examine(pair: tuple[Path, Path]) -> Examined:
     if len(values) > MOST_CLASSES and values[-1] <= LARGEST_COLOUR:
         # What JPEG changes a little is one area.
         thickness = measure_thickness(coarse_colours(numbers))
-    return Examined(
+    return ExaminedPair(
         image=image_path,
         size=(height, width),
         mask_size=numbers.shape,
@@ -160,7 +160,7 @@ def examine(pair: tuple[Path, Path]) -> Examined:
     )
 
 
-def examine_all(pairs: list[tuple[Path, Path]]) -> tuple[list[Examined], list[str]]:
+def examine_all(pairs: list[tuple[Path, Path]]) -> tuple[list[ExaminedPair], list[str]]:
     """Look at pairs, at most MOST_EXAMINED; also list what is wrong. UserError if none is read."""
     chosen = [pairs[i] for i in evenly(len(pairs), MOST_EXAMINED)]
     examined = []
@@ -187,7 +187,7 @@ def examine_all(pairs: list[tuple[Path, Path]]) -> tuple[list[Examined], list[st
     return examined, problems
 
 
-def collect(examined: list[Examined]) -> Masks:
+def collect(examined: list[ExaminedPair]) -> Masks:
     """Add up what is known of the masks. Masks of several kinds or palettes count as colours."""
     kinds = {pair.kind for pair in examined}
     palette, is_shared = merge_palettes(examined)
@@ -211,7 +211,7 @@ def collect(examined: list[Examined]) -> Masks:
     return Masks(kind, palette, values, len(examined))
 
 
-def merge_palettes(examined: list[Examined]) -> tuple[dict[int, int], bool]:
+def merge_palettes(examined: list[ExaminedPair]) -> tuple[dict[int, int], bool]:
     """Merge the palettes of masks; also tell whether no number has two colours."""
     merged = {}
     is_shared = True
@@ -256,7 +256,7 @@ def read_class_names(folder: Path) -> list[str]:
 # ---- what values mean
 
 
-def find_meaning(examined: list[Examined], masks: Masks) -> Meaning:
+def find_meaning(examined: list[ExaminedPair], masks: Masks) -> Meaning:
     """Work out what the values in the masks mean; UserError if they cannot be classes."""
     if len(masks.values) == 1:
         value = next(iter(masks.values))
@@ -298,7 +298,7 @@ def find_meaning(examined: list[Examined], masks: Masks) -> Meaning:
     return Meaning("colours", reason, order_colours(masks, listed), ignored, ignore_reason)
 
 
-def are_numbers_of_objects(examined: list[Examined], values: dict[int, Value]) -> bool:
+def are_numbers_of_objects(examined: list[ExaminedPair], values: dict[int, Value]) -> bool:
     """Tell whether values count objects: too large for classes, or 1, 2, 3 … in each mask."""
     if max(values) > 255:
         return True

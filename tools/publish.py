@@ -28,7 +28,7 @@ def publish(root: Path, path: Path) -> tuple[list[Run], list[str]]:
     if not added:
         raise UserError(f"{root}: holds no finished run")
     for member in added:
-        if member.experiment.split("/")[0] in ("quick", "full"):
+        if {"quick", "full"} & set(member.experiment.split("/")):
             raise UserError(f"{root}: holds several profiles; give one, as in runs/afo/quick")
     lines = {}
     if path.exists():
