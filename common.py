@@ -128,8 +128,11 @@ def as_lists(node: object) -> list | str:
     Fields that are empty are left out, since newer versions add some.
     """
     if isinstance(node, ast.AST):
-        fields = [as_lists(value) for _, value in ast.iter_fields(node) if value not in (None, [])]
-        return [type(node).__name__, *fields]
+        parts = [type(node).__name__]
+        for name, value in ast.iter_fields(node):
+            if value not in (None, []):
+                parts += [name, as_lists(value)]
+        return parts
     if isinstance(node, list):
         return [as_lists(item) for item in node]
     return repr(node)

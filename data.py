@@ -53,7 +53,8 @@ DATA_KEYS = (  # the keys that decide, beside `data`, which pixels a split holds
     "classes",
     "in_channels",
 )
-CODE_OF_PIXELS = ("data.py", "images.py", "masks.py")  # whoever edits these sees the effect
+# Computed when this file is imported: by then a later edit of the code has no effect either.
+CODE_OF_PIXELS = code_digest(("data.py", "images.py", "masks.py"))
 MOST_WAITING = 32  # pairs that are decoded ahead of the one in use, and fill memory meanwhile
 MOST_PADDING = 4  # times the pixels of the images that they may have once padded to one size
 
@@ -145,8 +146,9 @@ def find_missing_classes(masks: Tensor, classes: list[str]) -> list[str]:
 
 
 def load_split(config: dict, split: str) -> Split:
-    """Load a split from its cache, which is built first if a file or a key has changed.
+    """Load a split from its cache.
 
+    The cache is built first if a file, a key or the code that reads the files has changed.
     UserError if a file of the split cannot be used.
     """
     pairs, problems = find_pairs(config, split)
@@ -206,8 +208,11 @@ def digest_settings(config: dict) -> str:
 
 
 def digest_files(root: Path, pairs: list[Pair]) -> str:
-    """Twelve hexadecimal digits that change with the files' names, sizes or times, or the code."""
-    files = [code_digest(CODE_OF_PIXELS)]
+    """Twelve hexadecimal digits that change with the names, sizes or times of the files.
+
+    They also change with the code that reads the files.
+    """
+    files = [CODE_OF_PIXELS]
     for pair in pairs:
         for path in (pair.image, pair.mask):
             with reading(path):  # a link may lead nowhere

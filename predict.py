@@ -256,8 +256,8 @@ def draw_sheet(path: Path, results: dict[Path, Result], colours: dict[str, list[
         cells.append(("", result.overlay))
     starts = range(0, len(cells), SHEET_COLUMNS)
     rows = [cells[start : start + SHEET_COLUMNS] for start in starts]
-    legend = dict(colours)
-    del legend[next(iter(colours))]  # the background has no contour
+    names = list(colours)[1:]  # the background has no contour
+    legend = {name: colours[name] for name in names}
     save(grid(rows, legend), path)
 
 

@@ -44,8 +44,8 @@ def check_shares(config: dict, images_per_epoch: int, validation_images: int) ->
     if world == 1:
         return
     if validation_images < world:
-        text = f"{validation_images} images of the validation split are too few for {world}"
-        raise UserError(f"{config['data']}: {text} processes; start fewer")
+        text = f"images of the validation split: {validation_images}, too few for {world} processes"
+        raise UserError(f"{config['data']}: {text}; start fewer processes")
     is_shared = config["batch_size"] % world == 0 and images_per_epoch % config["batch_size"] == 0
     if not is_shared or config["last_batch"] == "keep":
         raise UserError(

@@ -70,14 +70,9 @@ def section_fifty_images(study: Study) -> str | None:
     )
     if mode:
         text += (
-            " Training mode, with the weights of the last epoch as in the lab, changed it by up to"
-            f" {max(mode):.4f} more."
+            " Training mode, with the weights of the last epoch as in the lab, then changed it by"
+            f" up to {max(mode):.4f}."
         )
-        if all(members[0].config.get("crop") for members in study.models.values()):
-            text += (
-                " Perhaps because these models were trained on crops around shapes: the statistics"
-                " of whole images, which are mostly background, differ."
-            )
     models = rows_on_fifty(study.models)
     if models:
         text += f"\n\n{fifty_table(models)}"
@@ -85,9 +80,11 @@ def section_fifty_images(study: Study) -> str | None:
 
 
 def details_fifty_images(study: Study) -> str | None:
-    """Tabulate all runs that were scored on the lab's fifty images."""
+    """Tabulate all runs scored on the lab's fifty images, if there are others than the models."""
     rows = rows_on_fifty(study.runs)
-    return fifty_table(rows) if rows else None
+    if len(rows) == len(rows_on_fifty(study.models)):
+        return None
+    return fifty_table(rows)
 
 
 def deepest_fall(run: Run) -> float:

@@ -248,7 +248,7 @@ def details_seeds(study: Study) -> str | None:
             untested.append(run.label)
     if untested:
         parts.append(
-            f"By their validation, {len(untested)} runs more lost positions. They were not tested:"
+            f"Other runs lost positions by their validation, but were not tested:"
             f" {'; '.join(untested)}."
         )
     parts.append(count_never_predicted(study))
@@ -256,11 +256,11 @@ def details_seeds(study: Study) -> str | None:
 
 
 def count_never_predicted(study: Study) -> str:
-    """Count the runs that never predicted some class. The runs of heads have their own section."""
+    """Count the runs that never predicted some class, without those of their own length."""
     total, at_some_epoch, at_the_last = 0, 0, 0
     names = []
     for experiment, members in study.runs.items():
-        if experiment in study.heads:
+        if experiment in study.heads or experiment in study.overfit:
             continue
         missing = [run for run in members if any(never_at(entry) for entry in run.history)]
         total += len(members)
@@ -268,9 +268,15 @@ def count_never_predicted(study: Study) -> str:
         at_the_last += sum(never_at(run.history[-1]) for run in missing)
         if missing:
             names.append(f"`{experiment}`")
-    text = f"In {at_some_epoch} of {total} runs some class was never predicted at the end of an"
-    text += f" epoch, in {at_the_last} of them also at the end of the last"
-    return f"{text}: runs of {', '.join(names)}." if names else f"{text}."
+    text = (
+        f"In {at_some_epoch} of {total} runs some class was never predicted at the end of an epoch"
+    )
+    if not names:
+        return f"{text}."
+    return (
+        f"{text}, in {at_the_last} of these {at_some_epoch} at the end of the last. The"
+        f" {at_some_epoch} are runs of {', '.join(names)}."
+    )
 
 
 # ---- how often does the last stage lose a class?
@@ -308,7 +314,7 @@ def steps_by_epoch(run: Run) -> list[str]:
 
 
 def answer_heads(study: Study) -> Answer | None:
-    """Say how often short runs of tuned never predict a class, and what a wide layer changes."""
+    """Say how often runs of tuned never predict a class, and what a wider last stage changes."""
     runs = study.heads.get("heads/tuned")
     if not runs:
         return None
@@ -326,7 +332,7 @@ def answer_heads(study: Study) -> Answer | None:
 
 
 def section_heads(study: Study) -> str | None:
-    """Draw how many short runs never predict a class, by step."""
+    """Draw how many runs never predict a class, by step."""
     if not study.heads:
         return None
     first = next(iter(study.heads.values()))[0]
@@ -339,7 +345,7 @@ def section_heads(study: Study) -> str | None:
     panels = {"share of runs that never predict a class": shares}
     figures.curves(study.figures / "heads.png", panels, f"epoch of {steps_by_epoch(first)[0]}")
     parts = [
-        "These runs differ from the other short runs. A step takes"
+        "A step of these runs takes"
         f" {first.config['batch_size']} whole images without augmentation. Each of the lab's models"
         " keeps its own start, loss and learning rate. The others are `tuned` with one fix each.",
         picture(study, "heads.png", "Share of the runs that never predict some class."),
@@ -350,7 +356,7 @@ def section_heads(study: Study) -> str | None:
 
 
 def details_heads(study: Study) -> str | None:
-    """Tabulate how many short runs never predict a class, by step, and how many end poor."""
+    """Tabulate how many runs never predict a class, by step, and how many end poor."""
     if not study.heads:
         return None
     first = next(iter(study.heads.values()))[0]

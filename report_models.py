@@ -353,9 +353,12 @@ def section_longer(study: Study) -> str | None:
 def details_other_runs(study: Study) -> str | None:
     """Tabulate the tested runs that share no table with the models, and the earlier runs."""
     parts = []
-    if study.others:
+    others = dict(study.others)
+    if answer_longer(study) is not None:
+        others.pop("final", None)  # it has a section of its own
+    if others:
         headings = ["mean IoU", "n", "never predicted", "striped", "lab IoU", "images seen"]
-        parts.append(table_of(rows_of(study.others, "test"), headings))
+        parts.append(table_of(rows_of(others, "test"), headings))
     if study.earlier:
         parts.append(
             "These earlier runs had no horizontal flips. They were scored on the validation split"

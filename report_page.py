@@ -169,8 +169,7 @@ SECTIONS = [
     Section("What the lab's choices were worth", "", report_lab.section_choices),
     Section(
         "Other runs",
-        "`final` is the lab's last run, with vertical flips and twice the epochs. These rows share"
-        " no table with the models: look at the images seen.",
+        "",
         details=report_models.details_other_runs,
     ),
 ]
@@ -265,12 +264,13 @@ def in_short(studies: list[Study]) -> str | None:
     if not lines:
         return None
     headings = ["question", "the lab said", "we found", "how sure"]
-    text = "## In short\n\nScores are mean IoU."
+    text = "## In short\n\nScores are mean IoU; ± after a difference is half of its 95 % interval."
     if len(studies) > 1:
         headings.append("runs")
         text += (
-            " Long runs follow the lab's protocol, short runs train for minutes ([more on both]"
-            "(#the-kinds-of-runs)). The other words are [defined below](#definitions)."
+            " Long runs follow the lab's protocol, short runs train for minutes, two questions have"
+            " runs of their own length ([more on them](#the-kinds-of-runs)). The other words are"
+            " [defined below](#definitions)."
         )
     return f"{text}\n\n{markdown([headings, *lines]).replace('---:', '---')}"
 
@@ -338,10 +338,8 @@ def missing(study: Study, studies: list[Study]) -> list[str]:
         done.update(other.heads)
         done.update(other.overfit)
         done.update(other.tune)
-    tuned = study.runs.get("tuned")
-    if tuned:  # one of these is the same as tuned
-        same_as_tuned = {0.0: "augment/no-augmentation", 0.7: "augment/horizontal-flip-0.7"}
-        done.add(same_as_tuned.get(tuned[0].config["horizontal_flip"]))
+    of_tuned = {"quick": "augment/no-augmentation", "full": "augment/horizontal-flip-0.7"}
+    done.add(of_tuned[study.profile])  # tuned has it by itself, so make augment does not train it
     lines = []
     absent = [name for name in (*MODELS, "final") if name not in done]
     if absent:

@@ -89,6 +89,13 @@ def find_runs(root: Path) -> tuple[list[Run], list[str]]:
     return finished, unfinished
 
 
+def check_one_profile(runs: list[Run], root: Path) -> None:
+    """Raise UserError if a folder holds runs of several profiles, which share no table."""
+    for run in runs:
+        if {"quick", "full"} & set(run.experiment.split("/")):
+            raise UserError(f"{root}: holds several profiles; give one, as in runs/afo/quick")
+
+
 def experiment_of(folder: Path, root: Path) -> str:
     """Name the experiment of a run: the folders between root and seedN, or root's own name."""
     name = folder.parent.relative_to(root).as_posix()
@@ -240,7 +247,7 @@ def by_experiment(runs: list[Run]) -> Runs:
 
 
 def page_key(run: Run) -> dict[str, object]:
-    """Say on what a run was scored: the runs of one page share all values that they have."""
+    """Say of which data a run is: the runs of one page share all values that they have."""
     key = {
         "training images": run.validation["digest"],
         "classes": tuple(run.validation["per_class_iou"]),

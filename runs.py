@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # takes seconds to import
 FIRST_FILES = {"config.yaml", "environment.json", "best.pt", "predictions.png", "metrics.jsonl"}
 LATER_FILES = {"last.pt", "summary.json", "testing.json", "testing.npz", "doctor.png"}
 LATER_FILES.update(("on-afo.json", "on-scenes.json"))
+EVENTS = "events.out.tfevents"  # how the names of TensorBoard's files begin
 LONG = 300  # seconds of training that are not discarded unless the user asks for it
 SHOWN = 4  # validation images in TensorBoard and predictions.png
 SCORES = {  # what every epoch has of either split, and of which type
@@ -61,7 +62,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     """Hold the lock of a run directory; UserError if another process trains there."""
     with reading(run_dir, "give another --run-dir"):
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / "lock", "w")  # noqa: SIM115 (closed below)
+        lock = open(run_dir / "lock", "a")  # noqa: SIM115 (closed below)
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,13 +118,18 @@ def find_checkpoint(
 
 
 def list_files(run_dir: Path) -> set[str]:
-    """List the files of a folder that may be a run's, without those hidden or that come and go."""
+    """List the files of a folder, without hidden ones and those of a run that come and go."""
     names = set()
     for path in run_dir.iterdir():
-        is_passing = path.suffix == ".partial" or "tfevents" in path.name or path.name == "lock"
+        is_passing = path.name == "lock" or path.name.startswith(EVENTS) or is_partial(path.name)
         if not is_passing and not path.name.startswith("."):
             names.add(path.name)
     return names
+
+
+def is_partial(name: str) -> bool:
+    """Tell whether a file of a run was being written when its process was killed."""
+    return name.endswith(".partial") and name.removesuffix(".partial") in FIRST_FILES | LATER_FILES
 
 
 def count_epochs(run_dir: Path) -> int:
@@ -155,8 +161,9 @@ def start_run(run_dir: Path, config: dict, environment: dict, done: int) -> "Sum
 
     if done == 0:
         for path in run_dir.iterdir():
-            is_kept = path.name.startswith(".") or path.name in ("lock", "config.yaml")
-            if path.is_file() and not is_kept:  # a run makes no folder
+            is_known = path.name in FIRST_FILES | LATER_FILES or is_partial(path.name)
+            is_of_run = is_known or path.name.startswith(EVENTS)
+            if is_of_run and path.name != "config.yaml":
                 path.unlink()
         # Removed last: if we are killed before, it still shows that this folder is a run's.
         (run_dir / "config.yaml").unlink(missing_ok=True)

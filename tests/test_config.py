@@ -141,11 +141,30 @@ def test_finished_run_of_the_same_values_is_known(tmp_path: Path, call) -> None:
     assert (tmp_path / "run.yaml").read_text() != text
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("x[1:]", "x[:1]"),
+        ("x[::2]", "x[2:]"),
+        ("f(*a)", "f(**a)"),
+        ("def f(a=1): pass", "def f(*, a=1): pass"),
+        ("def f(a, /): pass", "def f(a): pass"),
+        ("try: f()\nexcept E: pass\nelse: g()", "try: f()\nexcept E: pass\nfinally: g()"),
+        ("x - 1", "1 - x"),
+    ],
+)
+def test_digest_tells_code_apart(tmp_path: Path, monkeypatch, one: str, other: str) -> None:
+    monkeypatch.setattr("common.ROOT", tmp_path)
+    (tmp_path / "one.py").write_text(one)
+    (tmp_path / "other.py").write_text(other)
+    assert code_digest(("one.py",)) != code_digest(("other.py",))
+
+
 def test_digest_of_code_is_that_of_every_python(tmp_path: Path, monkeypatch) -> None:
     """The digest was computed with Python 3.10, 3.11, 3.12 and 3.13."""
     (tmp_path / "x.py").write_text(CODE)
     monkeypatch.setattr("common.ROOT", tmp_path)
-    assert code_digest(("x.py",)) == "fad38ece264e"
+    assert code_digest(("x.py",)) == "35615ff996f3"
 
 
 def test_full_disk_is_one_line_and_other_errors_keep_their_trace(call) -> None:

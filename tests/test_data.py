@@ -18,7 +18,7 @@ from PIL import Image
 
 import data as d
 from augment import take_batch
-from common import SPLITS, UserError
+from common import SPLITS, UserError, code_digest
 from config import load_config
 from metrics import IGNORE
 
@@ -162,7 +162,8 @@ def test_cache_is_made_again_when_the_code_that_reads_changes(root: Path, monkey
     config = config_for(root)
     d.load_split(config, "testing")
     [cache] = root.glob(".cache/testing-*")
-    monkeypatch.setattr(d, "code_digest", lambda names: "edited")
+    assert code_digest(("data.py", "images.py", "masks.py")) == d.CODE_OF_PIXELS
+    monkeypatch.setattr(d, "CODE_OF_PIXELS", "edited")
     d.load_split(config, "testing")
     assert len(list(root.glob(".cache/testing-*"))) == 1 and not cache.exists()
 

@@ -43,16 +43,20 @@ def test_first_report_has_no_empty_section(tmp_path: Path, no_drawing: None) -> 
 
 
 @pytest.mark.parametrize(
-    ("flip", "of_tuned"), [(0.0, "no-augmentation"), (0.7, "horizontal-flip-0.7")]
+    ("profile", "of_tuned", "needed"),
+    [
+        ("quick", "no-augmentation", "horizontal-flip-0.7"),
+        ("full", "horizontal-flip-0.7", "no-augmentation"),
+    ],
 )
 def test_augmentation_that_tuned_has_needs_no_run(
-    tmp_path: Path, flip: float, of_tuned: str
+    tmp_path: Path, profile: str, of_tuned: str, needed: str
 ) -> None:
-    study = make_study([make_run("tuned", 0, 0.8, horizontal_flip=flip)], tmp_path)
+    study = make_study([make_run("tuned", 0, 0.8)], tmp_path)
+    study.profile = profile
     lines = report_page.missing(study, [study])
     [augment] = [line for line in lines if line.startswith("`make augment")]
-    assert of_tuned not in augment
-    assert augment.count("-augmentation") + augment.count("horizontal-flip") == 1
+    assert of_tuned not in augment and needed in augment
 
 
 def test_an_answer_that_can_tell_comes_before_one_that_cannot(tmp_path: Path) -> None:
@@ -206,3 +210,17 @@ def test_damaged_file_is_named(
 def test_no_runs_is_one_line(make: Callable, tmp_path: Path) -> None:
     code, _, error = make()
     assert code == 2 and error.startswith(f"error: {tmp_path / 'runs'}: holds no finished run")
+
+
+def test_runs_of_several_profiles_are_refused(tmp_path: Path, monkeypatch) -> None:
+    runs = [make_run("afo/quick/tuned", 0, 0.5), make_run("rate/tuned", 0, 0.5)]
+    monkeypatch.setattr(report, "find_runs", lambda root: (runs, []))
+    with pytest.raises(UserError, match="several profiles"):
+        report.write_report(tmp_path / "runs", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_without_a_caption_is_in_the_page_too(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"png")
+    html = report.to_html("# Title\n\n![a](a.png)\n\ntext *with stress*", tmp_path)
+    assert 'src="data:image/png;base64,' in html and "<p>text <em>with stress</em></p>" in html

@@ -8,6 +8,7 @@ from made_runs import make_run, make_study, scores
 import report_lab
 import report_lost
 import report_models
+import report_page
 import report_sweeps
 from table import LAB
 
@@ -152,6 +153,7 @@ def test_runs_that_never_predicted_a_class_are_counted(tmp_path: Path) -> None:
     runs[1].history[0]["validation"]["dead_classes"] = []
     text = report_lost.count_never_predicted(make_study(runs, tmp_path))
     assert text.startswith("In 1 of 2 runs some class was never predicted")
+    assert "in 0 of these 1 at the end of the last" in text
     assert text.endswith("runs of `tuned`.")
 
 
@@ -243,3 +245,36 @@ def test_experiments_of_one_name_in_two_folders_are_both_shown(tmp_path: Path) -
     text = report_models.details_other_runs(study)
     assert "| rate/tuned | 0.9000 |" in text and "| random/tuned | 0.8000 |" in text
     assert "| best | 0.9500 |" in text
+
+
+def test_longer_training_is_compared_with_half_of_it(tmp_path: Path) -> None:
+    runs = [make_run("augment/flip-0.5", seed, 0.8 + seed / 100) for seed in (0, 1)]
+    assert report_models.answer_longer(make_study(runs, tmp_path)) is None
+    runs += [make_run("final", seed, 0.95 + seed / 100, seen=200) for seed in (0, 1)]
+    study = make_study(runs, tmp_path)
+    text = report_models.answer_longer(study).text
+    assert text.startswith("Yes. `final` beats `flip-0.5` (0.9550 ± 0.0071 against 0.8050")
+    assert "| final | 0.9550 ± 0.0071 | 2 | 0.9950 | 200 |" in report_models.section_longer(study)
+    assert "final" not in (report_models.details_other_runs(study) or "")
+
+
+def test_runs_of_their_own_length_are_called_so(tmp_path: Path, no_drawing: None) -> None:
+    studies = []
+    for profile in ("full", "quick"):
+        studies.append(make_study([make_run("overfit/one-batch-tuned", 0, 0.9996)], tmp_path))
+        studies[-1].profile = profile
+    section = next(part for part in report_page.SECTIONS if part.target == "overfit")
+    assert "**In runs of their own length** (`make overfit`)" in (
+        report_page.write_section(section, studies)
+    )
+    assert report_page.in_short(studies).endswith("| sure | own length |")
+
+
+def test_lost_positions_of_untested_runs_are_named(tmp_path: Path) -> None:
+    run = make_run("earlier/tuned", 3, 0.74, loss={"dice_pooled": 1.0})
+    run.profile, run.test = "full", None
+    run.history += [run.history[-1]] * 13
+    text = report_lost.details_seeds(make_study([run, make_run("tuned", 0, 0.9)], tmp_path))
+    assert (
+        "lost positions by their validation, but were not tested: `earlier/tuned`, seed 3" in text
+    )

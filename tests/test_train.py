@@ -202,7 +202,7 @@ def test_run_that_is_there_is_not_lost(
     assert {path.name: path.read_bytes() for path in default.iterdir()} == before
 
 
-def test_new_run_starts_in_an_empty_folder(run: Path, dataset: Path, tmp_path: Path) -> None:
+def test_new_run_removes_the_files_of_the_old_one(run: Path, dataset: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "copy")
     (copy / "testing.json").write_text("[]")
     events = {path.name for path in copy.glob("*tfevents*")}
@@ -214,21 +214,20 @@ def test_new_run_starts_in_an_empty_folder(run: Path, dataset: Path, tmp_path: P
 def test_other_files_are_never_taken_for_a_run(dataset: Path, run: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
-    for name in ("me.png", "config.yaml"):
+    names = ("me.png", "config.yaml", "my.partial", "my tfevents.txt")
+    for name in names:
         (photos / name).write_bytes(b"dear")
         with pytest.raises(UserError, match="holds other files than a run's"):
             train_tiny(dataset, photos)
-    assert (photos / "me.png").exists()
-    (photos / "me.png").unlink()
-    (photos / "config.yaml").unlink()
+    for name in names:
+        (photos / name).unlink()
     (photos / ".DS_Store").write_bytes(b"macOS")  # is no reason to refuse
-    for folder in (".git", "old.partial"):
-        (photos / folder).mkdir()
-        (photos / folder / "mine").write_bytes(b"dear")
+    (photos / ".git").mkdir()
+    (photos / ".git/mine").write_bytes(b"dear")
     train_tiny(dataset, photos, epochs=1)
     with runs.locked(photos):
         train(load_config([], tiny(dataset, epochs=1)), photos, CPU, resume=False, overwrite=True)
-    for name in (".DS_Store", ".git/mine", "old.partial/mine"):
+    for name in (".DS_Store", ".git/mine"):
         assert (photos / name).exists()
     slim = shutil.copytree(run, tmp_path / "slim")
     (slim / "last.pt").unlink()  # somebody saved space

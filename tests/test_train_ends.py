@@ -201,7 +201,7 @@ def test_validation_split_of_fewer_images_than_processes_is_refused(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("processes.place", lambda: (0, 2))
-    with pytest.raises(UserError, match="1 images of the validation split are too few for 2"):
+    with pytest.raises(UserError, match="validation split: 1, too few for 2 processes"):
         train_tiny(dataset, tmp_path / "run", limit_validation=1)
 
 

@@ -7,6 +7,7 @@ The thresholds were chosen so that no healthy run of this project gets a finding
 
 import argparse
 import math
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,8 +61,13 @@ def diagnose(
     if len(history) < config["epochs"] and not is_training(run_dir):
         title = f"The run stopped after {len(history)} of {config['epochs']} epochs"
         lower_rate = config["learning_rate"] / 10
-        command = f"python train.py --config {run_dir}/config.yaml --run-dir {run_dir} --resume"
-        advice = f"`{command}` goes on; learning_rate: {lower_rate:g} if the loss was nan"
+        config_path = str(run_dir / "config.yaml")
+        again = ["python", "train.py", "--config", config_path, "--run-dir", str(run_dir)]
+        lower = ["--overwrite", "--set", f"learning_rate={lower_rate:g}"]
+        advice = (
+            f"`{shlex.join([*again, '--resume'])}` goes on; if the loss was nan:"
+            f" `{shlex.join([*again, *lower])}`"
+        )
         findings.append(Finding(title, "no process trains now", advice))
     if history:
         findings += check_classes(config, history)

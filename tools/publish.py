@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from common import UserError, run, write_atomically
-from report_runs import PUBLISHED, Run, find_runs, read_published, to_line
+from report_runs import PUBLISHED, Run, check_one_profile, find_runs, read_published, to_line
 
 
 def key_of(member: Run) -> tuple[str, str, str, int]:
@@ -27,9 +27,7 @@ def publish(root: Path, path: Path) -> tuple[list[Run], list[str]]:
     added, unfinished = find_runs(root)
     if not added:
         raise UserError(f"{root}: holds no finished run")
-    for member in added:
-        if {"quick", "full"} & set(member.experiment.split("/")):
-            raise UserError(f"{root}: holds several profiles; give one, as in runs/afo/quick")
+    check_one_profile(added, root)
     lines = {}
     if path.exists():
         for member in read_published(path):
