@@ -8,9 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 import figures
-from report_models import Rows, compare, panel, picture, rows_of, score, scores_of
+from report_models import Answer, Rows, compare, panel, picture, rows_of, score, scores_of
 from report_runs import Run, Runs, Study
-from table import COLUMNS, markdown, tabulate
+from table import COLUMNS, LAB, NONE, markdown, tabulate
+
+JUMP = 3  # times the lowest validation loss so far: what is called a jump
 
 # ---- the metric and the test
 
@@ -97,6 +99,47 @@ def deepest_fall(run: Run) -> float:
     return deepest
 
 
+def find_jumps(losses: list[float]) -> list[int]:
+    """Find the epochs, from 1 on, whose loss is several times the lowest so far."""
+    epochs = []
+    lowest = losses[0]
+    for epoch, loss in enumerate(losses, start=1):
+        if loss > JUMP * lowest:
+            epochs.append(epoch)
+        lowest = min(lowest, loss)
+    return epochs
+
+
+def jumps_of(run: Run) -> list[int]:
+    return find_jumps([entry["validation"]["loss"] for entry in run.history])
+
+
+def ends_with_one_image(run: Run) -> bool:
+    """Tell whether each epoch of a run ended with a batch of a single image."""
+    images_per_epoch = run.validation["images_seen"] // len(run.history)
+    return images_per_epoch % run.config["batch_size"] == 1
+
+
+def answer_last_batch(study: Study) -> Answer | None:
+    """Count the runs whose validation loss jumps, with and without a last batch of one image."""
+    with_one = [run for run in study.all_runs if ends_with_one_image(run)]
+    without = [run for run in study.all_runs if not ends_with_one_image(run)]
+    if not with_one or not without:
+        return None
+    n_with = sum(bool(jumps_of(run)) for run in with_one)
+    n_without = sum(bool(jumps_of(run)) for run in without)
+    n_lab = sum(bool(find_jumps(losses)) for losses in LAB["validation_loss"].values())
+    others = ", ".join(sorted({f"`{run.experiment}`" for run in without}))
+    text = (
+        f"It jumps in {n_with} of our {len(with_one)} runs that end each epoch with a batch of one"
+        f" image, as the lab's did, and in {n_without} of our {len(without)} others ({others}). It"
+        f" jumps in {n_lab} of the lab's {len(LAB['validation_loss'])} runs."
+    )
+    if n_with / len(with_one) > n_without / len(without):
+        return Answer(f"Probably because of a last batch of one image. {text}", "likely")
+    return Answer(f"These runs cannot tell. {text}", "cannot tell")
+
+
 def section_last_batch(study: Study) -> str | None:
     """Compare the curves of tuned with and without the last batch of one image."""
     if "tuned" not in study.runs or "tuned-drop-last" not in study.runs:
@@ -112,6 +155,20 @@ def section_last_batch(study: Study) -> str | None:
     return (
         f"The deepest fall of the validation mean IoU below its best so far: {' and '.join(texts)}."
         f"\n\n{picture(study, 'last-batch.png', caption)}"
+    )
+
+
+def details_last_batch(study: Study) -> str | None:
+    """Tabulate in which epochs the validation loss of each run jumps."""
+    if answer_last_batch(study) is None:
+        return None
+    lines = [["run", "last batch", "jumps in epochs"]]
+    for run in study.all_runs:
+        last_batch = "one image" if ends_with_one_image(run) else "as large as the others"
+        lines.append([run.label, last_batch, ", ".join(map(str, jumps_of(run))) or NONE])
+    return (
+        "Runs with the same seed, and with the same last batch, end their epochs with the same"
+        f" images.\n\n{markdown(lines)}"
     )
 
 

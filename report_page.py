@@ -161,9 +161,13 @@ SECTIONS = [
         lab_said=f"{LAB_IOU['final']:.4f} against {LAB_IOU['flip-0.5']:.4f}",
     ),
     Section(
-        "A last batch of one image",
-        "Each of the lab's epochs ended with a batch of one image, just before validation.",
+        "Why did the validation loss jump?",
+        "In the lab's logs the validation loss jumps in single epochs, to more than three times its"
+        " lowest value so far. Each of the lab's epochs ended with a batch of one image, just"
+        " before validation.",
         report_lab.section_last_batch,
+        report_lab.answer_last_batch,
+        report_lab.details_last_batch,
         once=True,
     ),
     Section("What the lab's choices were worth", "", report_lab.section_choices),

@@ -213,6 +213,22 @@ def test_the_deepest_fall_is_told(tmp_path: Path, no_drawing: None) -> None:
     assert "0.500 in the runs of `tuned` and 0.000 in the runs of `tuned-drop-last`" in text
 
 
+def test_jumps_of_the_loss_are_counted_by_last_batch(tmp_path: Path) -> None:
+    assert report_lab.find_jumps([0.9, 0.2, 0.7, 0.1, 0.1, 0.31]) == [3, 6]
+    runs = [make_run("tuned", seed, 0.8, seen=22, batch_size=10) for seed in (0, 1)]  # 11 an epoch
+    assert report_lab.answer_last_batch(make_study(runs, tmp_path)) is None
+    runs.append(make_run("tuned-drop-last", 0, 0.8, seen=20, batch_size=10))
+    runs[0].history[1]["validation"]["loss"] = 2.0  # 0.6 before
+    study = make_study(runs, tmp_path)
+    answer = report_lab.answer_last_batch(study)
+    assert answer.sure == "likely"
+    assert "in 1 of our 2 runs that end each epoch with a batch of one image" in answer.text
+    assert "in 0 of our 1 others (`tuned-drop-last`)" in answer.text
+    assert "| `tuned`, seed 0 | one image | 2 |" in report_lab.details_last_batch(study)
+    runs[2].history[1]["validation"]["loss"] = 2.0
+    assert report_lab.answer_last_batch(make_study(runs, tmp_path)).sure == "cannot tell"
+
+
 def test_the_labs_batch_is_shown_if_it_was_scored(tmp_path: Path) -> None:
     run = make_run("tuned", 0, 0.8)
     study = make_study([run], tmp_path)
