@@ -98,6 +98,19 @@ def test_every_kind_of_image(checkpoint: Path, tmp_path: Path, call) -> None:
         assert line in text
 
 
+def test_contact_sheet_names_the_classes_that_have_contours(tmp_path: Path, monkeypatch) -> None:
+    legends = []
+
+    def note_legend(rows: list, legend: dict) -> None:
+        legends.append(legend)
+
+    monkeypatch.setattr(predict, "grid", note_legend)
+    monkeypatch.setattr(predict, "save", lambda figure, path: None)
+    colours = {"sea": [0, 0, 0], "ship": [255, 0, 0], "ice": [0, 0, 255]}
+    predict.draw_sheet(tmp_path / "sheet.png", {}, colours)
+    assert legends == [{"ship": [255, 0, 0], "ice": [0, 0, 255]}]
+
+
 def test_images_of_16_bits_are_scaled_as_in_training(tmp_path: Path) -> None:
     overrides = ("in_channels=1", "value_range=[0, 65535]")
     model, config = predict.load_model(make_checkpoint(tmp_path / "a.pt", *overrides), "cpu")
