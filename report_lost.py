@@ -195,6 +195,15 @@ def section_seeds(study: Study) -> str | None:
         " covers. The lab's own logs lie near the values computed in this way.",
         lost_table(counts),
     ]
+    for experiment, runs in study.runs.items():
+        lost = [lost_in_masks(run) for run in runs]
+        if all(run.test and has_lab_protocol(run) for run in runs) and len(set(lost)) > 1:
+            numbers = ", ".join(str(number) for number in lost)
+            scores = ", ".join(f"{run.test['mean_iou']:.4f}" for run in runs)
+            parts.append(
+                f"The {len(runs)} runs of `{experiment}` differ in their seed only. They lost"
+                f" {numbers} positions, and score {scores} on the test split."
+            )
     shares = {}
     for title, lost in counts.items():
         number = sum(count > 0 for count in lost)

@@ -202,6 +202,7 @@ def test_lost_positions_are_counted_with_and_without_augmentation(
     assert (
         "0 of 1 runs without any augmentation lost positions. With augmentation 1 of 2 runs" in text
     )
+    assert "The 2 runs of `tuned` differ in their seed only. They lost 0, 9 positions" in text
     assert (tmp_path / "lost-positions.png").exists()
 
 
