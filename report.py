@@ -122,6 +122,10 @@ PROTOCOLS = """### The kinds of runs
 - **In runs of their own length** means: whole images without augmentation for 1,000 steps (`make
   heads`), or two and 32 images again and again (`make overfit`).
 
+The command above a text makes its runs with seed 0. `SEEDS="0 1 2"` makes three of each. To repeat
+one run alone, train it with `make runs/afo/quick/augment/jitter/seed0/summary.json DATA=afo` and
+test it with `python evaluate.py runs/afo/quick/augment/jitter/seed0/best.pt`.
+
 `make results` writes this page from `results/runs.jsonl`. What the lab did comes from its notebook
 and logs (johagg17/ArtificialFlyingObjects at commit 98b1590), not from its report alone."""
 

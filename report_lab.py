@@ -217,11 +217,15 @@ def section_choices(study: Study) -> str | None:
             on_in_ours = bool(ours[0].config.get(choice.setting))
             if on_in_ours or not on_in_labs:
                 continue
-        split = "validation" if ours[0].test is None else "test"  # `make tune` does not test
+        split = "test"
+        source = "test split"
+        if ours[0].test is None:
+            split = "validation"
+            source = "validation split, `make tune`"  # which does not test
         our_name, lab_name = f"`{ours[0].name}`", f"`{labs[0].name}`"
         our_scores, lab_scores = scores_of(ours, split), scores_of(labs, split)
         finding = compare(our_name, our_scores, lab_name, lab_scores).text
         if our_scores == lab_scores:
             finding = f"Both score {score(our_scores)}: the same to the last digit."
-        bullets.append(f"- **{choice.title}** ({split} split). {our_name} {choice.says} {finding}")
+        bullets.append(f"- **{choice.title}** ({source}). {our_name} {choice.says} {finding}")
     return "\n".join(bullets) or None

@@ -28,17 +28,19 @@ class Section(NamedTuple):
     """Hold a heading, sentences that are always true, and the functions that write the rest."""
 
     title: str
+    targets: str  # of make, which make its runs
     introduction: str
     write: Callable[[Study], str | None] | None = None
     answer: Callable[[Study], Answer | None] | None = None  # stands first, and in the short answers
     details: Callable[[Study], str | None] | None = None  # the full tables, at the end of the page
     lab_said: str = "–"
     once: bool = False  # True: one study is enough
-    target: str | None = None  # of make, if it makes runs of one length, whatever the profile
+    own_length: bool = False  # True: its runs have one length, whatever the profile
 
 
 WHY_SECTION = Section(
     "Why do runs of the same code differ so much?",
+    "report augment",
     "The last up-sampling of the lab's networks computes each of the four positions of every 2×2"
     " pixels with weights of its own (Odena et al. 2016, doi:10.23915/distill.00003). At some"
     " positions these weights may never learn a class. The masks then have stripes or regular"
@@ -51,6 +53,7 @@ WHY_SECTION = Section(
 )
 MODELS_SECTION = Section(
     "Which model wins?",
+    "report",
     "",
     report_models.section_models,
     report_models.answer_models,
@@ -60,6 +63,7 @@ MODELS_SECTION = Section(
 SECTIONS = [
     Section(
         "Does a high accuracy imply a good model? Which metric suits better?",
+        "report",
         "",
         report_models.section_accuracy,
         report_models.answer_accuracy,
@@ -69,16 +73,18 @@ SECTIONS = [
     WHY_SECTION,
     Section(
         "How often does the last stage lose a class?",
+        "heads",
         "The lab's last decoder stage is a ReLU as narrow as the number of classes. It may stop"
         " passing on a class. That class then scores an IoU of 0. Accuracy hardly shows it.",
         report_lost.section_heads,
         report_lost.answer_heads,
         report_lost.details_heads,
         once=True,
-        target="heads",
+        own_length=True,
     ),
     Section(
         "Curves that lied",
+        "train-tuned",
         "The lab never reset its metric object. Each point of its curves is an average over all"
         " epochs so far, and some runs began with what the run before had left.",
         report_lab.section_running_average,
@@ -86,6 +92,7 @@ SECTIONS = [
     ),
     Section(
         "The lab's measurement, and ours",
+        "report augment",
         "The lab tested on one batch of 50 images, the same for every run, with the model left in"
         " training mode.",
         report_lab.section_fifty_images,
@@ -94,6 +101,7 @@ SECTIONS = [
     MODELS_SECTION,
     Section(
         "Increase the complexity a little: does it improve?",
+        "report",
         "`modified` is one stage deeper than `initial`. It also has another loss, the pooled Dice"
         " instead of cross-entropy, so depth alone is not tested.",
         report_models.section_modified,
@@ -102,6 +110,7 @@ SECTIONS = [
     ),
     Section(
         "Does augmentation help?",
+        "augment",
         "The number in a name is a probability. The lab's blurs differ in strength as well"
         " (`configs/augment/`), and go over the masks, as the lab's did. The lab's `tuned` was"
         " trained with horizontal flips, so the lab compared one augmentation with another.",
@@ -112,6 +121,7 @@ SECTIONS = [
     ),
     Section(
         "Why might vertical flips have helped the lab?",
+        "augment",
         "All triangles of the data point right. A horizontal flip makes triangles that never occur,"
         " a vertical flip gives scenes of the same kind. (`flip-0.5` flips vertically.)",
         report_sweeps.section_flips,
@@ -119,6 +129,7 @@ SECTIONS = [
     ),
     Section(
         "Does an augmentation that the lab lacked help?",
+        "augment",
         "`jitter` changes brightness, contrast, saturation and hue. The lab tried it, but its code"
         " fails on images of four channels.",
         report_sweeps.section_jitter,
@@ -128,6 +139,7 @@ SECTIONS = [
     ),
     Section(
         "What had the greatest impact?",
+        "tune",
         "Each setting changes one thing in `tuned`. Settings are compared on the validation split,"
         " because the test split must not be used for choosing.",
         report_sweeps.section_tuning,
@@ -136,6 +148,7 @@ SECTIONS = [
     ),
     Section(
         "Which loss suits the task better?",
+        "tune",
         "The lab's loss is a Dice of all classes pooled. `loss-class` has cross-entropy and a Dice"
         " of each class instead.",
         report_sweeps.section_loss,
@@ -144,6 +157,7 @@ SECTIONS = [
     ),
     Section(
         "Force the network to overfit: how bad can it get?",
+        "overfit",
         "`one-batch` trains on two whole images, `few-frames` on 32, without augmentation. The"
         " networks are the lab's; the loss is cross-entropy and a Dice of each class.",
         report_sweeps.section_overfitting,
@@ -151,10 +165,11 @@ SECTIONS = [
         report_sweeps.details_overfitting,
         lab_said="tried, and failed to",
         once=True,
-        target="overfit",
+        own_length=True,
     ),
     Section(
         "Does longer training help?",
+        "augment final",
         "`final`, the lab's last run, is `flip-0.5` with twice the epochs.",
         report_models.section_longer,
         report_models.answer_longer,
@@ -162,6 +177,7 @@ SECTIONS = [
     ),
     Section(
         "Why did the validation loss jump?",
+        "train-tuned train-tuned-drop-last",
         "In the lab's logs the validation loss jumps in single epochs, to more than three times its"
         " lowest value so far. Each of the lab's epochs ended with a batch of one image, just"
         " before validation.",
@@ -170,9 +186,10 @@ SECTIONS = [
         report_lab.details_last_batch,
         once=True,
     ),
-    Section("What the lab's choices were worth", "", report_lab.section_choices),
+    Section("What the lab's choices were worth", "report augment", "", report_lab.section_choices),
     Section(
         "Other runs",
+        "train-tuned-drop-last",
         "",
         details=report_models.details_other_runs,
     ),
@@ -195,7 +212,7 @@ def write_section(section: Section, studies: list[Study]) -> str | None:
             text = f"{answer.text}\n\n{text}"
         texts[study.profile] = text
     heading = f"## {section.title}"
-    return under_heading(heading, section.introduction, texts, studies, section.target)
+    return under_heading(heading, section.introduction, texts, studies, section)
 
 
 def write_details(section: Section, studies: list[Study]) -> str | None:
@@ -207,7 +224,7 @@ def write_details(section: Section, studies: list[Study]) -> str | None:
         text = section.details(study)
         if text is not None:
             texts[study.profile] = text
-    return under_heading(f"### {section.title}", "", texts, studies, section.target)
+    return under_heading(f"### {section.title}", "", texts, studies, section)
 
 
 def under_heading(
@@ -215,11 +232,12 @@ def under_heading(
     introduction: str,
     texts: dict[str, str],
     studies: list[Study],
-    target: str | None = None,
+    section: Section | None = None,
 ) -> str | None:
     """Join the texts of studies, profile → text, under a heading; None if there is none.
 
-    Each text says of which runs it is, if there is more than one study.
+    If there is more than one study, a line above each text names its runs, and the command that
+    makes those of a section.
     """
     if not texts:
         return None
@@ -229,10 +247,14 @@ def under_heading(
     for study in studies:
         if study.profile not in texts:
             continue
-        if len(studies) > 1 and target is not None:
-            parts.append(f"**{OWN_LENGTH}** (`make {target}`)")
-        elif len(studies) > 1:
-            parts.append(f"**{STUDIES[study.data, study.profile]}** (`PROFILE={study.profile}`)")
+        if len(studies) > 1:
+            kind = STUDIES[study.data, study.profile]
+            command = f"PROFILE={study.profile}"
+            if section is not None:
+                command = f"make {section.targets}{study.settings}"
+                if section.own_length:
+                    kind = OWN_LENGTH
+            parts.append(f"**{kind}** (`{command}`)")
         parts.append(texts[study.profile])
     return "\n\n".join(parts)
 
@@ -263,7 +285,7 @@ def in_short(studies: list[Study]) -> str | None:
         study, answer = answered
         cells = [section.title, section.lab_said, answer.short or answer.text, answer.sure]
         if len(studies) > 1:
-            cells.append("own length" if section.target else RUN_LENGTH[study.profile])
+            cells.append("own length" if section.own_length else RUN_LENGTH[study.profile])
         lines.append(cells)
     if not lines:
         return None

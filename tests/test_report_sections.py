@@ -280,8 +280,8 @@ def test_runs_of_their_own_length_are_called_so(tmp_path: Path, no_drawing: None
     for profile in ("full", "quick"):
         studies.append(make_study([make_run("overfit/one-batch-tuned", 0, 0.9996)], tmp_path))
         studies[-1].profile = profile
-    section = next(part for part in report_page.SECTIONS if part.target == "overfit")
-    assert "**In runs of their own length** (`make overfit`)" in (
+    section = next(part for part in report_page.SECTIONS if part.targets == "overfit")
+    assert "**In runs of their own length** (`make overfit DATA=afo PROFILE=full`)" in (
         report_page.write_section(section, studies)
     )
     assert report_page.in_short(studies).endswith("| sure | own length |")
