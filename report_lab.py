@@ -3,6 +3,7 @@
 As in report_models.py, functions answer_X and section_X take a study, and return None without runs.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -120,6 +121,25 @@ def ends_with_one_image(run: Run) -> bool:
     return images_per_epoch % run.config["batch_size"] == 1
 
 
+def shared_jump(runs: list[Run]) -> str | None:
+    """Name the epoch in which most runs of one seed jump; None if no two of them share one."""
+    counts = Counter()  # (seed, epoch) → runs that jump there
+    for run in runs:
+        for epoch in jumps_of(run):
+            counts[run.seed, epoch] += 1
+    if not counts:
+        return None
+    (seed, epoch), number = counts.most_common(1)[0]
+    if number == 1:
+        return None
+    members = [run for run in runs if run.seed == seed]
+    return (
+        f"Runs with the same seed end their epochs with the same images: {number} of the"
+        f" {len(members)} runs with seed {seed} and a last batch of one image jump in epoch"
+        f" {epoch}."
+    )
+
+
 def answer_last_batch(study: Study) -> Answer | None:
     """Count the runs whose validation loss jumps, with and without a last batch of one image."""
     with_one = [run for run in study.all_runs if ends_with_one_image(run)]
@@ -152,10 +172,13 @@ def section_last_batch(study: Study) -> str | None:
     panels = {"validation mean IoU": panel(runs, "validation")}
     figures.curves(study.figures / "last-batch.png", panels)
     caption = "`tuned-drop-last` leaves out the last batch of one image."
-    return (
+    text = (
         f"The deepest fall of the validation mean IoU below its best so far: {' and '.join(texts)}."
-        f"\n\n{picture(study, 'last-batch.png', caption)}"
     )
+    shared = shared_jump([run for run in study.all_runs if ends_with_one_image(run)])
+    if shared is not None:
+        text = f"{shared}\n\n{text}"
+    return f"{text}\n\n{picture(study, 'last-batch.png', caption)}"
 
 
 def details_last_batch(study: Study) -> str | None:
@@ -166,10 +189,7 @@ def details_last_batch(study: Study) -> str | None:
     for run in study.all_runs:
         last_batch = "one image" if ends_with_one_image(run) else "as large as the others"
         lines.append([run.label, last_batch, ", ".join(map(str, jumps_of(run))) or NONE])
-    return (
-        "Runs with the same seed, and with the same last batch, end their epochs with the same"
-        f" images.\n\n{markdown(lines)}"
-    )
+    return markdown(lines)
 
 
 # ---- what each choice was worth

@@ -226,6 +226,11 @@ def test_jumps_of_the_loss_are_counted_by_last_batch(tmp_path: Path) -> None:
     assert "in 1 of our 2 runs that end each epoch with a batch of one image" in answer.text
     assert "in 0 of our 1 others (`tuned-drop-last`)" in answer.text
     assert "| `tuned`, seed 0 | one image | 2 |" in report_lab.details_last_batch(study)
+    assert report_lab.shared_jump(runs) is None
+    assert report_lab.shared_jump([runs[0], runs[0], runs[1], runs[2]]) == (
+        "Runs with the same seed end their epochs with the same images: 2 of the 3 runs with seed 0"
+        " and a last batch of one image jump in epoch 2."
+    )
     runs[2].history[1]["validation"]["loss"] = 2.0
     assert report_lab.answer_last_batch(make_study(runs, tmp_path)).sure == "cannot tell"
 
