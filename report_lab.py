@@ -172,13 +172,15 @@ def section_last_batch(study: Study) -> str | None:
     panels = {"validation mean IoU": panel(runs, "validation")}
     figures.curves(study.figures / "last-batch.png", panels)
     caption = "`tuned-drop-last` leaves out the last batch of one image."
-    text = (
-        f"The deepest fall of the validation mean IoU below its best so far: {' and '.join(texts)}."
-    )
+    parts = [
+        "The deepest fall of the validation mean IoU below its best so far:"
+        f" {' and '.join(texts)}.",
+        picture(study, "last-batch.png", caption),
+    ]
     shared = shared_jump([run for run in study.all_runs if ends_with_one_image(run)])
     if shared is not None:
-        text = f"{shared}\n\n{text}"
-    return f"{text}\n\n{picture(study, 'last-batch.png', caption)}"
+        parts.insert(0, shared)
+    return "\n\n".join(parts)
 
 
 def details_last_batch(study: Study) -> str | None:
