@@ -136,8 +136,8 @@ def scores_of_weights(runs: list[Run]) -> str:
     shipped = next(member.on_afo for member in members if member.on_afo)
     generated = COLUMNS["mean IoU"]([member.on_scenes for member in members])
     return (
-        f"The file scores {shipped['mean_iou']:.4f} on all {shipped['images']:,} real test images."
-        f" On other generated flights {len(members)} runs of its recipe score {generated}."
+        f"The file scores {shipped['mean_iou']:.4f} on all {shipped['images']:,} of the lab's test"
+        f" images. On other generated flights {len(members)} runs of its recipe score {generated}."
     )
 
 
@@ -187,23 +187,25 @@ def page_of_published(runs: list[Run], studies: list[Study]) -> str:
         "A small U-Net can find a shape and still get half of its pixels wrong.",
         captioned(
             "docs/stripes.png",
-            "Two test images, their truth, and the predictions of four runs. With seed 3, `tuned`"
-            " turns squares and triangles into a pattern of both.",
+            "Two test images, their truth, and the predictions of four runs. The colours of the"
+            " masks are the classes. Colours in the images mean nothing. With seed 3, `tuned` turns"
+            " squares and triangles into a fine pattern of both.",
         ),
         "Seed 0 and seed 3 of `tuned` are the same code (`make train-tuned DATA=afo"
         ' RUNS=runs/random SEEDS="0 3" SET="upsampling_init=random background_bias=0"`). With seed'
-        " 3, each pixel position has learnt one of the two shapes alone. No table below has these"
-        " two runs: the short runs of `tuned` there start the last up-sampling in a way that"
-        " prevents this.",
+        " 3, each of the four positions in a block of 2×2 pixels knows only one of the two shapes:"
+        " some say square, the others triangle. No table below has these two runs: the short runs"
+        " of `tuned` there start the last up-sampling in another way, so that this is rare.",
         "A student lab of 2021 asked what makes a small U-Net good. We asked again, with its own"
         f" data: *Artificial Flying Objects*, tested on {test['images']:,} images from"
         f" {test['groups']} flights. A flight is a scene in motion: its images are nearly copies.",
         "Three models are the lab's: `initial`, `modified` (a stage deeper) and `tuned` (narrower)."
-        " `best` is ours. It differs in several choices at once: its skip connections start at full"
-        " resolution, its decoder is wider than in `tuned`, its last stage is wider than the"
-        " number of classes, and each class counts alike in its loss. In long runs it also trains"
-        " on crops around shapes, by a learning rate that rises and falls. In short runs all models"
-        " do so, and `best` has a higher rate and half as many images again.",
+        " In long runs they have the lab's horizontal flips, in short runs none. `best` is ours. It"
+        " differs in several choices at once. Its skip connections start at full resolution. Its"
+        " decoder is wider than in `tuned`, its last stage wider than the number of classes. Each"
+        " class counts alike in its loss. In long runs only `best` trains on crops around shapes,"
+        " by a learning rate that rises and falls. In short runs all models do so, but `best` has a"
+        " higher rate and sees half as many images again.",
         in_short(studies),
         write_section(WHY_SECTION, studies),
     ]
@@ -212,17 +214,17 @@ def page_of_published(runs: list[Run], studies: list[Study]) -> str:
             parts.append(write_section(section, studies))
     parts += [
         "## The weights that come with the project",
-        "They are weights of `best`, trained on 21,600 generated flights and no real image. Seed 0"
+        "They are weights of `best`, trained on 21,600 generated flights alone. Seed 0"
         " is the file `weights/best.pt` ([model card](weights/README.md)).",
         scores_of_weights(runs),
         "    make weights\n    python evaluate.py weights/best.pt --data data/afo",
         "## A short training on generated flights",
         "`speedrun` trains a smaller `best` on generated flights for four epochs. The goal of each"
-        " run is a mean IoU of 0.995 on the real test images.",
+        " run is a mean IoU of 0.995 on the lab's test images.",
         speedrun_table(runs),
         "## Three things to try",
         '- `make train-tuned RUNS=runs/random SEEDS="4 5 6" SET="upsampling_init=random'
-        ' background_bias=0"`: does one of your seeds lose a class? Look for stripes in'
+        ' background_bias=0"`: does one of your seeds lose a class, or draw stripes? Look at'
         " `predictions.png`.\n"
         '- `make train-tuned SEEDS="3 4 5"`: with the start that short runs have, is a class'
         " lost?\n"

@@ -13,6 +13,7 @@ from report_models import Answer, Rows, compare, panel, picture, rows_of, score,
 from report_runs import Run, Runs, Study
 from table import COLUMNS, LAB, NONE, markdown, tabulate
 
+LOW_SCORES = 0.05  # of mean IoU: the lab's low scores lie further below its others
 JUMP = 3  # times the lowest validation loss so far: what is called a jump
 
 # ---- the metric and the test
@@ -73,9 +74,11 @@ def section_fifty_images(study: Study) -> str | None:
     )
     if mode:
         text += (
-            " Training mode, with the weights of the last epoch as in the lab, then changed it by"
-            f" up to {max(mode):.4f}."
+            " Training mode and the weights of the last epoch, as in the lab, then changed it by up"
+            f" to {max(mode):.4f}."
         )
+        if max(batch) + max(mode) < LOW_SCORES:
+            text += " So this test does not explain the lab's low scores, from 0.80 to 0.93."
     models = rows_on_fifty(study.models)
     if models:
         text += f"\n\n{fifty_table(models)}"
@@ -134,9 +137,9 @@ def shared_jump(runs: list[Run]) -> str | None:
         return None
     members = [run for run in runs if run.seed == seed]
     return (
-        f"Runs with the same seed end their epochs with the same images: {number} of the"
-        f" {len(members)} runs with seed {seed} and a last batch of one image jump in epoch"
-        f" {epoch}."
+        "Runs with the same seed end each epoch with the same image."
+        f" {number} of the {len(members)} runs with seed {seed} and a last batch of one image jump"
+        f" in epoch {epoch}."
     )
 
 
@@ -164,14 +167,20 @@ def section_last_batch(study: Study) -> str | None:
     """Compare the curves of tuned with and without the last batch of one image."""
     if "tuned" not in study.runs or "tuned-drop-last" not in study.runs:
         return None
-    runs = {name: study.runs[name] for name in ("tuned", "tuned-drop-last")}
+    dropped = study.runs["tuned-drop-last"]
+    seeds = {run.seed for run in dropped}
+    kept = [run for run in study.runs["tuned"] if run.seed in seeds]
+    if not kept:
+        return None
+    runs = {"tuned": kept, "tuned-drop-last": dropped}
+    figures.curves(
+        study.figures / "last-batch.png", {"validation loss": panel(runs, "validation", "loss")}
+    )
+    caption = "`tuned-drop-last` leaves out the last batch of one image. Both have the same seed."
     texts = []
     for name, members in runs.items():
         falls = ", ".join(f"{deepest_fall(run):.3f}" for run in members)
-        texts.append(f"{falls} in the runs of `{name}`")
-    panels = {"validation mean IoU": panel(runs, "validation")}
-    figures.curves(study.figures / "last-batch.png", panels)
-    caption = "`tuned-drop-last` leaves out the last batch of one image."
+        texts.append(f"{falls} with `{name}`")
     parts = [
         "The deepest fall of the validation mean IoU below its best so far:"
         f" {' and '.join(texts)}.",

@@ -114,9 +114,10 @@ def draw_lost(study: Study, runs: list[Run]) -> str:
     labels = ("validation loss at the end", "mean IoU")
     figures.scatter(study.figures / "lost-positions.png", groups, *labels)
     caption = (
-        "Each lost position costs about the same IoU; how much it adds to the loss depends on the"
-        " shape. Crosses: computed from the share of the pixels that each shape covers. The lab's"
-        " runs: its logged validation loss and its published test IoU. Our runs by its protocol:"
+        "Crosses: where a run should lie that lost 0, 1, 2 or 3 positions (from the top), computed"
+        " from the share of the pixels that each shape covers. There are several for each number,"
+        " since shapes differ in size. The lab's runs: its logged validation loss and its published"
+        " test IoU. Our runs by its protocol:"
         f" validation, medians of the last {LAST} epochs."
     )
     return picture(study, "lost-positions.png", caption)
@@ -155,7 +156,8 @@ def answer_seeds(study: Study) -> Answer | None:
         lost = [run for run in ours if lost_in_masks(run) > 0]
         labs = [number for number in lab_runs().values() if number > 0]
         text = (
-            "Probably by luck: some runs lose a shape at some pixel positions. That would explain"
+            "Probably by luck: some runs never learn a shape at some of the four positions of each"
+            " 2×2 pixels. That would explain"
             f" the {len(labs)} low scores among the lab's {len(lab_runs())} runs with a Dice loss."
             f" {len(lost)} of our {len(ours)} such runs lost positions."
         )
@@ -356,7 +358,9 @@ def section_heads(study: Study) -> str | None:
     parts = [
         "A step of these runs takes"
         f" {first.config['batch_size']} whole images without augmentation. Each of the lab's models"
-        " keeps its own start, loss and learning rate. The others are `tuned` with one fix each.",
+        " keeps its own start, loss and learning rate. The others are `tuned` with one fix each:"
+        " `tuned-wide` a wider last stage, `tuned-loss-per-class` another loss, `tuned-bilinear`"
+        " another start of the last up-sampling, `tuned-warm-up` a learning rate that rises first.",
         picture(study, "heads.png", "Share of the runs that never predict some class."),
     ]
     if healthy:

@@ -325,9 +325,11 @@ def section_modified(study: Study) -> str | None:
     a = scores_of(study.models["modified"], "validation")
     b = scores_of(study.models["initial"], "validation")
     answer = compare("`modified`", a, "`initial`", b)
+    text = f"On the validation split: {answer.text}"
+    if answer.comparison.verdict != answer_modified(study).comparison.verdict:
+        text += " So the two splits do not agree."
     return (
-        f"On the validation split: {answer.text}\n\n"
-        f"The lab published {LAB['test_iou']['modified']:.4f} for `modified` and"
+        f"{text}\n\nThe lab published {LAB['test_iou']['modified']:.4f} for `modified` and"
         f" {LAB['test_iou']['initial']:.4f} for `initial`, each from one run."
     )
 

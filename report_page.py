@@ -74,8 +74,9 @@ SECTIONS = [
     Section(
         "How often does the last stage lose a class?",
         "heads",
-        "The lab's last decoder stage is a ReLU as narrow as the number of classes. It may stop"
-        " passing on a class. That class then scores an IoU of 0. Accuracy hardly shows it.",
+        "The lab's last decoder stage has one channel for each class, and a ReLU after it. A"
+        " channel that is 0 everywhere passes nothing on, and a class may then be lost at all"
+        " positions. Its IoU is 0. Accuracy hardly shows it.",
         report_lost.section_heads,
         report_lost.answer_heads,
         report_lost.details_heads,
@@ -94,7 +95,7 @@ SECTIONS = [
         "The lab's measurement, and ours",
         "report augment",
         "The lab tested on one batch of 50 images, the same for every run, with the model left in"
-        " training mode.",
+        " training mode. Batch norm then uses the statistics of this batch.",
         report_lab.section_fifty_images,
         details=report_lab.details_fifty_images,
     ),
@@ -179,8 +180,9 @@ SECTIONS = [
         "Why did the validation loss jump?",
         "train-tuned train-tuned-drop-last",
         "In the lab's logs the validation loss jumps in single epochs, to more than three times its"
-        " lowest value so far. Each of the lab's epochs ended with a batch of one image, just"
-        " before validation.",
+        " lowest value so far. Each of the lab's epochs ended with a batch of one image. It makes a"
+        " full step of the optimizer and updates the statistics of batch norm, just before"
+        " validation.",
         report_lab.section_last_batch,
         report_lab.answer_last_batch,
         report_lab.details_last_batch,
@@ -290,7 +292,10 @@ def in_short(studies: list[Study]) -> str | None:
     if not lines:
         return None
     headings = ["question", "the lab said", "we found", "how sure"]
-    text = "## In short\n\nScores are mean IoU; ± after a difference is half of its 95 % interval."
+    text = (
+        "## In short\n\nScores are mean IoU. ± after a score is the standard deviation over seeds,"
+        " after a difference half of its 95 % interval."
+    )
     if len(studies) > 1:
         headings.append("runs")
         text += (

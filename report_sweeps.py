@@ -250,11 +250,15 @@ def section_tuning(study: Study) -> str | None:
     parts = []
     factors = find_factors(study)
     if len(factors) > 1:
-        widest = factors[0]
-        if answer_tuning(study).sure == "likely" and widest.answer.sure != "sure":
+        wider = []  # factors with a wider range than the widest that is beyond luck
+        for factor in factors:
+            if factor.answer.sure == "sure":
+                break
+            wider.append(f"{factor.name} ({factor.spread:.4f})")
+        if wider and answer_tuning(study).sure == "likely":
             parts.append(
-                f"The settings of {widest.name} differ by more ({widest.spread:.4f}), but that may"
-                " be luck of the seed."
+                f"The settings of {' and '.join(wider)} differ by more, but their runs scatter so"
+                " much that it may be luck of the seed."
             )
     ranked = rank(rows_of(study.tune, "validation"))
     parts.append(draw_ranking(study, "tune.png", ranked, "validation", "Settings"))
@@ -301,11 +305,11 @@ def section_loss(study: Study) -> str | None:
     if not ours or not labs:
         return "Both are scored on the validation split."
     return (
-        "Both are scored on the validation split. In runs with the lab's own start, some class is"
-        f" in no prediction after {steps_by_epoch(labs[0])[-1]} in {count_never(ours)[-1]} of"
-        f" {len(ours)} runs of `tuned-loss-per-class`, and in {count_never(labs)[-1]} of"
-        f" {len(labs)} runs with the lab's loss. {count_poor(ours)} of {len(ours)} and"
-        f" {count_poor(labs)} of {len(labs)} end with a class whose IoU is below {LOW_IOU}."
+        "Both are scored on the validation split. With the lab's own start, some class is in no"
+        f" prediction after {steps_by_epoch(labs[0])[-1]} in {count_never(labs)[-1]} of"
+        f" {len(labs)} runs with the lab's loss, and in {count_never(ours)[-1]} of {len(ours)} runs"
+        f" of `tuned-loss-per-class`. {count_poor(labs)} of {len(labs)} and {count_poor(ours)} of"
+        f" {len(ours)} end with a class whose IoU is below {LOW_IOU}."
     )
 
 
@@ -334,7 +338,7 @@ def answer_overfitting(study: Study) -> Answer | None:
     )
     if perfect:
         validation = [run.history[-1]["validation"]["mean_iou"] for run in perfect]
-        text += f" On new images they score {score(validation)}."
+        text += f" On new images they score {fmean(validation):.4f} on average."
         return Answer(f"Very bad, with another loss than the lab's. {text}", "sure")
     return Answer(f"Not here. {text}", "sure")
 

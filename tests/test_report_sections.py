@@ -93,8 +93,10 @@ def test_losses_are_compared_on_validation(tmp_path: Path) -> None:
     runs += [make_run("heads/tuned", 0, 0.4), make_run("heads/tuned-loss-per-class", 0, 0.9)]
     runs[-2].history[-1]["validation"]["dead_classes"] = ["square"]
     text = report_sweeps.section_loss(make_study(runs, tmp_path))
-    assert "in 0 of 1 runs of `tuned-loss-per-class`, and in 1 of 1 runs with the lab's" in text
-    assert "the lab's loss. 0 of 1 and 1 of 1 end with a class whose IoU is below" in text
+    assert (
+        "in 1 of 1 runs with the lab's loss, and in 0 of 1 runs of `tuned-loss-per-class`" in text
+    )
+    assert "1 of 1 and 0 of 1 end with a class whose IoU is below" in text
 
 
 def test_flips_are_compared_with_no_augmentation(tmp_path: Path) -> None:
@@ -211,7 +213,7 @@ def test_the_deepest_fall_is_told(tmp_path: Path, no_drawing: None) -> None:
     lower = {"validation": scores(0.3)}
     runs[0].history += [lower, runs[0].history[-1]]  # 0.4, 0.8, 0.3, 0.8
     text = report_lab.section_last_batch(make_study(runs, tmp_path))
-    assert "0.500 in the runs of `tuned` and 0.000 in the runs of `tuned-drop-last`" in text
+    assert "0.500 with `tuned` and 0.000 with `tuned-drop-last`" in text
 
 
 def test_jumps_of_the_loss_are_counted_by_last_batch(tmp_path: Path) -> None:
@@ -228,7 +230,7 @@ def test_jumps_of_the_loss_are_counted_by_last_batch(tmp_path: Path) -> None:
     assert "| `tuned`, seed 0 | one image | 2 |" in report_lab.details_last_batch(study)
     assert report_lab.shared_jump(runs) is None
     assert report_lab.shared_jump([runs[0], runs[0], runs[1], runs[2]]) == (
-        "Runs with the same seed end their epochs with the same images: 2 of the 3 runs with seed 0"
+        "Runs with the same seed end each epoch with the same image. 2 of the 3 runs with seed 0"
         " and a last batch of one image jump in epoch 2."
     )
     runs[2].history[1]["validation"]["loss"] = 2.0
