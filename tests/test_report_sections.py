@@ -191,6 +191,7 @@ def test_lost_positions_are_counted_with_and_without_augmentation(
 ) -> None:
     runs = [make_run("tuned", seed, 0.985, horizontal_flip=0.7) for seed in (0, 1)]
     runs.append(make_run("augment/no-augmentation", 0, 0.98))
+    runs.append(make_run("augment/flip-0.3", 0, 0.99, loss={"cross_entropy": 1.0}))
     runs.append(make_run("initial", 0, 0.98, loss={"cross_entropy": 1.0}))
     for run in runs:
         run.profile = "full"
@@ -204,6 +205,7 @@ def test_lost_positions_are_counted_with_and_without_augmentation(
     assert (
         "0 of 1 runs without any augmentation lost positions. With augmentation 1 of 2 runs" in text
     )
+    assert "lowest run was `flip-0.3`, 0.8008. Our run of it scores 0.9900." in text
     assert "The 2 runs of `tuned` differ in their seed only. They lost 0, 9 positions" in text
     assert (tmp_path / "lost-positions.png").exists()
 
