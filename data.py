@@ -53,7 +53,7 @@ DATA_KEYS = (  # the keys that decide, beside `data`, which pixels a split holds
     "classes",
     "in_channels",
 )
-# Computed when this file is imported: by then a later edit of the code has no effect either.
+# Computed on import, when the code itself is read: a later edit has no effect in this process.
 CODE_OF_PIXELS = code_digest(("data.py", "images.py", "masks.py"))
 MOST_WAITING = 32  # pairs that are decoded ahead of the one in use, and fill memory meanwhile
 MOST_PADDING = 4  # times the pixels of the images that they may have once padded to one size
