@@ -369,8 +369,11 @@ def missing(study: Study, studies: list[Study]) -> list[str]:
         done.update(other.heads)
         done.update(other.overfit)
         done.update(other.tune)
-    of_tuned = {"quick": "augment/no-augmentation", "full": "augment/horizontal-flip-0.7"}
-    done.add(of_tuned[study.profile])  # tuned has it by itself, so make augment does not train it
+    # tuned has one augmentation by itself, which make augment does not train.
+    if study.profile == "quick":
+        done.add("augment/no-augmentation")
+    elif study.profile == "full":
+        done.add("augment/horizontal-flip-0.7")
     lines = []
     absent = [name for name in (*MODELS, "final") if name not in done]
     if absent:

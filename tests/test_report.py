@@ -57,6 +57,8 @@ def test_augmentation_that_tuned_has_needs_no_run(
     lines = report_page.missing(study, [study])
     [augment] = [line for line in lines if line.startswith("`make augment")]
     assert of_tuned not in augment and needed in augment
+    study.profile = "mine"  # a name that a user's config gives
+    assert of_tuned in "".join(report_page.missing(study, [study]))
 
 
 def test_an_answer_that_can_tell_comes_before_one_that_cannot(tmp_path: Path) -> None:
