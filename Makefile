@@ -25,7 +25,8 @@ OWN       := $(filter %.yaml,$(DATA))
 DATA_NAME := $(subst /,-,$(basename $(DATA)))
 DATA_DIR  := $(or $(OWN),data/$(DATA))
 RUNS      ?= runs/$(DATA_NAME)/$(PROFILE)
-$(if $(filter generated afo,$(DATA))$(wildcard $(filter-out generated.yaml afo.yaml,$(OWN))),,\
+KNOWN     := $(filter generated afo,$(DATA)) $(wildcard $(filter-out generated.yaml afo.yaml,$(OWN)))
+$(if $(strip $(KNOWN)),,\
   $(error DATA=$(DATA): must be generated, afo, or a file NAME.yaml that exists and has another name than these))
 $(if $(filter quick full,$(PROFILE)),,$(error PROFILE=$(PROFILE): must be quick or full))
 
@@ -34,8 +35,9 @@ runs  = $(foreach name,$(1),$(foreach seed,$(SEEDS),$(RUNS)/$(name)/seed$(seed)/
 sweep = $(call runs,$(addprefix $(1)/,$(call names,$(1))))
 # What the quick profile changes in an experiment: its own file, or the common one. Overfitting,
 # heads, the weights and the speedrun have one length, whatever the profile.
-quick = $(or $(wildcard configs/quick/$(1).yaml),$(if $(filter overfit/% heads/% weights speedrun,$(1)),,configs/quick.yaml))
-overlay = $(if $(filter quick,$(PROFILE)),$(call quick,$(1)))
+common_file = $(if $(filter overfit/% heads/% weights speedrun,$(1)),,configs/quick.yaml)
+quick_file  = $(or $(wildcard configs/quick/$(1).yaml),$(call common_file,$(1)))
+overlay     = $(if $(filter quick,$(PROFILE)),$(call quick_file,$(1)))
 
 .DEFAULT_GOAL := help
 .SECONDARY:
@@ -80,13 +82,19 @@ resolve   = $(PY) config.py --out $(@D).yaml --config configs/$(*D).yaml $(call 
   --set name=$(notdir $(*D)) seed=$(patsubst seed%,%,$(*F)) $(call data_of,$(*D)) $(SET)
 run_train = $(PY) train.py --config $(@D).yaml --run-dir $(@D) --device $(DEVICE)
 $(RUNS)/%/summary.json: $(STAMP) FORCE
-	@$(if $(filter 1,$(OVERWRITE)),$(resolve) && $(run_train) --overwrite,$(resolve) --since $(STAMP) --finished $(@D) || \
-	  { test $$? -eq 3 && $(run_train) --resume; })
+ifeq ($(OVERWRITE),1)
+	@$(resolve)
+	@$(run_train) --overwrite
+else
+	@$(resolve) --since $(STAMP) --finished $(@D) || { test $$? -eq 3 && $(run_train) --resume; }
+endif
 FORCE:
 test_on = @$(PY) evaluate.py $(@D)/best.pt --device $(DEVICE) --json $@ --data $(1) > /dev/null
-$(RUNS)/%/on-afo.json: $(RUNS)/%/summary.json | data/afo
+# Tested again if the code of tests is newer, as evaluate.py --beside does by itself.
+CODE_OF_TESTS := evaluate.py metrics.py
+$(RUNS)/%/on-afo.json: $(RUNS)/%/summary.json $(CODE_OF_TESTS) | data/afo
 	$(call test_on,data/afo)
-$(RUNS)/%/on-scenes.json: $(RUNS)/%/summary.json | data/scenes
+$(RUNS)/%/on-scenes.json: $(RUNS)/%/summary.json $(CODE_OF_TESTS) | data/scenes
 	$(call test_on,data/scenes)
 $(foreach name,$(NAMED),$(eval train-$(name): $(call runs,$(name))))
 overfit: $(call sweep,overfit)  ## force the models to overfit, with scores on validation
@@ -102,10 +110,13 @@ $(NAMED:%=train-%) augment final:
 overfit tune heads:
 	@$(PY) evaluate.py $^
 
-# With -j, the report waits for the experiments named beside it.
-report: $(call runs,$(MODELS)) | $(filter overfit tune augment heads final,$(MAKECMDGOALS))  ## train and test the four models, write report/, print the comparison table
+# The report waits for the experiments named beside it.
+BESIDE := $(filter overfit tune augment heads final $(NAMED:%=train-%),$(MAKECMDGOALS))
+# The variables that the commands in the report repeat.
+GIVEN  := $(foreach name,DATA PROFILE RUNS,$(if $(filter file,$(origin $(name))),,$(name)=$($(name))))
+report: $(call runs,$(MODELS)) | $(BESIDE)  ## train and test the four models, write report/, print the comparison table
 	$(test_runs)
-	@$(PY) report.py --runs $(RUNS) --out report
+	@$(PY) report.py --runs $(RUNS) --out report --variables '$(strip $(GIVEN))'
 
 scenes: ; $(error make scenes: its name is now make weights)
 weights: | data/afo data/scenes  ## train the shipped weights again: 21,600 generated flights, an hour

@@ -18,6 +18,7 @@ BOUNDARY = 2  # pixels: width of the band along a contour that boundary IoU look
 DRAWS = 2000  # resamples of an interval
 BLOCK = 100  # resamples that are drawn at once, so that memory stays small for many images
 MIN_GROUPS = 5  # fewer groups of images tell too little about other images
+ROUNDING = 1e-12  # a smaller difference of means may come from adding in another order
 CHUNK = 2**20  # pixels that are counted at once, so that memory stays small for large images
 POSITIONS = ((0, 0), (0, 1), (1, 0), (1, 1))  # row and column within each 2×2 pixels
 
@@ -148,11 +149,11 @@ def lost_positions(prediction: Tensor, mask: Tensor, classes: list[str]) -> dict
             matrices[index] += counts.sum(dim=0).cpu()
     ious = iou(matrices)  # (4, C), NaN where a class is neither in the masks nor predicted
     lost = (ious < 0.05).sum(dim=0).tolist()
-    found = (ious > 0.5).any(dim=0).tolist()
+    is_predicted = (ious > 0.5).any(dim=0).tolist()
 
     positions = {}
     for index, name in enumerate(classes):
-        if found[index] and lost[index] > 0:
+        if is_predicted[index] and lost[index] > 0:
             positions[name] = lost[index]
     return positions
 
@@ -182,14 +183,14 @@ def inside(labels: Tensor) -> Tensor:
     side = 2 * BOUNDARY + 1
     padded = F.pad(labels, [BOUNDARY, BOUNDARY, BOUNDARY, BOUNDARY], value=OUTSIDE)
     # First within each row, then between rows: 5 + 5 comparisons of whole masks, not 25.
-    centre = padded[:, :, BOUNDARY : BOUNDARY + width]
-    row_is_plain = torch.ones_like(centre, dtype=torch.bool)
+    unshifted = padded[:, :, BOUNDARY : BOUNDARY + width]  # its rows still have a margin
+    row_is_plain = torch.ones_like(unshifted, dtype=torch.bool)
     for shift in range(side):
-        row_is_plain &= padded[:, :, shift : shift + width] == centre
+        row_is_plain &= padded[:, :, shift : shift + width] == unshifted
     square_is_plain = torch.ones_like(labels, dtype=torch.bool)
     for shift in range(side):
         square_is_plain &= row_is_plain[:, shift : shift + height]
-        square_is_plain &= centre[:, shift : shift + height] == labels
+        square_is_plain &= unshifted[:, shift : shift + height] == labels
     return square_is_plain
 
 
@@ -201,10 +202,13 @@ def interval(matrices: Tensor) -> list[float] | None:
 
     From (M, C, C) confusion matrices: of groups whose images resemble each other (a flight of AFO),
     or of single images. M of them are drawn with replacement, `DRAWS` times (Efron
-    1979). Returns [low, high], or None for fewer than `MIN_GROUPS` groups.
+    1979). Returns [low, high], or None for fewer than `MIN_GROUPS` groups, or fewer that have
+    pixels of a class: draws that lack a class would be averages over the other classes.
     """
     groups = len(matrices)
-    if groups < MIN_GROUPS:
+    groups_with_class = (matrices.sum(dim=2) > 0).sum(dim=0)  # (C,); rows are the true classes
+    is_rare = (groups_with_class > 0) & (groups_with_class < MIN_GROUPS)
+    if groups < MIN_GROUPS or is_rare.any():
         return None
     generator = torch.Generator().manual_seed(0)
     cells = matrices.flatten(1).double()  # (M, C²)
@@ -255,7 +259,7 @@ def welch(a: list[float], b: list[float]) -> Comparison:
     entry = max(row for row in T_QUANTILES if row <= max(freedom, 1))
     margin = T_QUANTILES[entry] * math.sqrt(error_a + error_b)
 
-    if abs(difference) <= margin:
+    if abs(difference) <= margin + ROUNDING:
         verdict = "noise"
     elif difference > 0:
         verdict = "more"

@@ -21,19 +21,25 @@ from markdown import markdown as convert
 
 from common import ROOT, UserError, run, write_atomically
 from report_models import captioned, draw_curves, rows_of, section_pictures, table_of
+from report_notes import definitions, machines, what_is_missing
 from report_page import (
     MODELS_SECTION,
     SECTIONS,
     STUDIES,
     WHY_SECTION,
-    definitions,
     in_short,
-    machines,
-    what_is_missing,
     write_details,
     write_section,
 )
-from report_runs import Run, Study, check_one_profile, find_runs, read_published, sort_runs
+from report_runs import (
+    PUBLISHED,
+    Run,
+    Study,
+    check_one_profile,
+    find_runs,
+    read_published,
+    sort_runs,
+)
 from table import COLUMNS, markdown
 
 # ---- the report of a folder
@@ -42,13 +48,17 @@ from table import COLUMNS, markdown
 def page_of_folder(study: Study, unfinished: list[str]) -> str:
     """Write the page of `make report`."""
     runs = study.all_runs
+    aim = "and answers its questions"
+    if study.group != "flight":  # own data
+        aim = "on other images"
+    experiments = {member.experiment for member in runs}
     seeds = ", ".join(str(seed) for seed in sorted({member.seed for member in runs}))
     parts = [
         "# Flying objects: small U-Nets, compared",
         "In 2021 a student lab trained three small U-Nets (`initial`, `modified`, `tuned`) to find"
         " squares, triangles and circles in small pictures, pixel by pixel. This report repeats its"
-        " experiments with a fourth model, `best`, and answers its questions.",
-        f"It rests on {len(runs)} runs of {len(study.runs)} experiments ({study.profile} profile,"
+        f" experiments with a fourth model, `best`, {aim}.",
+        f"It rests on {len(runs)} runs of {len(experiments)} experiments ({study.profile} profile,"
         f" data `{study.data}`, seeds {seeds}). Every number comes from the files of the runs,"
         " except for what the lab published.",
         write_section(MODELS_SECTION, [study]),
@@ -93,18 +103,21 @@ def to_html(text: str, folder: Path) -> str:
     return page.replace("$title", title).replace("$body", body)
 
 
-def write_report(root: Path, out: Path) -> None:
-    """Write report.md, report.html and figures/ about the runs below a folder."""
+def write_report(root: Path, out: Path, variables: str | None = None) -> None:
+    """Write report.md, report.html and figures/ about the runs below a folder.
+
+    The commands in it repeat `variables`, as make was called with them.
+    """
     runs, unfinished = find_runs(root)
     if not runs:
         why = f" ({unfinished[0]})" if unfinished else ""
         raise UserError(f"{root}: holds no finished run; `make report` makes some{why}")
     check_one_profile(runs, root)
-    study = sort_runs(runs, out / "figures", "figures")
+    study = sort_runs(runs, out / "figures", "figures", variables)
     text = page_of_folder(study, unfinished)
     write_atomically(out / "report.md", text.encode())
     write_atomically(out / "report.html", to_html(text, out).encode())
-    print(f"{out / 'report.html'}: {len(runs)} runs of {len(study.runs)} experiments")
+    print(f"{out / 'report.html'}: {len(runs)} runs")
 
 
 # ---- the published runs
@@ -133,7 +146,7 @@ and logs (johagg17/ArtificialFlyingObjects at commit 98b1590), not from its repo
 def scores_of_weights(runs: list[Run]) -> str:
     """Say what the models score that were trained on generated flights."""
     members = [member for member in runs if member.experiment == "weights"]
-    shipped = next(member.on_afo for member in members if member.on_afo)
+    shipped = members[0].on_afo
     generated = COLUMNS["mean IoU"]([member.on_scenes for member in members])
     return (
         f"The file scores {shipped['mean_iou']:.4f} on all {shipped['images']:,} of the lab's test"
@@ -149,14 +162,13 @@ def models_on_generated(runs: list[Run], out: Path) -> str:
     return table_of(rows_of(study.models, "test"), ["parameters", "mean IoU", "accuracy"])
 
 
-def models_on_real_images(studies: list[Study]) -> str:
+def models_on_real_images(study: Study) -> str:
     """Tabulate the models trained on the lab's images in short runs, for README.md."""
-    study = next(study for study in studies if study.profile == "quick")
     return table_of(rows_of(study.models, "test"), ["mean IoU", "accuracy", "lab IoU"])
 
 
 def speedrun_table(runs: list[Run]) -> str:
-    """Tabulate the published runs of `make speedrun`: each of them must reach the goal."""
+    """Tabulate the published runs of `make speedrun`."""
     shown = ("mean IoU", "boundary IoU (2 px)", "accuracy", "images seen", "training")
     lines = [["seed", *shown, "threads"]]
     for member in runs:
@@ -181,7 +193,7 @@ def fill_tables(page: str, tables: dict[str, str], source: str) -> str:
 
 def page_of_published(runs: list[Run], studies: list[Study]) -> str:
     """Write RESULTS.md."""
-    test = next(member.test for member in runs if member.test and member.data == "afo")
+    test = studies[0].models["tuned"][0].test
     parts = [
         "# Results",
         "A small U-Net can find a shape and still get half of its pixels wrong.",
@@ -239,19 +251,30 @@ def page_of_published(runs: list[Run], studies: list[Study]) -> str:
     return "\n\n".join(part for part in parts if part is not None) + "\n"
 
 
+def check_published(runs: list[Run]) -> None:
+    """Raise UserError if runs are missing on which a text or table of the pages rests."""
+    published = {(member.data, member.profile, member.experiment) for member in runs}
+    needed = [(data, profile, "tuned") for data, profile in STUDIES]
+    needed += [("generated", "quick", "tuned"), ("scenes", "full", "weights")]
+    for key in needed:
+        if key not in published:
+            name = "/".join(key)
+            raise UserError(f"{PUBLISHED}: has no run of {name}; git checkout {PUBLISHED.name}")
+
+
 def write_published(out: Path) -> None:
     """Write RESULTS.md, its figures and the tables of other pages from results/runs.jsonl."""
     runs = read_published()
+    check_published(runs)
     studies = []
     for data, profile in STUDIES:
         members = [r for r in runs if r.data == data and r.profile == profile]
         link = f"results/figures/{data}-{profile}"
-        if members:
-            studies.append(sort_runs(members, out / link, link))
+        studies.append(sort_runs(members, out / link, link))
     write_atomically(out / "RESULTS.md", page_of_published(runs, studies).encode())
     tables = {
         "models": models_on_generated(runs, out),
-        "models on real images": models_on_real_images(studies),
+        "models on real images": models_on_real_images(studies[-1]),  # short runs
         "make speedrun": speedrun_table(runs),
     }
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
@@ -269,11 +292,12 @@ def main() -> None:
     source.add_argument("--runs", type=Path, metavar="DIR", help="a folder that holds runs")
     source.add_argument("--published", action="store_true", help="the runs in results/runs.jsonl")
     parser.add_argument("--out", type=Path, metavar="DIR", help="report, or the project's folder")
+    parser.add_argument("--variables", metavar="TEXT", help="that make was called with: DATA=…")
     args = parser.parse_args()
     if args.published:
         write_published(args.out or ROOT)
     else:
-        write_report(args.runs, args.out or Path("report"))
+        write_report(args.runs, args.out or Path("report"), args.variables)
 
 
 if __name__ == "__main__":

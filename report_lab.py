@@ -63,22 +63,23 @@ def section_fifty_images(study: Study) -> str | None:
     rows = rows_on_fifty(study.runs)
     if not rows:
         return None
-    batch, mode = [], []
+    by_fifty, by_mode = [], []  # how far each changed the score of each run
     for tests in rows.values():
         for row in tests:
-            batch.append(abs(row["lab_batch"] - row["mean_iou"]))
+            by_fifty.append(abs(row["lab_batch"] - row["mean_iou"]))
             if row.get("lab_batch_training_mode") is not None:
-                mode.append(abs(row["lab_batch_training_mode"] - row["lab_batch"]))
+                by_mode.append(abs(row["lab_batch_training_mode"] - row["lab_batch"]))
     text = (
-        f"Testing on 50 images instead of all changed the score of a run by up to {max(batch):.4f}."
+        "Testing on 50 images instead of all changed the score of a run by up to"
+        f" {max(by_fifty):.4f}."
     )
-    if mode:
+    if by_mode:
         text += (
             " Training mode and the weights of the last epoch, as in the lab, then changed it by up"
-            f" to {max(mode):.4f}."
+            f" to {max(by_mode):.4f}."
         )
         low = [iou for iou in LAB["test_iou"].values() if iou < LOW_SCORE]
-        if max(batch) + max(mode) < min(LAB["test_iou"]["tuned"] - iou for iou in low):
+        if max(by_fifty) + max(by_mode) < min(LAB["test_iou"]["tuned"] - iou for iou in low):
             text += (
                 f" So this test does not explain the lab's {len(low)} low scores,"
                 f" from {min(low):.2f} to {max(low):.2f}."
@@ -122,10 +123,20 @@ def jumps_of(run: Run) -> list[int]:
     return find_jumps([entry["validation"]["loss"] for entry in run.history])
 
 
-def ends_with_one_image(run: Run) -> bool:
-    """Tell whether each epoch of a run ended with a batch of a single image."""
+def size_of_last_batch(run: Run) -> int:
+    """Compute how many images the last batch of each epoch of a run had."""
     images_per_epoch = run.validation["images_seen"] // len(run.history)
-    return images_per_epoch % run.config["batch_size"] == 1
+    batch_size = run.config["batch_size"]
+    return images_per_epoch % batch_size or batch_size
+
+
+def ends_with_one_image(run: Run) -> bool:
+    return size_of_last_batch(run) == 1
+
+
+def runs_with_jumps(study: Study) -> list[Run]:
+    """List the runs whose validation losses are compared: not those of too few epochs or images."""
+    return [run for run in study.all_runs if run.folder_name not in ("tune", "heads", "overfit")]
 
 
 def shared_jump(runs: list[Run]) -> str | None:
@@ -139,7 +150,7 @@ def shared_jump(runs: list[Run]) -> str | None:
     (seed, epoch), number = counts.most_common(1)[0]
     if number == 1:
         return None
-    members = [run for run in runs if run.seed == seed]
+    members = [run for run in runs if run.seed == seed and len(run.history) >= epoch]
     return (
         "Runs with the same seed end each epoch with the same image."
         f" {number} of the {len(members)} runs with seed {seed} and a last batch of one image jump"
@@ -149,8 +160,9 @@ def shared_jump(runs: list[Run]) -> str | None:
 
 def answer_last_batch(study: Study) -> Answer | None:
     """Count the runs whose validation loss jumps, with and without a last batch of one image."""
-    with_one = [run for run in study.all_runs if ends_with_one_image(run)]
-    without = [run for run in study.all_runs if not ends_with_one_image(run)]
+    runs = runs_with_jumps(study)
+    with_one = [run for run in runs if ends_with_one_image(run)]
+    without = [run for run in runs if not ends_with_one_image(run)]
     if not with_one or not without or "tuned-drop-last" not in study.runs:
         return None
     n_with = len([run for run in with_one if jumps_of(run)])
@@ -174,13 +186,13 @@ def section_last_batch(study: Study) -> str | None:
     dropped = study.runs["tuned-drop-last"]
     seeds = {run.seed for run in dropped}
     kept = [run for run in study.runs["tuned"] if run.seed in seeds]
-    if not kept:
+    if not kept or not ends_with_one_image(kept[0]):
         return None
     runs = {"tuned": kept, "tuned-drop-last": dropped}
     figures.curves(
         study.figures / "last-batch.png", {"validation loss": panel(runs, "validation", "loss")}
     )
-    caption = "`tuned-drop-last` leaves out the last batch of one image. Both have the same seed."
+    caption = "`tuned-drop-last` leaves out the last batch of one image. Both have the same seeds."
     texts = []
     for name, members in runs.items():
         falls = ", ".join(f"{deepest_fall(run):.3f}" for run in members)
@@ -190,7 +202,7 @@ def section_last_batch(study: Study) -> str | None:
         f" {' and '.join(texts)}.",
         picture(study, "last-batch.png", caption),
     ]
-    shared = shared_jump([run for run in study.all_runs if ends_with_one_image(run)])
+    shared = shared_jump([run for run in runs_with_jumps(study) if ends_with_one_image(run)])
     if shared is not None:
         parts.insert(0, shared)
     return "\n\n".join(parts)
@@ -201,8 +213,9 @@ def details_last_batch(study: Study) -> str | None:
     if answer_last_batch(study) is None:
         return None
     lines = [["run", "last batch", "jumps in epochs"]]
-    for run in study.all_runs:
-        last_batch = "one image" if ends_with_one_image(run) else "as large as the others"
+    for run in runs_with_jumps(study):
+        size = size_of_last_batch(run)
+        last_batch = "one image" if size == 1 else f"{size} images"
         epochs = ", ".join(str(epoch) for epoch in jumps_of(run))
         lines.append([run.label, last_batch, epochs or NONE])
     return markdown(lines)
@@ -253,9 +266,11 @@ def section_choices(study: Study) -> str | None:
             on_in_ours = bool(ours[0].config.get(choice.setting))
             if on_in_ours or not on_in_labs:
                 continue
+        if choice.ours == "tuned-drop-last" and not ends_with_one_image(labs[0]):
+            continue
         split = "test"
         source = "test split"
-        if ours[0].test is None:
+        if any(run.test is None for run in ours + labs):
             split = "validation"
             source = "validation split, `make tune`"  # which does not test
         our_name, lab_name = f"`{ours[0].name}`", f"`{labs[0].name}`"

@@ -41,10 +41,10 @@ PICTURE_COLOURS = [[242, 242, 242], [213, 94, 0], [0, 158, 115], [0, 114, 178], 
 
 
 class Answer(NamedTuple):
-    """Hold a sentence that answers a question, and how sure it is."""
+    """Hold a sentence that answers a question, and how certain it is."""
 
     text: str
-    sure: str  # "sure", "likely" or "cannot tell"
+    certainty: str  # "sure", "likely" or "cannot tell"
     comparison: Comparison | None = None  # what it rests on, where two experiments are compared
     short: str | None = None  # for the table of short answers, with fewer numbers; None: the text
 
@@ -151,13 +151,13 @@ def answer_accuracy(study: Study) -> Answer | None:
     first = next(iter(study.models.values()))[0]
     nothing = background_only(first.test)
     share, low = nothing["pixel_accuracy"], nothing["mean_iou"]
-    found = (
+    background = (
         f"Predicting {nothing['name'].removesuffix(' only')} everywhere scores an accuracy"
         f" of {share:.4f}, but a mean IoU of {low:.4f}."
     )
     if share >= HIGH_ACCURACY and low <= LOW_IOU:
-        return Answer(f"No, mean IoU suits better. {found}", "sure")
-    return Answer(f"This data does not show it. {found}", "cannot tell")
+        return Answer(f"No, mean IoU suits better. {background}", "sure")
+    return Answer(f"This data does not show it. {background}", "cannot tell")
 
 
 def section_accuracy(study: Study) -> str | None:
@@ -186,11 +186,13 @@ def answer_models(study: Study) -> Answer | None:
     answer = compare(f"`{first}`", a, f"`{second}`", b)
     seen = study.models[first][0].validation["images_seen"]
     seen_by_second = study.models[second][0].validation["images_seen"]
-    if answer.sure == "sure" and seen != seen_by_second:
-        lengths = f" It saw {seen:,} images, `{second}` {seen_by_second:,}."
-        short = answer.short + lengths
-        return Answer(answer.text + lengths, "likely", answer.comparison, short)
-    if answer.sure == "sure":
+    if answer.certainty == "sure" and seen != seen_by_second:
+        images_seen = f" It saw {seen:,} images, `{second}` {seen_by_second:,}."
+        short = answer.short + images_seen
+        return Answer(answer.text + images_seen, "likely", answer.comparison, short)
+    if a == b:
+        return answer._replace(text=f"`{first}` and `{second}` score the same.", short=None)
+    if answer.certainty == "sure":
         return answer
     if answer.comparison.verdict == "one seed":
         return answer.begin_with(f"`{first}` scores highest. ")
@@ -264,8 +266,10 @@ def section_pictures(study: Study) -> str | None:
     """Show test images with each model's prediction: evenly spaced ones, and the worst of one."""
     arrays = {}
     for name, members in study.models.items():
-        path = (members[0].folder or Path()) / "testing.npz"
-        if members[0].folder is not None and path.exists():
+        if members[0].folder is None:  # a published run
+            continue
+        path = members[0].folder / "testing.npz"
+        if path.exists():
             with reading(path, "remove this file and run make again"):
                 arrays[name] = dict(np.load(path))
     if not arrays:
@@ -325,11 +329,12 @@ def section_modified(study: Study) -> str | None:
     a = scores_of(study.models["modified"], "validation")
     b = scores_of(study.models["initial"], "validation")
     answer = compare("`modified`", a, "`initial`", b)
-    text = f"On the validation split: {answer.text}"
-    if answer.comparison.verdict != answer_modified(study).comparison.verdict:
-        text += " So the two splits do not agree."
+    on_validation = answer.comparison.difference
+    on_test = answer_modified(study).comparison.difference
+    way = "the same way" if on_validation * on_test > 0 else "in different directions"
     return (
-        f"{text}\n\nThe lab published {LAB['test_iou']['modified']:.4f} for `modified` and"
+        f"On the validation split: {answer.text} The two splits point {way}.\n\n"
+        f"The lab published {LAB['test_iou']['modified']:.4f} for `modified` and"
         f" {LAB['test_iou']['initial']:.4f} for `initial`, each from one run."
     )
 

@@ -20,6 +20,7 @@ UNTESTED = ("tune", "overfit", "heads", "earlier")
 SWEEPS = ("augment", *UNTESTED)  # folders of experiments that have a section of their own
 KEPT = ("data", "profile", "experiment", "seed", "config", "machine")  # of a published run
 KEPT += ("validation", "test", "on_afo", "on_scenes", "history")
+OF_ONE_RUN = ("seed", "data", "precision")  # keys of a config in which seeds may differ
 TESTS = {"test": "testing.json", "on_afo": "on-afo.json", "on_scenes": "on-scenes.json"}
 
 MACHINE = {"commit": str, "device": str, "precision": str, "threads": int, "torch": str}
@@ -59,6 +60,12 @@ class Run:
     def folder_name(self) -> str:
         """Give the folder of the experiment: "augment"; or its name if it is in none."""
         return self.experiment.split("/")[0]
+
+    @property
+    def is_augmented(self) -> bool:
+        """Tell whether training flipped, blurred or jittered images."""
+        keys = ("horizontal_flip", "vertical_flip", "blur", "jitter")
+        return any(self.config.get(key, 0) > 0 for key in keys)
 
 
 Runs = dict[str, list[Run]]  # experiment → its runs by seed
@@ -159,8 +166,6 @@ def to_line(run: Run) -> str:
         value = shorten(getattr(run, key))
         if value not in (None, {}, []):
             kept[key] = value
-    for key in ("training", "validation"):  # scores of the best epoch, which the history has too
-        kept.get("validation", {}).pop(key, None)
     return json.dumps(kept, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -195,7 +200,8 @@ class Study:
     profile: str
     figures: Path  # folder that figures are drawn into
     link: str  # this folder, as the page names it
-    runs: Runs  # all that share this page
+    all_runs: list[Run]  # that share this page
+    runs: Runs  # those of them that saw as many images as their table asks
     models: Runs  # the lab's three and best
     augment: Runs  # tuned, and augment/*
     tune: Runs  # tuned, and tune/*
@@ -204,30 +210,21 @@ class Study:
     earlier: Runs
     others: Runs  # tested runs that are not in the tables above
     left_out: list[str]  # a sentence for each run in no table
-
-    @property
-    def all_runs(self) -> list[Run]:
-        return [run for members in self.runs.values() for run in members]
+    variables: str | None = None  # that make was called with; None: those of data and profile
 
     @property
     def settings(self) -> str:
         """Give the variables that make needs for these runs, with a space in front."""
+        if self.variables is not None:
+            return f" {self.variables}" if self.variables else ""
         text = ""
         if self.data == "afo":
             text += " DATA=afo"
         elif self.data != "generated":
-            text += f" DATA={self.config_of_data}"
+            text += f" DATA={self.data}.yaml"
         if self.profile != "quick":
             text += f" PROFILE={self.profile}"
         return text
-
-    @property
-    def config_of_data(self) -> str:
-        """Name the config of own data, whose runs lie in a folder of its name, with - for /."""
-        for name in (f"{self.data}.yaml", f"{self.data.replace('-', '/')}.yaml"):
-            if (ROOT / name).exists():
-                return name
-        return f"{self.data}.yaml"
 
     @property
     def group(self) -> str:
@@ -258,26 +255,62 @@ def page_key(run: Run) -> dict[str, object]:
     return key
 
 
+def config_key(run: Run) -> dict[str, str]:
+    """Give the config of a run as text, key by key, without what seeds need not share."""
+    key = {}
+    for name, value in run.config.items():
+        if name not in OF_ONE_RUN:
+            key[name] = json.dumps(shorten(value))
+    return key
+
+
 def most_common(values: list) -> object:
+    """Take the value that is most frequent, the first of several."""
     return Counter(values).most_common(1)[0][0]
+
+
+def unlike(keys: list[dict]) -> list[list[str]]:
+    """Name, for each of several dicts, the items that most of the others have with another value.
+
+    An item that a dict lacks is not compared: runs of older code lack newer keys.
+    """
+    values: dict[str, list] = {}
+    for key in keys:
+        for name, value in key.items():
+            values.setdefault(name, []).append(value)
+    usual = {name: most_common(values_of_name) for name, values_of_name in values.items()}
+    return [[name for name, value in key.items() if value != usual[name]] for key in keys]
 
 
 def share_page(runs: list[Run]) -> tuple[list[Run], list[str]]:
     """Keep the runs that were scored as most are, and write a sentence on each of the others."""
-    values: dict[str, list] = {}
-    for run in runs:
-        for name, value in page_key(run).items():
-            values.setdefault(name, []).append(value)
-    shared = {name: most_common(found) for name, found in values.items()}
     kept, left_out = [], []
-    for run in runs:
-        reasons = [name for name, value in page_key(run).items() if value != shared[name]]
+    for run, reasons in zip(runs, unlike([page_key(run) for run in runs]), strict=True):
         if run.test is None and run.folder_name not in UNTESTED:
             left_out.append(f"{run.label}, was not tested on its own data.")
         elif reasons:
             left_out.append(f"{run.label}, differs from the other runs in {', '.join(reasons)}.")
         else:
             kept.append(run)
+    return kept, left_out
+
+
+def share_config(runs: list[Run]) -> tuple[list[Run], list[str]]:
+    """Keep the runs that differ from most of their experiment in nothing but their seed.
+
+    Also writes a sentence on each of the others.
+    """
+    kept, left_out = [], []
+    for experiment, members in by_experiment(runs).items():
+        reasons_of_members = unlike([config_key(run) for run in members])
+        for run, reasons in zip(members, reasons_of_members, strict=True):
+            if reasons:
+                left_out.append(
+                    f"{run.label}, has another config than other runs of `{experiment}`:"
+                    f" {', '.join(reasons)}."
+                )
+            else:
+                kept.append(run)
     return kept, left_out
 
 
@@ -293,40 +326,29 @@ def split_by_length(runs: list[Run]) -> tuple[list[Run], list[Run]]:
     lengths: dict[str, list[int]] = {}
     for run in runs:
         lengths.setdefault(family_of(run), []).append(run.validation["images_seen"])
-    usual, unlike = [], []
+    usual, longer_or_shorter = [], []
     for run in runs:
         if run.validation["images_seen"] == most_common(lengths[family_of(run)]):
             usual.append(run)
         else:
-            unlike.append(run)
-    return usual, unlike
+            longer_or_shorter.append(run)
+    return usual, longer_or_shorter
 
 
-def by_length(runs: list[Run]) -> Runs:
-    """Collect the runs of each experiment, apart if they saw unlike numbers of images."""
-    groups: Runs = {}
-    for experiment, members in by_experiment(runs).items():
-        lengths = {run.validation["images_seen"] for run in members}
-        for run in members:
-            name = experiment
-            if len(lengths) > 1:
-                name += f" ({run.validation['images_seen']:,} images)"
-            groups.setdefault(name, []).append(run)
-    return groups
-
-
-def sort_runs(runs: list[Run], figures: Path, link: str) -> Study:
+def sort_runs(runs: list[Run], figures: Path, link: str, variables: str | None = None) -> Study:
     """Sort the runs of one data set and profile into the tables of a page.
 
     A tested run that saw another number of images than its family stands with the others.
     UserError if no run can be shown.
     """
-    kept, left_out = share_page(runs)
-    if not kept:
+    tested, not_tested = share_page(runs)
+    if not tested:
         raise UserError(f"{runs[0].folder}: no table can show it; it has no testing.json")
-    usual, unlike = split_by_length(kept)
-    others = [run for run in unlike if run.test]
-    for run in unlike:
+    kept, of_other_config = share_config(tested)
+    left_out = not_tested + of_other_config
+    usual, longer_or_shorter = split_by_length(kept)
+    others = [run for run in longer_or_shorter if run.test]
+    for run in longer_or_shorter:
         if run.test is None:
             left_out.append(f"{run.label}, saw another number of images than its table.")
     models = []
@@ -349,13 +371,15 @@ def sort_runs(runs: list[Run], figures: Path, link: str) -> Study:
         profile=kept[0].profile,
         figures=figures,
         link=link,
-        runs=by_experiment(kept),
+        all_runs=kept,
+        runs=by_experiment(usual),
         models=by_experiment(models),
         augment=augment,
         tune=by_experiment(tuned + sweeps["tune"]) if sweeps["tune"] else {},
         heads=by_experiment(sweeps["heads"]),
         overfit=by_experiment(sweeps["overfit"]),
         earlier=by_experiment(sweeps["earlier"]),
-        others=by_length(others),
+        others=by_experiment(others),
         left_out=left_out,
+        variables=variables,
     )

@@ -49,16 +49,19 @@ def draw_ranking(study: Study, name: str, ranked: Rows, split: str, what: str) -
 def augmentations(study: Study) -> tuple[Runs, str | None]:
     """Name the augmentation runs as the page does, and name the one without any augmentation.
 
-    Where `tuned` has no augmentation, `no-augmentation` is the same run.
+    Where `tuned` has no augmentation, `no-augmentation` is the same run. The config of own data may
+    add flips to all runs: then none is without.
     """
     runs = {}
     without = None
     for experiment, members in study.augment.items():
         name = members[0].name
         flip = members[0].config["horizontal_flip"]
-        if experiment == "tuned":
-            name = f"tuned (horizontal flip {flip:g})" if flip else PLAIN_TUNED
-        if name in ("no-augmentation", PLAIN_TUNED):
+        if experiment == "tuned" and flip > 0:
+            name = f"tuned (horizontal flip {flip:g})"
+        elif experiment == "tuned" and not members[0].is_augmented:
+            name = PLAIN_TUNED
+        if name in ("no-augmentation", PLAIN_TUNED) and not members[0].is_augmented:
             without = name
         runs[name] = members
     return runs, without
@@ -109,27 +112,39 @@ def details_augmentation(study: Study) -> str | None:
     return table_of(ranked_augmentations(study), headings)
 
 
-def compare_flips(study: Study) -> tuple[Answer, Answer] | None:
-    """Compare horizontal and vertical flips with no augmentation."""
+class Flips(NamedTuple):
+    """Hold three comparisons: each flip with no augmentation, and one flip with the other."""
+
+    horizontal: Answer
+    vertical: Answer
+    vertical_with_horizontal: Answer
+
+
+def compare_flips(study: Study) -> Flips | None:
+    """Compare flips of the lab's images, whose shapes are known, with no augmentation."""
     runs, without = augmentations(study)
     flipped = [name for name in runs if runs[name][0].config["horizontal_flip"] > 0]
-    if without is None or not flipped or "flip-0.5" not in runs:
+    if study.group != "flight" or without is None or not flipped or "flip-0.5" not in runs:
         return None
     plain = scores_of(runs[without], "test")
-    answers = []
-    for name in (flipped[0], "flip-0.5"):
-        scores = scores_of(runs[name], "test")
-        answers.append(compare(f"`{name}`", scores, "no augmentation", plain))
-    return answers[0], answers[1]
+    horizontal = scores_of(runs[flipped[0]], "test")
+    vertical = scores_of(runs["flip-0.5"], "test")
+    return Flips(
+        compare(f"`{flipped[0]}`", horizontal, "no augmentation", plain),
+        compare("`flip-0.5`", vertical, "no augmentation", plain),
+        compare("`flip-0.5`", vertical, f"`{flipped[0]}`", horizontal),
+    )
 
 
 def answer_flips(study: Study) -> Answer | None:
     """Say why the lab saw a gain by vertical flips."""
-    answers = compare_flips(study)
-    if answers is None:
+    flips = compare_flips(study)
+    if flips is None:
         return None
-    horizontal, vertical = answers
-    if horizontal.comparison.verdict == "less" and vertical.comparison.verdict != "more":
+    horizontal_hurts = flips.horizontal.comparison.verdict == "less"
+    vertical_helps = flips.vertical.comparison.verdict == "more"
+    vertical_is_better = flips.vertical_with_horizontal.comparison.verdict == "more"
+    if horizontal_hurts and vertical_is_better and not vertical_helps:
         gap = LAB["test_iou"]["flip-0.5"] - LAB["test_iou"]["tuned"]
         text = (
             "Probably because they replaced horizontal flips, which hurt in these runs. But the"
@@ -140,18 +155,20 @@ def answer_flips(study: Study) -> Answer | None:
 
 
 def section_flips(study: Study) -> str | None:
-    """Compare each flip with no augmentation."""
-    answers = compare_flips(study)
-    if answers is None:
+    """Compare each flip with no augmentation, and the one with the other."""
+    flips = compare_flips(study)
+    if flips is None:
         return None
-    horizontal, vertical = answers
-    return f"{horizontal.text} {vertical.text}"
+    texts = [flips.horizontal.text, flips.vertical.text]
+    if flips.vertical_with_horizontal.comparison.verdict != "one seed":
+        texts.append(flips.vertical_with_horizontal.text)
+    return " ".join(texts)
 
 
 def answer_jitter(study: Study) -> Answer | None:
-    """Say whether colour jitter helps."""
+    """Say whether colour jitter helps on the lab's images."""
     runs, without = augmentations(study)
-    if without is None or "jitter" not in runs:
+    if study.group != "flight" or without is None or "jitter" not in runs:
         return None
     jitter = scores_of(runs["jitter"], "test")
     answer = compare("`jitter`", jitter, "no augmentation", scores_of(runs[without], "test"))
@@ -189,17 +206,19 @@ def settings_by_factor(study: Study) -> dict[str, Runs]:
     The factor is the name of the file up to its last hyphen: learning-rate-0.001.yaml sets the
     learning rate.
     """
-    settings: dict[str, Runs] = {"model (the lab's three)": {}, "augmentation": study.augment}
-    for name in LAB_MODELS:
-        if name in study.models:
-            settings["model (the lab's three)"][name] = study.models[name]
+    labs_models = {name: study.models[name] for name in LAB_MODELS if name in study.models}
+    settings: dict[str, Runs] = {"the lab's model": labs_models, "augmentation": study.augment}
     for experiment, members in study.tune.items():
-        factor = members[0].name.rpartition("-")[0]
+        name = members[0].name
         # A cell of the grid and skip-wide differ from tuned in two factors.
-        if experiment in ("tuned", "tune/skip-wide") or factor.startswith("grid"):
+        if experiment in ("tuned", "tune/skip-wide") or name.startswith("grid-"):
             continue
-        base = {"tuned": study.tune["tuned"]} if "tuned" in study.tune else {}
-        settings.setdefault(factor.replace("-", " "), base)[experiment] = members
+        factor = (name.rpartition("-")[0] or name).replace("-", " ")
+        if factor not in settings:
+            settings[factor] = {}
+            if "tuned" in study.tune:
+                settings[factor]["tuned"] = study.tune["tuned"]
+        settings[factor][experiment] = members
     return settings
 
 
@@ -224,20 +243,20 @@ def answer_tuning(study: Study) -> Answer | None:
     if len(factors) < 2 or len(study.tune) < 2:
         return None
     for factor in factors:
-        if factor.answer.sure == "sure":
+        if factor.answer.certainty == "sure":
             # Only likely: the two settings were picked as the extremes of several.
             answer = factor.answer.begin_with(f"On validation, the {factor.name}: ")
-            return answer._replace(sure="likely")
+            return answer._replace(certainty="likely")
     widest = factors[0]
     answer = widest.answer.begin_with(f"Perhaps the {widest.name}, whose settings differ most. ")
-    return answer._replace(sure="cannot tell")
+    return answer._replace(certainty="cannot tell")
 
 
 def factors_table(factors: list[Factor]) -> str:
     lines = [["factor", "settings", "lowest", "highest", "range", "beyond luck of the seed"]]
     for factor in factors:
         ends = [f"{name}: {score(values)}" for name, values in factor.scores.items()]
-        beyond = "yes" if factor.answer.sure == "sure" else "cannot tell"
+        beyond = "yes" if factor.answer.certainty == "sure" else "cannot tell"
         cells = [factor.name, str(len(ends)), ends[-1], ends[0], f"{factor.spread:.4f}", beyond]
         lines.append(cells)
     return markdown(lines)
@@ -252,10 +271,11 @@ def section_tuning(study: Study) -> str | None:
     if len(factors) > 1:
         wider = []  # factors with a wider range than the widest that is beyond luck
         for factor in factors:
-            if factor.answer.sure == "sure":
+            if factor.answer.certainty == "sure":
                 break
-            wider.append(f"{factor.name} ({factor.spread:.4f})")
-        if wider and answer_tuning(study).sure == "likely":
+            if factor.answer.comparison.verdict == "noise":
+                wider.append(f"{factor.name} ({factor.spread:.4f})")
+        if wider and answer_tuning(study).certainty == "likely":
             parts.append(
                 f"The settings of {' and '.join(wider)} differ by more, but their runs scatter so"
                 " much that it may be luck of the seed."
@@ -337,9 +357,10 @@ def answer_overfitting(study: Study) -> Answer | None:
         f"{len(perfect)} of {len(runs)} runs learnt two images by heart (training mean IoU 1.000)."
     )
     if perfect:
-        validation = [run.history[-1]["validation"]["mean_iou"] for run in perfect]
-        text += f" On new images they score {fmean(validation):.4f} on average."
-        return Answer(f"Very bad, with another loss than the lab's. {text}", "sure")
+        on_new_images = fmean(run.history[-1]["validation"]["mean_iou"] for run in perfect)
+        text += f" On new images they score {on_new_images:.4f} on average."
+        how_bad = "Very bad" if on_new_images < LOW_IOU else "Not that bad"
+        return Answer(f"{how_bad}, with another loss than the lab's. {text}", "sure")
     return Answer(f"Not here. {text}", "sure")
 
 

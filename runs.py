@@ -88,7 +88,7 @@ def find_checkpoint(
         return None
     strangers = sorted(files - FIRST_FILES - LATER_FILES)
     if strangers or "config.yaml" not in files:
-        example = f", as {strangers[0]}" if strangers else ""
+        example = f", such as {strangers[0]}" if strangers else ""
         text = f"holds other files than a run's{example}"
         raise UserError(f"{run_dir}: {text}; give another --run-dir")
     killed_in_first_epoch = files <= FIRST_FILES and count_epochs(run_dir) <= 1

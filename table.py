@@ -63,7 +63,7 @@ def format_positions(positions: dict[str, int]) -> str:
 
 
 def published(row: dict) -> float | None:
-    """Look up the test IoU in the lab's report; None for other experiments and other data."""
+    """Look up the test IoU in the lab's report; None for other experiments and other classes."""
     if row["split"] != "testing" or list(row["per_class_iou"]) != LAB["classes"]:
         return None
     return LAB["test_iou"].get(row["name"])
@@ -314,7 +314,7 @@ def read_results(path: Path) -> list[dict]:
 
 def row_of_summary(summary: dict, path: Path) -> dict:
     """Make a row of the validation scores in a summary.json."""
-    row = dict(summary)
+    row = {key: value for key, value in summary.items() if key not in ("training", "validation")}
     row.update(summary["validation"])
     row["split"] = "validation"
     row["checkpoint"] = str(path)

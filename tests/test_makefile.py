@@ -76,6 +76,16 @@ def test_augmentation_that_tuned_has_is_not_trained(
     assert trained == configs - {of_tuned}
 
 
+def test_report_comes_last_and_repeats_the_variables(project: Path) -> None:
+    for name in ("data.py", "evaluate.py", "metrics.py", "report.py"):
+        (project / name).touch()
+    settings = ["PROFILE=full", "RUNS=runs/mine"]
+    done = make(project, "-n", "report", "train-tuned-drop-last", *settings)
+    assert done.stdout.index("runs/mine/tuned-drop-last/seed0") < done.stdout.index("report.py")
+    assert "--variables 'PROFILE=full RUNS=runs/mine'" in done.stdout
+    assert "--variables ''" in make(project, "-n", "report").stdout
+
+
 FAKE_TRAINING = """
 import pathlib, shutil, sys
 def after(name): return pathlib.Path(sys.argv[sys.argv.index(name) + 1])
@@ -109,6 +119,28 @@ def test_only_a_changed_value_trains_again(project: Path) -> None:
     assert trains(project) and "dropout: 0.25" in config.read_text()
     assert trains(project, "SET=epochs=9") and not trains(project, "SET=epochs=9")
     assert trains(project)  # the config without SET is another one
+
+
+FAKE_TEST = """
+import pathlib, sys
+pathlib.Path(sys.argv[sys.argv.index("--json") + 1]).write_text("[]")
+with open("tests.log", "a") as log: log.write("tested\\n")
+"""
+
+
+def test_newer_code_of_tests_tests_again_on_real_images(project: Path) -> None:
+    (project / "data/afo").mkdir()
+    (project / "train.py").write_text(FAKE_TRAINING)
+    (project / "evaluate.py").write_text(FAKE_TEST)
+    (project / "metrics.py").touch()
+    target = "runs/generated/quick/tuned/seed3/on-afo.json"
+    for expected in ("tested\n", "tested\n"):  # the second time nothing is left to do
+        assert make(project, target).returncode == 0
+        assert (project / "tests.log").read_text() == expected
+    later = (project / target).stat().st_mtime + 10
+    os.utime(project / "metrics.py", (later, later))
+    make(project, target)
+    assert (project / "tests.log").read_text() == "tested\ntested\n"
 
 
 def test_changed_data_train_again(project: Path) -> None:

@@ -235,6 +235,8 @@ def test_welch_of_one_seed_and_of_equal_values() -> None:
     assert welch([0.4, 0.4], [0.5]).verdict == "one seed"
     assert welch([0.4] * 3, [0.4] * 3).verdict == "noise"
     assert welch([0.6] * 3, [0.4] * 3).verdict == "more"
+    x = 0.4049341374504143  # means of three and of ten such values differ in the last digit
+    assert welch([x] * 3, [x] * 10).verdict == "noise"
 
 
 # ---- statistics over groups of images
@@ -261,3 +263,7 @@ def test_no_interval_of_fewer_than_five_groups() -> None:
     assert interval(matrices[:4]) is None
     low, high = interval(matrices)
     assert low < high
+    matrices[1:, 1] = 0  # the second class is in one group alone: most draws would lack it
+    assert interval(matrices) is None
+    matrices[0, 1] = 0  # in none: it is no class of these groups
+    assert interval(matrices) is not None

@@ -45,6 +45,20 @@ def test_runs_are_added_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found == [("full", "tuned", 0.5), ("quick", "best", 0.8), ("quick", "tuned", 0.9)]
 
 
+def test_seeds_of_another_config_are_refused(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "runs.jsonl"
+    old = "".join(to_line(make_run("tuned", seed, 0.5)) + "\n" for seed in (0, 1))
+    path.write_text(old)
+    new = [make_run("tuned", 1, 0.9, upsampling_init="random", blur=0.5)]
+    monkeypatch.setattr(publish, "find_runs", lambda root: (new, []))
+    with pytest.raises(UserError, match=r"`tuned`, seed 1, has another config .*: blur\. Publish"):
+        publish.publish(Path("runs/random"), path)
+    assert path.read_text() == old
+    new.append(make_run("tuned", 0, 0.9, upsampling_init="random", blur=0.5))
+    publish.publish(Path("runs/random"), path)
+    assert [run.config["blur"] for run in read_published(path)] == [0.5, 0.5]
+
+
 @pytest.mark.parametrize("experiment", ["quick/tuned", "afo/quick/tuned"])
 def test_several_profiles_at_once_are_refused(tmp_path: Path, monkeypatch, experiment: str) -> None:
     run = make_run(experiment, 0, 0.5)

@@ -13,6 +13,7 @@ from made_runs import make_run, make_study
 
 import report
 import report_models
+import report_notes
 import report_page
 from checkpoints import read_checkpoint
 from common import ROOT, UserError
@@ -54,11 +55,11 @@ def test_augmentation_that_tuned_has_needs_no_run(
 ) -> None:
     study = make_study([make_run("tuned", 0, 0.8)], tmp_path)
     study.profile = profile
-    lines = report_page.missing(study, [study])
+    lines = report_notes.missing(study, [study])
     [augment] = [line for line in lines if line.startswith("`make augment")]
     assert of_tuned not in augment and needed in augment
     study.profile = "mine"  # a name that a user's config gives
-    assert of_tuned in "".join(report_page.missing(study, [study]))
+    assert of_tuned in "".join(report_notes.missing(study, [study]))
 
 
 def test_an_answer_that_can_tell_comes_before_one_that_cannot(tmp_path: Path) -> None:
@@ -79,6 +80,34 @@ def test_an_answer_that_can_tell_comes_before_one_that_cannot(tmp_path: Path) ->
     assert "may be luck of the seed" in answer.text
     _, answer = report_page.short_answer(section, studies[:1])
     assert answer.text.endswith("One run each cannot show which is better.")
+
+
+def test_one_study_is_the_study_of_the_short_answer(tmp_path: Path) -> None:
+    studies = []
+    for profile, seeds in (("full", [0]), ("quick", [0, 1, 2])):
+        runs = [make_run("tuned", seed, 0.7 + seed / 100) for seed in seeds]
+        runs += [make_run("augment/jitter", seed, 0.9 + seed / 100) for seed in seeds]
+        studies.append(make_study(runs, tmp_path))
+        studies[-1].profile = profile
+    section = next(part for part in report_page.SECTIONS if "that the lab lacked" in part.title)
+    text = report_page.write_section(section, studies)
+    assert "**In short runs**" in text and "Yes. `jitter` beats no augmentation (0.9100" in text
+    assert "**By the lab's protocol**" not in text
+
+
+def test_tuned_of_one_profile_is_missing_though_the_other_has_it(tmp_path: Path) -> None:
+    short = [make_run("tuned", 0, 0.8), make_run("tune/width-half", 0, 0.8)]
+    studies = [make_study([make_run("best", 0, 0.9)], tmp_path), make_study(short, tmp_path)]
+    lines = report_notes.missing(studies[0], studies)
+    assert lines[0].startswith("`make train-initial train-modified train-tuned train-final")
+    assert not any("width-half" in line for line in lines)
+
+
+def test_missing_published_runs_are_one_line(monkeypatch) -> None:
+    kept = [run for run in read_published() if run.data != "generated"]
+    monkeypatch.setattr(report, "read_published", lambda: kept)
+    with pytest.raises(UserError, match="has no run of generated/quick/tuned; git checkout"):
+        report.write_published(Path())
 
 
 def test_too_few_groups_have_no_interval(tmp_path: Path) -> None:

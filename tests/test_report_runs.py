@@ -41,10 +41,31 @@ def test_settings_are_those_of_make(tmp_path: Path) -> None:
     assert study.settings == " DATA=afo"
     study.data, study.profile = "my", "full"
     assert study.settings == " DATA=my.yaml PROFILE=full"
-    study.data = "configs-data-scenes"
-    assert study.settings == " DATA=configs/data/scenes.yaml PROFILE=full"
     study.data, study.profile = "generated", "quick"
     assert study.settings == ""
+    study.variables = "DATA=configs/data/scenes.yaml RUNS=runs/mine"  # make was called with these
+    assert study.settings == " DATA=configs/data/scenes.yaml RUNS=runs/mine"
+
+
+def test_seeds_of_another_config_are_named_and_left_out(tmp_path: Path) -> None:
+    runs = [make_run("tuned", seed, 0.8) for seed in (0, 1, 2)]
+    runs[1].config.update(dropout=0.5, seed=1, data="elsewhere/afo", precision="float32")
+    runs[2].config.update(batch_size=20, blur=0.5)
+    study = make_study(runs, tmp_path)
+    assert study.left_out == [
+        "`tuned`, seed 2, has another config than other runs of `tuned`: batch_size, blur."
+    ]
+    # Seed 0 lacks `dropout`, as runs of older code lack newer keys.
+    assert [run.seed for run in study.models["tuned"]] == [0, 1]
+    assert [run.seed for run in study.all_runs] == [0, 1]
+
+
+def test_sentences_compare_runs_of_one_length(tmp_path: Path) -> None:
+    runs = [make_run("tuned", 0, 0.8), make_run("initial", 0, 0.8), make_run("best", 0, 0.9)]
+    runs.append(make_run("modified", 0, 0.7, seen=7))
+    study = make_study(runs, tmp_path)
+    assert set(study.others) == {"modified"} and "modified" not in study.runs
+    assert len(study.all_runs) == 4
 
 
 def test_a_model_tested_on_other_data_alone_is_left_out(tmp_path: Path) -> None:

@@ -5,12 +5,22 @@ from pathlib import Path
 import pytest
 from made_runs import make_run, make_study, scores
 
+import report
 import report_lab
 import report_lost
 import report_models
 import report_page
+import report_positions
 import report_sweeps
+from report_runs import Run
 from table import LAB
+
+
+def make_long(run: Run) -> None:
+    """Turn a run into one by the lab's protocol, of 15 epochs."""
+    run.profile = "full"
+    run.config.update(report_positions.PROTOCOL)
+    run.history += [run.history[-1]] * 13
 
 
 def test_welch_decides_the_verdict() -> None:
@@ -19,7 +29,7 @@ def test_welch_decides_the_verdict() -> None:
         "a beats b (0.9100 ± 0.0100 against 0.8100 ± 0.0100, difference +0.1000 ± 0.0227)"
     )  # t of 4 degrees of freedom, 2.776, times the root of 2 · 0.01² / 3
     assert report_models.compare("b", b, "a", a).text.startswith("b scores lower than a (")
-    assert report_models.compare("a", a, "b", [0.7, 0.9, 1.0]).sure == "cannot tell"
+    assert report_models.compare("a", a, "b", [0.7, 0.9, 1.0]).certainty == "cannot tell"
     one = report_models.compare("a", a, "b", [0.8]).text
     assert one.startswith("a scores 0.9100 ± 0.0100, b 0.8000. So few runs, 3 and 1, cannot")
 
@@ -29,7 +39,7 @@ def test_accuracy_of_background_alone(tmp_path: Path) -> None:
     answer = report_models.answer_accuracy(study)
     assert answer.text.startswith("No, mean IoU suits better. Predicting background everywhere")
     assert "scores an accuracy of 0.8600, but a mean IoU of 0.2150." in answer.text  # 0.86 / 4
-    assert answer.sure == "sure"
+    assert answer.certainty == "sure"
 
 
 def test_augmentation_is_chosen_on_validation_and_judged_on_the_test_split(tmp_path: Path) -> None:
@@ -71,7 +81,7 @@ def test_flipped_tuned_is_no_run_without_augmentation(tmp_path: Path, no_drawing
     assert choices.count("Horizontal flips") == 1 and "`tuned` has none." in choices
 
 
-def test_factors_are_sorted_by_their_range(tmp_path: Path) -> None:
+def test_factors_are_sorted_by_their_range(tmp_path: Path, no_drawing: None) -> None:
     runs = [make_run("tuned", seed, 0.90 + seed / 1000) for seed in (0, 1)]
     settings = {"width-half": 0.8, "width-double": 0.95, "kernel-5": 0.85, "grid-0.1-half": 0.1}
     for name, iou in settings.items():
@@ -81,6 +91,10 @@ def test_factors_are_sorted_by_their_range(tmp_path: Path) -> None:
     assert list(width.scores) == ["width-double", "tuned", "width-half"]
     assert width.spread == pytest.approx(0.15) and kernel.spread == pytest.approx(0.05)
     assert "| width | 3 | width-half: 0.8005 " in report_sweeps.factors_table([width, kernel])
+    runs.append(make_run("tune/adamw", 0, 0.2))  # one run: nobody knows how much such runs scatter
+    study = make_study(runs, tmp_path)
+    assert report_sweeps.find_factors(study)[0].name == "adamw"
+    assert "adamw" not in report_sweeps.section_tuning(study)
 
 
 def test_losses_are_compared_on_validation(tmp_path: Path) -> None:
@@ -109,9 +123,13 @@ def test_flips_are_compared_with_no_augmentation(tmp_path: Path) -> None:
     assert report_sweeps.answer_flips(study).text.startswith("Probably because they replaced")
     text = report_sweeps.section_flips(study)
     assert text.startswith("`horizontal-flip-0.7` scores lower than no augmentation (0.8005 ")
+    assert "`flip-0.5` beats `horizontal-flip-0.7` (0.9005" in text
     for run in runs[2:4]:
         run.test["mean_iou"] += 0.05  # now vertical flips help by themselves
-    assert report_sweeps.answer_flips(make_study(runs, tmp_path)).sure == "cannot tell"
+    assert report_sweeps.answer_flips(make_study(runs, tmp_path)).certainty == "cannot tell"
+    for run in runs[2:4]:
+        run.test["mean_iou"] -= 0.3  # now they hurt more than horizontal ones
+    assert report_sweeps.answer_flips(make_study(runs, tmp_path)).certainty == "cannot tell"
 
 
 def test_jitter_is_compared_with_no_augmentation(tmp_path: Path) -> None:
@@ -141,7 +159,11 @@ def test_overfitting_names_the_first_perfect_epoch(tmp_path: Path, no_drawing: N
     study = make_study([make_run(name, 0, 0.9996), make_run(name, 1, 0.9)], tmp_path)
     text = report_sweeps.details_overfitting(study)
     assert "| one-batch-tuned | all | 2, never | 0.9498 ± 0.0704 |" in text
-    assert "1 of 2 runs learnt two images by heart" in report_sweeps.answer_overfitting(study).text
+    answer = report_sweeps.answer_overfitting(study)
+    assert "1 of 2 runs learnt two images by heart" in answer.text
+    assert answer.text.startswith("Not that bad, with another loss than the lab's.")  # 0.9996
+    study.overfit[name][0].history[-1]["validation"]["mean_iou"] = 0.4
+    assert report_sweeps.answer_overfitting(study).text.startswith("Very bad, with another loss")
 
 
 def test_a_metric_never_reset_is_a_running_average(tmp_path: Path, no_drawing: None) -> None:
@@ -163,19 +185,23 @@ def test_striped_runs_are_shown_with_their_siblings(tmp_path: Path) -> None:
     runs = [make_run("tuned", 0, 0.985), make_run("tuned", 1, 0.865), make_run("initial", 0, 0.9)]
     runs[1].test["lost_positions"] = {"triangle": 2}
     study = make_study(runs, tmp_path)
-    text = report_lost.details_seeds(study)
+    text = report_positions.details_seeds(study)
     assert "1 of the 3 tested runs has striped masks. The table shows striped runs beside" in text
     assert "| `tuned`, seed 1 | 0.8650 | triangle 2/4 |" in text
     assert "| `tuned`, seed 0 | 0.9850 | – |" in text and "| `initial`" not in text
-    assert "score from 0.8650 to 0.9850" in report_lost.answer_seeds(study).text
+    text = report_positions.answer_seeds(study).text
+    assert text.startswith("By luck: some lose a class") and "from 0.8650 to 0.9850" in text
+    runs[1].test["lost_positions"] = {}
+    text = report_positions.answer_seeds(make_study(runs, tmp_path)).text
+    assert text.startswith("2 runs of `tuned` that only differ in their seed score from 0.8650")
 
 
 def test_the_labs_low_scores_are_lost_positions() -> None:
     # From the table of the lab's published IoU: 1/16 less for each position, from 0.99.
-    for name, lost in report_lost.lab_runs().items():
+    for name, lost in report_positions.lab_runs().items():
         assert lost == round((0.99 - LAB["test_iou"][name]) * 16), name
     # One lost position of squares: a quarter of their pixels becomes background.
-    points = report_lost.expected_points()
+    points = report_positions.expected_points()
     assert len(points) == 20  # 1 + 3 + 6 + 10 ways to lose 0, 1, 2 or 3
     square = 0.0386 / 4
     background = 1 - 0.0386 - 0.0437 - 0.0577
@@ -191,15 +217,19 @@ def test_lost_positions_are_counted_with_and_without_augmentation(
 ) -> None:
     runs = [make_run("tuned", seed, 0.985, horizontal_flip=0.7) for seed in (0, 1)]
     runs.append(make_run("augment/no-augmentation", 0, 0.98))
-    runs.append(make_run("augment/flip-0.3", 0, 0.99, loss={"cross_entropy": 1.0}))
-    runs.append(make_run("initial", 0, 0.98, loss={"cross_entropy": 1.0}))
+    runs.append(make_run("augment/flip-0.3", 0, 0.99))
+    runs.append(make_run("tune/width-half", 0, 0.2))
+    runs.append(make_run("tuned-drop-last", 0, 0.2))
+    runs.append(make_run("initial", 0, 0.98))
     for run in runs:
-        run.profile = "full"
-        run.config.setdefault("loss", {"dice_pooled": 1.0})
-        run.history += [run.history[-1]] * 13
+        make_long(run)
+    runs[3].config["loss"] = runs[6].config["loss"] = {"cross_entropy": 1.0}
+    runs[5].config["last_batch"] = "drop"
     ious = {"background": 0.98, "square": 0.49, "triangle": 0.24, "circle": None}
-    runs[1].history[-1] = {"validation": dict(scores(0.5), per_class_iou=ious)}
-    text = report_lost.section_seeds(make_study(runs, tmp_path))
+    runs[1].history[-2:] = [{"validation": dict(scores(0.5), per_class_iou=ious)}] * 2
+    ious = {"background": 0.98, "square": 0.1, "triangle": 0.1, "circle": 0.1}
+    runs[0].history[-1] = {"validation": dict(scores(0.3), per_class_iou=ious)}  # a jump
+    text = report_positions.section_seeds(make_study(runs, tmp_path))
     assert "| our runs by its protocol, with augmentation | 2 | 1 | 0 | 0 | 0 | 1 |" in text
     assert "| our runs by its protocol, without augmentation | 1 | 1 | 0 | 0 | 0 | 0 |" in text
     assert (
@@ -211,11 +241,18 @@ def test_lost_positions_are_counted_with_and_without_augmentation(
 
 
 def test_the_deepest_fall_is_told(tmp_path: Path, no_drawing: None) -> None:
-    runs = [make_run("tuned", 0, 0.8), make_run("tuned-drop-last", 0, 0.9)]
+    runs = [make_run("tuned", 0, 0.8, seen=44), make_run("tuned-drop-last", 0, 0.9, seen=40)]
     lower = {"validation": scores(0.3)}
     runs[0].history += [lower, runs[0].history[-1]]  # 0.4, 0.8, 0.3, 0.8
     text = report_lab.section_last_batch(make_study(runs, tmp_path))
     assert "0.500 with `tuned` and 0.000 with `tuned-drop-last`" in text
+    assert "- **A last batch of one image**" in report_lab.section_choices(
+        make_study(runs, tmp_path)
+    )
+    runs[0].validation["images_seen"] = 40  # no batch of one image
+    study = make_study(runs, tmp_path)
+    assert report_lab.section_last_batch(study) is None
+    assert report_lab.section_choices(study) is None
 
 
 def test_jumps_of_the_loss_are_counted_by_last_batch(tmp_path: Path) -> None:
@@ -226,7 +263,7 @@ def test_jumps_of_the_loss_are_counted_by_last_batch(tmp_path: Path) -> None:
     runs[0].history[1]["validation"]["loss"] = 2.0  # 0.6 before
     study = make_study(runs, tmp_path)
     answer = report_lab.answer_last_batch(study)
-    assert answer.sure == "likely"
+    assert answer.certainty == "likely"
     assert "in 1 of our 2 runs that end each epoch with a batch of one image" in answer.text
     assert "in 0 of our 1 others (`tuned-drop-last`)" in answer.text
     assert "| `tuned`, seed 0 | one image | 2 |" in report_lab.details_last_batch(study)
@@ -235,8 +272,15 @@ def test_jumps_of_the_loss_are_counted_by_last_batch(tmp_path: Path) -> None:
         "Runs with the same seed end each epoch with the same image. 2 of the 3 runs with seed 0"
         " and a last batch of one image jump in epoch 2."
     )
+    shorter = make_run("tuned", 0, 0.8, seen=11)
+    shorter.history.pop()  # it has no epoch 2
+    assert "2 of the 3 runs" in report_lab.shared_jump([runs[0], runs[0], runs[2], shorter])
     runs[2].history[1]["validation"]["loss"] = 2.0
-    assert report_lab.answer_last_batch(make_study(runs, tmp_path)).sure == "cannot tell"
+    runs.append(make_run("heads/tuned", 0, 0.8))  # of few images: no control
+    answer = report_lab.answer_last_batch(make_study(runs, tmp_path))
+    assert (
+        answer.certainty == "cannot tell" and "of our 1 others (`tuned-drop-last`)" in answer.text
+    )
 
 
 def test_the_labs_batch_is_shown_if_it_was_scored(tmp_path: Path) -> None:
@@ -255,6 +299,39 @@ def test_blurred_masks_need_runs_that_had_them(tmp_path: Path) -> None:
     runs[1].config["blur_masks"] = True
     text = report_lab.section_choices(study)
     assert "- **Blurred masks** (test split). `blur-0.8-clean-masks` leaves the masks" in text
+
+
+def test_a_choice_is_judged_on_a_split_that_all_its_runs_have(tmp_path: Path) -> None:
+    runs = [make_run("tune/head-wide", 0, 0.9), make_run("tuned", 0, 0.8)]
+    runs[0].test = runs[1].test  # scored by hand
+    runs.append(make_run("tune/head-wide", 1, 0.9))
+    text = report_lab.section_choices(make_study(runs, tmp_path))
+    assert "as narrow as the classes** (validation split, `make tune`). `head-wide` has" in text
+
+
+def test_equal_models_score_the_same(tmp_path: Path) -> None:
+    runs = [make_run(name, seed, 0.21) for name in ("initial", "modified") for seed in (0, 1)]
+    answer = report_models.answer_models(make_study(runs, tmp_path))
+    assert answer.text == "`initial` and `modified` score the same."
+    assert answer.certainty == "cannot tell" and answer.short is None
+
+
+def test_own_data_get_no_facts_about_the_labs(tmp_path: Path, no_drawing: None) -> None:
+    runs = [make_run(name, 0, 0.8) for name in ("tuned", "augment/flip-0.5", "augment/jitter")]
+    runs.append(make_run("augment/horizontal-flip-0.7", 0, 0.7, horizontal_flip=0.7))
+    for run in runs:
+        run.config["classes"] = {"water": [0, 0, 0], "lily": [255, 255, 255]}
+    study = make_study(runs, tmp_path)
+    assert report_sweeps.answer_flips(study) is None and report_sweeps.section_flips(study) is None
+    assert report_sweeps.answer_jitter(study) is None
+    text = report.page_of_folder(study, [])
+    assert "repeats its experiments with a fourth model, `best`, on other images." in text
+    assert "triangles of the data point right" not in text
+    for run in runs:
+        run.config["vertical_flip"] = 0.5  # for all runs: none is without augmentation
+    study = make_study(runs, tmp_path)
+    assert report_sweeps.augmentations(study)[1] is None
+    assert "no augmentation" not in report_sweeps.details_augmentation(study)
 
 
 def test_models_of_one_run_are_not_called_one_run_each_if_others_have_more(tmp_path: Path) -> None:
@@ -297,10 +374,10 @@ def test_runs_of_their_own_length_are_called_so(tmp_path: Path, no_drawing: None
 
 
 def test_lost_positions_of_untested_runs_are_named(tmp_path: Path) -> None:
-    run = make_run("earlier/tuned", 3, 0.74, loss={"dice_pooled": 1.0})
-    run.profile, run.test = "full", None
-    run.history += [run.history[-1]] * 13
-    text = report_lost.details_seeds(make_study([run, make_run("tuned", 0, 0.9)], tmp_path))
+    run = make_run("earlier/tuned", 3, 0.74)
+    make_long(run)
+    run.test = None
+    text = report_positions.details_seeds(make_study([run, make_run("tuned", 0, 0.9)], tmp_path))
     assert (
         "lost positions by their validation, but were not tested: `earlier/tuned`, seed 3" in text
     )

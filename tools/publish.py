@@ -10,7 +10,15 @@ import argparse
 from pathlib import Path
 
 from common import UserError, run, write_atomically
-from report_runs import PUBLISHED, Run, check_one_profile, find_runs, read_published, to_line
+from report_runs import (
+    PUBLISHED,
+    Run,
+    check_one_profile,
+    find_runs,
+    read_published,
+    share_config,
+    to_line,
+)
 
 
 def key_of(member: Run) -> tuple[str, str, str, int]:
@@ -21,22 +29,36 @@ def key_of(member: Run) -> tuple[str, str, str, int]:
 def publish(root: Path, path: Path) -> tuple[list[Run], list[str]]:
     """Write the finished runs below a folder into a file of runs, in the place of older ones.
 
-    Returns them, and a line on each unfinished run. UserError if there is none to add, or if the
-    folder holds several profiles, whose experiments could not be told apart.
+    Returns them, and a line on each unfinished run. UserError if there is none to add, if the
+    folder holds several profiles, whose experiments could not be told apart, or if the runs of an
+    experiment would differ in more than their seed.
     """
     added, unfinished = find_runs(root)
     if not added:
         raise UserError(f"{root}: holds no finished run")
     check_one_profile(added, root)
-    lines = {}
+    members = {}
     if path.exists():
         for member in read_published(path):
-            lines[key_of(member)] = to_line(member)
+            members[key_of(member)] = member
     for member in added:
-        lines[key_of(member)] = to_line(member)
-    text = "".join(lines[key] + "\n" for key in sorted(lines))
+        members[key_of(member)] = member
+    runs = [members[key] for key in sorted(members)]
+    check_configs(runs)
+    text = "".join(to_line(member) + "\n" for member in runs)
     write_atomically(path, text.encode())
     return added, unfinished
+
+
+def check_configs(runs: list[Run]) -> None:
+    """Raise UserError if runs of one experiment differ in another key of the config than `seed`."""
+    pages: dict[tuple, list[Run]] = {}
+    for member in runs:
+        pages.setdefault((member.data, member.profile), []).append(member)
+    for members in pages.values():
+        _, sentences = share_config(members)
+        if sentences:
+            raise UserError(f"{sentences[0]} Publish all of its seeds at once, or rename it")
 
 
 def main() -> None:

@@ -1,0 +1,289 @@
+"""Write the report's section on lost positions: why runs of the same code differ so much.
+
+As in report_models.py, functions answer_X and section_X take a study, and return None without runs.
+"""
+
+from itertools import product
+from statistics import median
+
+import figures
+from report_lost import count_never_predicted
+from report_models import Answer, picture, score, scores_of
+from report_runs import Run, Study
+from table import COLUMNS, LAB, iou_of, markdown, tabulate
+
+N_POSITIONS = 4  # of each 2×2 pixels: the last up-sampling computes each with its own weights
+RANGE_OF_SEEDS = 0.05  # mean IoU: runs that differ more do so by more than usual luck
+LAST = 3  # epochs at the end of which the median is taken, since the loss has spikes
+MOST_LOST = 3  # positions that a run of the lab lost
+EPOCHS = 15  # of the lab's runs; its last run has twice as many
+# What all of the lab's runs with its Dice loss have in their config.
+PROTOCOL = {
+    "loss": {"dice_pooled": 1.0},
+    "batch_size": 32,
+    "last_batch": "keep",
+    "crop": 0,
+    "learning_rate": 0.005,
+    "schedule": "constant",
+    "dropout": 0.0,
+    "skip": "pooled",
+    "upsampling_init": "random",
+}
+# Lines of the table of lost positions.
+LABS = "the lab's runs, from their loss"
+WITH = "our runs by its protocol, with augmentation"
+WITHOUT = "our runs by its protocol, without augmentation"
+
+# ---- lost positions: the lab's logs and our runs
+
+
+def late_loss(losses: list[float]) -> float:
+    """Take the validation loss at the end of a run: the median of its last epochs."""
+    return median(losses[-LAST:])
+
+
+def has_lab_protocol(run: Run) -> bool:
+    """Tell whether a run followed the lab's protocol to its end, with its pooled Dice."""
+    if run.data != "afo" or run.profile != "full" or len(run.history) < EPOCHS:
+        return False
+    if run.folder_name in ("tune", "heads", "overfit"):
+        return False
+    return all(run.config.get(key) == value for key, value in PROTOCOL.items())
+
+
+def runs_by_protocol(study: Study) -> list[Run]:
+    return [run for run in study.all_runs if has_lab_protocol(run)]
+
+
+def lost_in_masks(run: Run) -> int:
+    """Count the positions that a run lost, from the IoU of each shape at its end on validation.
+
+    A shape that is missing at one of the four positions of each 2×2 pixels lacks a quarter of its
+    pixels, and so of its IoU. As for the loss, the median of the last epochs counts.
+    """
+    lost = 0
+    for shape in LAB["classes"][1:]:  # without the background
+        ious = [entry["validation"]["per_class_iou"][shape] or 0 for entry in run.history[-LAST:]]
+        lost += round(N_POSITIONS * (1 - median(ious)))
+    return lost
+
+
+def lost_in_loss(loss: float) -> int:
+    """Tell how many lost positions explain the end of the lab's validation loss.
+
+    The pooled Dice loss is about one minus the mean probability of the true class. So each lost
+    position adds a quarter of the pixels of its class to the loss of a run that lost none, such as
+    the lab's `tuned`.
+    """
+    shares = LAB["validation_share"].values()
+    mean_share = sum(shares) / len(shares)
+    loss_of_one_position = mean_share / N_POSITIONS
+    loss_of_none = late_loss(LAB["validation_loss"]["tuned"])
+    return round((loss - loss_of_none) / loss_of_one_position)
+
+
+def expected_points() -> list[tuple[float, float]]:
+    """Compute loss and mean IoU of a run that loses up to three positions, from class shares alone.
+
+    It starts from the lab's `tuned`, which lost none.
+    """
+    shares = list(LAB["validation_share"].values())
+    background = 1 - sum(shares)
+    loss = late_loss(LAB["validation_loss"]["tuned"])
+    points = []
+    for lost in product(range(MOST_LOST + 1), repeat=len(shares)):
+        if sum(lost) > MOST_LOST:
+            continue
+        quarters = [number / N_POSITIONS for number in lost]
+        missing = sum(quarter * share for quarter, share in zip(quarters, shares, strict=True))
+        background_iou = background / (background + missing)  # it takes the missing pixels
+        drop = (sum(quarters) + 1 - background_iou) / (len(shares) + 1)
+        points.append((loss + missing, LAB["test_iou"]["tuned"] - drop))
+    return points
+
+
+def lab_runs() -> dict[str, int]:
+    """Count the lost positions of each of the lab's runs with a pooled Dice: name → number."""
+    lost = {}
+    for name, losses in LAB["validation_loss"].items():
+        if name != "initial":  # trained with cross-entropy
+            lost[name] = lost_in_loss(late_loss(losses))
+    return lost
+
+
+def draw_lost(study: Study, runs: list[Run]) -> str:
+    """Draw IoU against validation loss, of the lab's runs and ours; return the link."""
+    lab, ours = [], []
+    for name in lab_runs():
+        lab.append((late_loss(LAB["validation_loss"][name]), LAB["test_iou"][name]))
+    for run in runs:
+        entries = [entry["validation"] for entry in run.history[-LAST:]]
+        loss = median(entry["loss"] for entry in entries)
+        ours.append((loss, median(entry["mean_iou"] for entry in entries)))
+    groups = {
+        "expected if 0, 1, 2 or 3 positions are lost": expected_points(),
+        "the lab's runs": lab,
+        "our runs": ours,
+    }
+    labels = ("validation loss at the end", "mean IoU")
+    figures.scatter(study.figures / "lost-positions.png", groups, *labels)
+    caption = (
+        "Crosses: where a run should lie that lost 0, 1, 2 or 3 positions (from the top), computed"
+        " from the share of the pixels that each shape covers. There are several for each number,"
+        " since shapes differ in size. The lab's runs: its logged validation loss and its published"
+        " test IoU. Our runs by its protocol:"
+        f" validation, medians of the last {LAST} epochs."
+    )
+    return picture(study, "lost-positions.png", caption)
+
+
+def count_lost(study: Study) -> dict[str, list[int]]:
+    """Count the lost positions of each run: the lab's, and ours with and without augmentation."""
+    counts: dict[str, list[int]] = {LABS: list(lab_runs().values()), WITH: [], WITHOUT: []}
+    for run in runs_by_protocol(study):
+        title = WITH if run.is_augmented else WITHOUT
+        counts[title].append(lost_in_masks(run))
+    return {title: lost for title, lost in counts.items() if lost}
+
+
+def lost_table(counts: dict[str, list[int]]) -> str:
+    """Tabulate how many runs lost no position, one, two, three or more."""
+    more = MOST_LOST + 1
+    headings = [str(number) for number in range(more)]
+    lines = [["lost positions", "runs", *headings, "more"]]
+    for title, lost in counts.items():
+        cells = [title, str(len(lost))]
+        cells += [str(lost.count(number)) for number in range(more)]
+        cells.append(str(sum(number >= more for number in lost)))
+        lines.append(cells)
+    return markdown(lines)
+
+
+# ---- why do runs of the same code differ so much?
+
+
+def answer_seeds(study: Study) -> Answer | None:
+    """Say that luck decides what is lost; of other data, which runs of one experiment differ."""
+    ours = runs_by_protocol(study)
+    if ours:
+        lost = [run for run in ours if lost_in_masks(run) > 0]
+        labs = [number for number in lab_runs().values() if number > 0]
+        text = (
+            "Probably by luck: some runs never learn a shape at some of the four positions of each"
+            " 2×2 pixels. That would explain"
+            f" the {len(labs)} low scores among the lab's {len(lab_runs())} runs with a Dice loss."
+            f" {len(lost)} of our {len(ours)} such runs lost positions."
+        )
+        return Answer(text, "likely")
+    return widest_range(study)
+
+
+def widest_range(study: Study) -> Answer | None:
+    """Name the experiment whose runs differ most although only their seeds differ."""
+    widest = RANGE_OF_SEEDS
+    answer = None
+    for experiment, members in study.runs.items():
+        tests = [run.test for run in members if run.test]
+        ious = [test["mean_iou"] for test in tests]
+        if len(ious) < 2 or max(ious) - min(ious) < widest:
+            continue
+        widest = max(ious) - min(ious)
+        text = (
+            f"{len(ious)} runs of `{experiment}` that only differ in their seed score from"
+            f" {min(ious):.4f} to {max(ious):.4f}."
+        )
+        lost = [(test["dead_classes"], test.get("lost_positions")) for test in tests]
+        if any(lost_in_test != lost[0] for lost_in_test in lost):
+            text = f"By luck: some lose a class, or lose it at some pixel positions. {text}"
+        answer = Answer(text, "sure")
+    return answer
+
+
+def section_seeds(study: Study) -> str | None:
+    """Show what lost positions cost, and how many runs lost some."""
+    ours = runs_by_protocol(study)
+    if not ours:
+        return None
+    counts = count_lost(study)
+    parts = [
+        draw_lost(study, ours),
+        "The lab's scores lie near four values: 0.99, 0.92, 0.86 and 0.80. A shape that is missing"
+        " at one of four positions loses a quarter of its IoU. Four classes are averaged, so the"
+        " mean IoU falls by a sixteenth. The loss rises by a quarter of the pixels that the shape"
+        " covers. The lab's own logs lie near the values computed in this way.",
+        lost_table(counts),
+    ]
+    for experiment, runs in study.runs.items():
+        lost = [lost_in_masks(run) for run in runs]
+        if all(run.test and has_lab_protocol(run) for run in runs) and len(set(lost)) > 1:
+            numbers = ", ".join(str(number) for number in lost)
+            scores = ", ".join(f"{run.test['mean_iou']:.4f}" for run in runs)
+            parts.append(
+                f"The {len(runs)} runs of `{experiment}` differ in their seed only. They lost"
+                f" {numbers} positions, and score {scores} on the test split."
+            )
+    lowest = min(LAB["test_iou"], key=LAB["test_iou"].get)
+    again = [run for run in study.runs.get(f"augment/{lowest}", []) if run.test]
+    if again:
+        parts.append(
+            f"The lab's lowest run was `{lowest}`, {LAB['test_iou'][lowest]:.4f}. Our run of it"
+            f" scores {score(scores_of(again, 'test'))}."
+        )
+    shares = {}
+    for title, lost in counts.items():
+        number = sum(count > 0 for count in lost)
+        shares[title] = f"{number} of {len(lost)} runs"
+    text = "Was it augmentation, or chance? "
+    if WITHOUT in shares:
+        if sum(counts[WITHOUT]) > 0:
+            text += "Chance is enough: "
+        text += f"{shares[WITHOUT]} without any augmentation lost positions. "
+    if WITH in shares:
+        text += f"With augmentation {shares[WITH]} did. "
+    text += (
+        "The lab concluded that flips and blur together decrease the performance. Its three runs of"
+        " that kind lost one position each. These are too few runs to tell whether augmentation"
+        " adds to chance."
+    )
+    parts.append(text)
+    return "\n\n".join(parts)
+
+
+def details_seeds(study: Study) -> str | None:
+    """Tabulate the tested runs of the experiments in which a run has striped masks."""
+    total, striped = 0, 0
+    rows = {}
+    for members in study.runs.values():
+        tested = [run for run in members if run.test]
+        stripes = [run for run in tested if run.test.get("lost_positions")]
+        total += len(tested)
+        striped += len(stripes)
+        if stripes:
+            for run in tested:
+                rows[run.label] = [run.test]
+    if total == 0:
+        return None
+    parts = []
+    if striped == 0:
+        parts.append(f"None of the {total} tested runs has striped masks.")
+    else:
+        columns = {"mean IoU": COLUMNS["mean IoU"], "striped": COLUMNS["striped"]}
+        for name in next(iter(rows.values()))[0]["per_class_iou"]:
+            columns[name] = iou_of(name)
+        verb = "have" if striped > 1 else "has"
+        parts.append(
+            f"{striped} of the {total} tested runs {verb} striped masks. The table shows striped"
+            " runs beside runs of the same experiment with other seeds."
+        )
+        parts.append(markdown(tabulate(rows, columns)))
+    untested = []
+    for run in runs_by_protocol(study):
+        if run.test is None and lost_in_masks(run) > 0:
+            untested.append(run.label)
+    if untested:
+        parts.append(
+            f"Other runs lost positions by their validation, but were not tested:"
+            f" {'; '.join(untested)}."
+        )
+    parts.append(count_never_predicted(study))
+    return "\n\n".join(parts)
