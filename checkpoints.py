@@ -28,8 +28,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     write_atomically(path, file.getvalue())
 
 
-def read_checkpoint(path: Path, device: torch.device) -> dict:
-    """Read what `save_checkpoint` was given; nothing in the file is executed.
+def read_checkpoint(path: Path) -> dict:
+    """Read what `save_checkpoint` was given, onto the CPU; nothing in the file is executed.
 
     The config gets today's keys, so that older checkpoints can be used. UserError if the file is
     damaged or is no checkpoint of this project.
@@ -38,7 +38,7 @@ def read_checkpoint(path: Path, device: torch.device) -> dict:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look
         if damaged:
             raise ValueError(f"{damaged} in it is damaged")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"its format is {checkpoint['format']}, not {FORMAT}")
         require(checkpoint, {"config": dict, "model": dict})
@@ -52,7 +52,7 @@ def restore_model(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
 
     UserError if the file cannot be read, or its weights are of another model.
     """
-    checkpoint = read_checkpoint(path, device)
+    checkpoint = read_checkpoint(path)
     model = build_model(checkpoint["config"])
     misfit = find_misfit(checkpoint["model"], model.state_dict())
     if misfit:
@@ -84,7 +84,7 @@ def load_weights(model: nn.Module, path: Path, classes: list[str]) -> str:
     prediction of `classes`, also needs the same classes in the same order. All other layers keep
     their fresh weights. Returns a line that names the fresh layers. UserError if no layer fits.
     """
-    checkpoint = read_checkpoint(path, torch.device("cpu"))
+    checkpoint = read_checkpoint(path)
     saved = checkpoint["model"]
     fits = {}  # layer → whether it fits, in the order of the model
     for name, tensor in model.state_dict().items():

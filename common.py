@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("training", "validation", "testing")
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk itself, or what the user may have of it
 CODE_OF_SCORES = (  # the files whose code decides scores
     "augment.py",
     "checkpoints.py",
@@ -56,7 +58,7 @@ def run(main: Callable[[], None]) -> None:
             time.sleep(5)
         if isinstance(error, UserError):
             message = str(error)
-        elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        elif isinstance(error, OSError) and error.errno in DISK_IS_FULL:
             message = f"disk: {error.strerror}"
         else:
             raise
@@ -69,11 +71,11 @@ def reading(source: object, advice: str = "replace it") -> Iterator[None]:
     """Turn whatever goes wrong while `source` is read into a UserError that names it.
 
     Only for the reading of files and values: a mistake in code that is called in here would lose
-    its traceback.
+    its traceback. Too little memory is no fault of the file.
     """
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 (damaged files fail in too many ways to list)
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -94,9 +96,22 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:  # the error of a full disk, for one, does not name the file
         with contextlib.suppress(OSError):  # as a name that is too long
             partial.unlink(missing_ok=True)
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "make room" if is_full else "give another path"
+        advice = "make room" if error.errno in DISK_IS_FULL else "give another path"
         raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
+
+
+@contextlib.contextmanager
+def wait_for_lock(path: Path) -> Iterator[None]:
+    """Wait until no other process holds the lock of a file or a folder, and hold it."""
+    if path.is_dir():
+        descriptor = os.open(path, os.O_RDONLY)
+    else:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # closing the file gives it back
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def require(values: dict, kinds: dict[str, type]) -> None:

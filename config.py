@@ -189,6 +189,11 @@ def dump(config: dict) -> str:
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
+def data_override(folder: str) -> str:
+    """Write --data FOLDER as an override, data="FOLDER", whatever signs the name has."""
+    return f"data={json.dumps(folder, ensure_ascii=False)}"
+
+
 def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add --config and --set, the same for every script that takes a config."""
     parser.add_argument(

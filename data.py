@@ -10,7 +10,6 @@ hold and how splits are made. pairs.py finds the files, images.py reads them.
 """
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
@@ -18,7 +17,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -32,7 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import ROOT, UserError, code_digest, reading, run
+from common import ROOT, UserError, code_digest, reading, run, wait_for_lock
 from images import read_pair, read_size
 from masks import missing_classes_problem
 from metrics import IGNORE
@@ -183,10 +181,19 @@ def load_split(config: dict, split: str) -> Split:
 
 
 def cache_folder(root: Path) -> Path:
-    """Make the folder of caches: in that of the data, or in data/ if that one is read-only."""
-    folder = root if os.access(root, os.W_OK) else ROOT / "data"
-    folder = folder / ".cache"
-    folder.mkdir(parents=True, exist_ok=True)
+    """Make the folder of caches: in that of the data, or in data/ if that one is read-only.
+
+    UserError if neither can be made.
+    """
+    folder = root / ".cache"
+    above = folder if folder.is_dir() else root
+    if not os.access(above, os.W_OK):
+        folder = ROOT / "data/.cache"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        advice = "let it be written, or copy the data"
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); {advice}") from None
     return folder
 
 
@@ -220,14 +227,6 @@ def digest_files(root: Path, pairs: list[Pair]) -> str:
             name = str(path.relative_to(root))  # however the folder is spelled
             files.append((name, status.st_size, status.st_mtime_ns))
     return sha256(json.dumps(files).encode()).hexdigest()[:12]
-
-
-@contextmanager
-def wait_for_lock(path: Path) -> Iterator[None]:
-    """Wait until no other process holds the lock of this file, and hold it."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # closing the file gives it back
-        yield
 
 
 def in_parallel(

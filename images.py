@@ -5,6 +5,7 @@ What Pillow would drop without a word (pages, bands, bits) is refused here. mask
 class a pixel is.
 """
 
+import io
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ PAGED_FORMATS = ("TIFF", "GIF", "PNG", "WEBP")  # other formats hold previews as
 ORIENTATION = 0x0112
 BITS_PER_SAMPLE = 258
 SAMPLES_PER_PIXEL = 277
+PLANAR_CONFIGURATION = 284
 
 
 # ---- files
@@ -35,26 +37,40 @@ SAMPLES_PER_PIXEL = 277
 def open_image(path: Path) -> tuple[Image.Image, int]:
     """Open an image file, whose pixels are not decoded yet; also returns its bits a channel.
 
-    UserError if it has several pages, or bands that Pillow would drop.
+    UserError if it cannot be opened, has several pages, or bands that Pillow would drop or mix up.
     """
-    image = Image.open(path)
-    pages = getattr(image, "n_frames", 1)
-    if pages > 1 and image.format in PAGED_FORMATS:
-        advice = "save each as a file (docs/data.md shows how)"
-        raise UserError(f"{path}: has {pages} pages, and one image a file is read; {advice}")
-    bits = 8
-    if image.format == "PNG":
-        with open(path, "rb") as file:
-            bits = file.read(25)[24]  # Pillow shows 16-bit colours as 8 bits
-    elif image.format == "TIFF":
-        bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))
-        bands = image.tag_v2.get(SAMPLES_PER_PIXEL, 1)
-        if bands > len(image.getbands()):
-            advice = "save 1 or 3 of them, or 4 as RGBA"
-            raise UserError(f"{path}: has {bands} bands of {bits} bits; {advice}")
-    elif image.mode.startswith(("I", "F")):
-        bits = 16 if "16" in image.mode else 32
+    with reading(path):
+        # Pillow maps some files into memory if it knows their name, and then mixes up the width and
+        # height of images that are to be turned. So it gets no name.
+        content = path.read_bytes()
+        image = Image.open(io.BytesIO(content))
+        pages = getattr(image, "n_frames", 1)
+        if pages > 1 and image.format in PAGED_FORMATS:
+            advice = "save each as a file (docs/data.md shows how)"
+            raise UserError(f"{path}: has {pages} pages, and one image a file is read; {advice}")
+        bits = 8
+        if image.format == "PNG":
+            bits = content[24]  # Pillow shows 16-bit colours as 8 bits
+        elif image.format == "TIFF":
+            bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))
+            bands = image.tag_v2.get(SAMPLES_PER_PIXEL, 1)
+            if bands > len(image.getbands()):
+                advice = "save 1 or 3 of them, or 4 as RGBA"
+                raise UserError(f"{path}: has {bands} bands of {bits} bits; {advice}")
+            is_planar = image.tag_v2.get(PLANAR_CONFIGURATION, 1) == 2
+            if is_planar and bands > 1 and bits > 8:
+                advice = "save them interleaved (planar configuration 1)"
+                raise UserError(f"{path}: stores its bands of {bits} bits apart; {advice}")
+        elif image.mode.startswith(("I", "F")):
+            bits = 16 if "16" in image.mode else 32
     return image, bits
+
+
+def turn_upright(path: Path, image: Image.Image) -> Image.Image:
+    """Decode an image that was opened, and turn it upright as its EXIF data says."""
+    with reading(path):
+        image.load()
+        return ImageOps.exif_transpose(image)
 
 
 def is_turned(path: Path) -> bool:
@@ -65,8 +81,8 @@ def is_turned(path: Path) -> bool:
 
 def read_size(path: Path) -> tuple[int, int]:
     """Read the height and width of an image, turned upright; decode it only if it is turned."""
-    with reading(path):
-        image = Image.open(path)
+    with reading(path), open(path, "rb") as file:
+        image = Image.open(file)
         width, height = image.size
         # To look for EXIF data behind its pixels, Pillow would decode a PNG.
         if image.format == "PNG" and "exif" not in image.info:
@@ -82,14 +98,17 @@ def read_deep(path: Path, image: Image.Image, bits: int) -> np.ndarray:
     UserError unless it is grey, or RGB of 16 bits.
     """
     if image.mode.startswith("I"):
-        return np.asarray(image)
+        with reading(path):
+            return np.asarray(image)
     if image.mode == "RGB" and bits == 16:
         # Pillow keeps the high byte of a number. It keeps the low one if it is told that the two
-        # bytes stand in the other order.
-        high = np.array(image, np.uint16)
-        image = Image.open(path)
-        image.tile = [swap_bytes(tile) for tile in image.tile]
-        return high * 256 + np.asarray(image)
+        # bytes stand in the other order. (Files that store bands apart ignore that: see above.)
+        swapped, _ = open_image(path)
+        swapped.tile = [swap_bytes(tile) for tile in swapped.tile]
+        with reading(path):
+            high = np.array(image, np.uint16)
+            low = np.asarray(swapped)
+        return high * 256 + low
     kind = f"{len(image.getbands())} bands"
     if image.mode == "F":
         kind = "floating-point numbers"
@@ -126,13 +145,12 @@ def read_image(
     UserError if the file cannot be read, or has more than 8 bits and there is no `value_range`.
     """
     path = Path(path)
-    with reading(path):  # the file is decoded here as well
-        image, bits = open_image(path)
-        if bits > 8:
-            image = scale_to_8_bits(path, image, bits, value_range)
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "CMYK":
-            image = image.convert("RGB")
+    image, bits = open_image(path)
+    if bits > 8:
+        image = scale_to_8_bits(path, image, bits, value_range)
+    image = turn_upright(path, image)
+    if image.mode == "CMYK":
+        image = image.convert("RGB")
     if image.mode not in READABLE_MODES:
         raise UserError(f"{path}: has pixels of mode {image.mode}; save it as 8-bit RGB")
     if channels in (1, 3) and image.has_transparency_data:
@@ -162,12 +180,23 @@ def scale_to_8_bits(
         highest = int(values.max())
         text = f"has {bits} bits a channel and values up to {highest}"
         advice = f"set value_range: {likely_range(highest)} to train, or save 8 bits"
-        raise UserError(f"{path}: {text}; {advice}")
+        raise UserError(f"{path}: {text}; {advice} (other images may need a wider range)")
     low, high = value_range
     scaled = (values.astype(np.float32) - low) * (255 / (high - low))
     result = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
-    result.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
+    with reading(path):
+        result.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
     return result
+
+
+def share_cut_off(path: Path, value_range: list[int]) -> float:
+    """Compute the share of the values of an image that `value_range` cuts off; 0 for 8 bits."""
+    image, bits = open_image(path)
+    if bits == 8:
+        return 0.0
+    values = read_deep(path, image, bits)
+    low, high = value_range
+    return float(((values < low) | (values > high)).mean())
 
 
 # ---- masks
@@ -178,19 +207,18 @@ def read_values(path: Path, mask_format: str) -> np.ndarray:
 
     UserError if the file cannot be read, holds fractions, or holds colours in place of indices.
     """
-    with reading(path):
-        image, bits = open_image(path)
-        is_deep = image.mode.startswith(("I", "F"))
-        if bits > 8 and not is_deep:
-            raise UserError(f"{path}: holds colours of {bits} bits; save masks with 8 bits")
-        image = ImageOps.exif_transpose(image)
-        if is_deep:
-            values = np.array(image)
-        elif mask_format == "colours":
-            # The colour counts, however transparent it is.
-            values = np.array(image.convert("RGB" if image.mode == "CMYK" else "RGBA"))[..., :3]
-        else:
-            values = np.array(image, np.uint8)
+    image, bits = open_image(path)
+    is_deep = image.mode.startswith(("I", "F"))
+    if bits > 8 and not is_deep:
+        raise UserError(f"{path}: holds colours of {bits} bits; save masks with 8 bits")
+    image = turn_upright(path, image)
+    if is_deep:
+        values = np.array(image)
+    elif mask_format == "colours":
+        # The colour counts, however transparent it is.
+        values = np.array(image.convert("RGB" if image.mode == "CMYK" else "RGBA"))[..., :3]
+    else:
+        values = np.array(image, np.uint8)
     values = np.atleast_3d(values)
     if values.dtype.kind == "f":
         if not (np.isfinite(values) & (values == values.round())).all():

@@ -65,7 +65,10 @@ def listed_values(config: dict) -> list[tuple[list[int], int]]:
 
 
 def file_values(config: dict) -> list[int]:
-    """List the number that each class has in a predicted mask: of indices, that of the masks."""
+    """List the number that each class gets in a predicted mask.
+
+    With mask_format: indices it is the number in the training masks, else 0, 1, 2 ….
+    """
     numbers = list(range(len(config["classes"])))
     if config["mask_format"] == "indices":
         for value, target in listed_values(config):
@@ -196,6 +199,10 @@ def advise_for_indices(present: list[int], config: dict) -> str:
     others = f"if values number single objects, set other_values: {names[-1]}"
     if max(strays) > 255:
         return f"correct `classes`, or {others}"
+    values = sorted(allowed | strays)
+    if values == list(range(values[0], values[0] + len(values))):  # no gap
+        missing = ", ".join(str(value) for value in sorted(strays))
+        return f"add a class for each of {missing} to `classes`; {others}"
     gaps = "if each value is a class, list all as colours (7 is [7, 7, 7])"
     return f"{gaps} and remove mask_format: indices; {others}"
 
@@ -224,7 +231,10 @@ def advise_for_colours(
 
 
 def looks_smoothed(values: np.ndarray, strays: np.ndarray) -> bool:
-    """Tell whether pixels that are no class have many values, and few have those beside them."""
+    """Tell whether pixels without a class look like smoothed edges.
+
+    They have many different values, and most differ from the pixels beside them.
+    """
     as_above = (values[1:, 1:] == values[:-1, 1:]).all(axis=2)
     as_left = (values[1:, 1:] == values[1:, :-1]).all(axis=2)
     inside = strays[1:, 1:] & as_above & as_left

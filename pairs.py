@@ -55,6 +55,9 @@ def check_data_keys(config: dict) -> None:
     if n_images != n_masks:
         advice = "give both the same number, since a pair shares what they match"
         raise UserError(f"images, masks: have {n_images} and {n_masks} wildcards; {advice}")
+    if "{split}" in config["masks"] and "{split}" not in config["images"]:
+        advice = "write it in both, or in neither"
+        raise UserError(f"masks: has {{split}}, but images: {config['images']!r} has not; {advice}")
     if len(config["split_folders"]) not in (2, 3):
         raise UserError(f"split_folders: is {config['split_folders']}; give two or three folders")
     check_pair_of_numbers("resize", config["resize"], 8, 16384, "[height, width] in pixels")
@@ -107,19 +110,39 @@ def patterns_of(config: dict, split: str) -> tuple[str, str]:
 def find_pairs(config: dict, split: str) -> tuple[list[Pair], list[str]]:
     """Pair the images of a split with their masks, sorted by name; also list the problems met."""
     check_data_keys(config)
+    pairs, problems = pair_files(config, split)
+    if "{split}" in config["images"]:
+        return pairs, problems
+    root = data_root(config)
+    groups = {pair.group for pair in pairs}
+    chosen = choose_groups(groups, config["split_shares"], split)
+    if len(groups) < len(SPLITS):
+        if not problems:
+            problems.append(explain_too_few(root, len(groups), len(pairs)))
+    elif not chosen:
+        text = f"leaves none of {len(groups)} groups for {split}; give it a larger share"
+        problems.append(f"{root}: split_shares: {config['split_shares']} {text}")
+    return [pair for pair in pairs if pair.group in chosen], problems
+
+
+def pair_files(config: dict, split: str) -> tuple[list[Pair], list[str]]:
+    """Pair the files of the folder of a split, or of all splits if `images` has no {split}."""
     root = data_root(config)
     image_pattern, mask_pattern = patterns_of(config, split)
     image_files = find_files(root, image_pattern)
     mask_files = find_files(root, mask_pattern)
+    if not image_files:
+        return [], [explain_nothing(root, image_pattern)]
+    if not mask_files:
+        return [], [explain_nothing(root, mask_pattern)]
     # Where a.png and a_mask.png lie in one folder, *.png finds masks too.
     if specificity(image_pattern) > specificity(mask_pattern):
         mask_files = without(mask_files, image_files)
     else:
         image_files = without(image_files, mask_files)
-    if not image_files:
-        return [], [explain_nothing(root, image_pattern)]
-    if not mask_files:
-        return [], [explain_nothing(root, mask_pattern)]
+    if not image_files or not mask_files:
+        text = f"images: {image_pattern!r} and masks: {mask_pattern!r} find the same files"
+        return [], [f"{root}: {text}; give each its own"]
     images, same_images = by_name(image_files)
     masks, same_masks = by_name(mask_files)
     problems = same_images + same_masks
@@ -134,17 +157,9 @@ def find_pairs(config: dict, split: str) -> tuple[list[Pair], list[str]]:
                 continue
             pairs.append(Pair(name, group, images[name].path, masks[name].path))
     problems += list_alone(root, images, masks, mask_pattern, "mask")
-    problems += list_alone(root, masks, images, image_pattern, "image")
-
-    if "{split}" not in config["images"]:
-        groups = {pair.group for pair in pairs}
-        if len(groups) < len(SPLITS) and not problems:
-            problems.append(explain_too_few(root, len(groups), len(pairs)))
-        chosen = choose_groups(groups, config["split_shares"], split)
-        if not chosen and len(groups) >= len(SPLITS):
-            text = f"leaves none of {len(groups)} groups for {split}; give it a larger share"
-            problems.append(f"{root}: split_shares: {config['split_shares']} {text}")
-        pairs = [pair for pair in pairs if pair.group in chosen]
+    # If only `images` has {split}, the images of other masks lie in the folders of other splits.
+    if "{split}" in config["masks"] or "{split}" not in config["images"]:
+        problems += list_alone(root, masks, images, image_pattern, "image")
     return pairs, problems
 
 
@@ -204,19 +219,23 @@ def choose_groups(groups: set[str], shares: list[float], split: str) -> set[str]
 
 
 def list_alone(
-    root: Path, files: dict[str, File], others: dict[str, File], pattern: str, kind: str
+    root: Path,
+    files: dict[str, File],
+    others: dict[str, File],
+    pattern_of_others: str,
+    kind_of_others: str,
 ) -> list[str]:
     """List the files whose name no other file has, and a file that may be meant instead."""
     problems = []
     used = {other.path for name, other in others.items() if name in files}
     for name in sorted(files.keys() - others.keys()):
-        partner = root / fill(pattern, files[name].matches)
+        partner = root / fill(pattern_of_others, files[name].matches)
         hint = ""
         if len(problems) < MOST_EXPLAINED and partner.parent.is_dir():
             near = find_near(partner, used)
             if near is not None:
                 hint = f" (there is {near})"
-        text = f"has no {kind} {partner}{hint}; add it, or remove this file"
+        text = f"has no {kind_of_others} {partner}{hint}; add it, or remove this file"
         problems.append(f"{files[name].path}: {text}")
     return problems
 
@@ -228,7 +247,7 @@ def words_of(name: str) -> set[str]:
 
 
 def find_near(partner: Path, used: set[Path]) -> str | None:
-    """Find a file beside a missing one whose name has the same words and numbers, or more."""
+    """Find a file that may be meant by a missing one: it has all words and numbers of its name."""
     words = words_of(partner.name)
     for file_name in list_folder(partner.parent)[0]:
         if words <= words_of(file_name) and partner.parent / file_name not in used:

@@ -74,7 +74,7 @@ def count_stars(pattern: str) -> int:
 
 
 def fill(pattern: str, matches: tuple[str, ...]) -> str:
-    """Put what the stars of another pattern match in place of the stars of this one."""
+    """Replace the stars of a pattern by the texts in `matches`."""
     pieces = STARS.split("/".join(parts_of(pattern)))
     filled = pieces[0]
     for text, piece in zip(matches, pieces[1:], strict=True):
@@ -102,9 +102,13 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
         for entry in entries:
             if entry.name.startswith("."):  # macOS leaves such files behind
                 continue
-            if entry.is_dir():  # a link to a folder is one
+            try:
+                is_folder = entry.is_dir()  # a link to a folder is one
+            except OSError:  # a link to itself
+                is_folder = False
+            if is_folder:
                 folders.append(entry.name)
-            elif entry.is_file() or entry.is_symlink():
+            elif entry.is_symlink() or entry.is_file():
                 files.append(entry.name)
     return sorted(files), sorted(folders)
 

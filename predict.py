@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from checkpoints import restore_model
-from common import ROOT, UserError, run, write_atomically
+from common import ROOT, UserError, reading, run, write_atomically
 from data import evenly
 from evaluate import predict_batches
 from export import export, slim
@@ -147,7 +147,9 @@ def find_images(given: list[Path], out: Path) -> dict[Path, Path]:
     out_resolved = out.resolve()
     images: dict[Path, Path] = {}
     for path in given:
-        if path.is_dir():
+        with reading(path, "several names need several pairs of quotes"):  # a name that is too long
+            is_folder = path.is_dir()
+        if is_folder:
             folder = path
             files = find_in_folder(path, out_resolved)
             for note in find_unread(path, ("**/*",)):
@@ -157,14 +159,15 @@ def find_images(given: list[Path], out: Path) -> dict[Path, Path]:
             files = [path]
         if not files:
             if path.resolve().is_relative_to(out_resolved):
-                text = f"lies in {out}, where results go, which are no images to predict"
+                text = f"is inside {out}, where results go, so its files are taken for results"
                 raise UserError(f"{path}: {text}; give another OUT (--out)")
             kinds = ", ".join(ENDINGS)
             raise UserError(f"{path}: holds no image; name images or a folder of them ({kinds})")
         for file in files:
             target = (out / file.relative_to(folder)).with_suffix("")
             if images.get(target, file) != file:
-                raise UserError(f"{file}: another image has its name; predict them apart")
+                text = f"{images[target].name} has its name, up to the ending"
+                raise UserError(f"{file}: {text}; predict them apart, each with an OUT of its own")
             images[target] = file
 
     results = {out_resolved / "contact_sheet.png"}
@@ -190,6 +193,8 @@ def find_in_folder(folder: Path, out_resolved: Path) -> list[Path]:
 def read(path: Path, config: dict) -> np.ndarray:
     """Read an image as (H, W, channels) uint8, as in training; UserError if that cannot be done."""
     check_name(path)
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path}: cannot be read, it is a link that leads nowhere; remove it")
     if not path.exists():
         advice = 'put a name with spaces in quotes: python predict.py "my photo (1).jpg"'
         raise UserError(f"{path}: cannot be read, there is no such file; {advice}")

@@ -31,7 +31,7 @@ def definitions(group: str) -> str:
     bullets.append(
         f"**95 % over {group}s**: a 95 % interval for the mean IoU on all {group}s of this kind, by"
         f" a bootstrap over the {group}s of the test split. Its limits are means over the seeds. It"
-        f" is left out if the test split has fewer than five {group}s."
+        f" is left out if fewer than five {group}s of the test split show a class."
     )
     return "### Definitions\n\n" + bullet_list(bullets)
 

@@ -101,7 +101,7 @@ def find_checkpoint(
     if not resume:
         raise UserError(f"{run_dir}: there is a run; --resume goes on with it, {discard}")
 
-    last = read_checkpoint(path, torch.device("cpu"))
+    last = read_checkpoint(path)
     with reading(path, "train into another --run-dir"):
         require(last, {"history": list, "data_digest": str, "code": str})
         seconds = last["history"][-1]["train_seconds"]

@@ -27,7 +27,7 @@ import runs
 from augment import check_sizes, get_batch
 from checkpoints import load_weights, save_checkpoint
 from common import UserError, code_digest, run
-from config import add_arguments, load_config
+from config import add_arguments, data_override, load_config
 from data import load_data
 from evaluate import evaluate
 from figures import write_png
@@ -224,7 +224,7 @@ def main() -> None:
     args = parser.parse_args()
     overrides = list(args.overrides)
     if args.data:
-        overrides.append(f"data={args.data!r}")
+        overrides.append(data_override(args.data))
     config = load_config(args.config, overrides)
     run_dir = args.run_dir or runs.default_folder(config)
     device = pick_device(args.device)

@@ -226,6 +226,22 @@ def test_of_many_shared_groups_a_few_are_named() -> None:
         names[split] = [(group, f"{group}_{image}") for group in "abcde"]
     [note] = note_shared_groups(names)
     assert "c has images in training and testing (and 2 more groups are in several" in note
+    names["testing"].append(("a", "a_b_1"))  # a_1 is in training: another name with the number 1
+    assert note_shared_groups(names) == [note]
+
+
+def test_values_that_a_range_cuts_off_are_noted(cells: Path, call) -> None:
+    folder = cells.parent
+    for i in range(12):
+        values = np.full((16, 16), 100 + 10 * i, np.uint16)
+        values[0, 0] = 0
+        if i == 3:
+            values[:8] *= 20  # half of this image is too bright
+        Image.fromarray(values).save(folder / f"images/{i}.png")
+    options = ("--config", cells, "--set", "in_channels=1", "value_range=[0, 1023]")
+    code, out, _ = call(data.main, "check", *options)
+    assert code == 0
+    assert f"value_range cuts off values of 1 images, most in {folder}/images/3.png (49.61%)" in out
 
 
 def test_splits_of_few_groups_are_named(dataset: Path, call) -> None:

@@ -132,7 +132,7 @@ def test_training_starts_from_other_weights_once(dataset: Path, tmp_path: Path) 
     init.unlink()  # a run that goes on does not need it
     config = dict(config, epochs=2)
     train(config, tmp_path / "run", CPU, resume=True, overwrite=False)
-    assert len(read_checkpoint(tmp_path / "run/last.pt", CPU)["history"]) == 2
+    assert len(read_checkpoint(tmp_path / "run/last.pt")["history"]) == 2
 
 
 def fail_as_edited(*_arguments: object) -> None:
@@ -177,7 +177,7 @@ def test_hostile_pickle_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     Path("b.pt").write_bytes(pickle.dumps(Hostile(), protocol=2))
     for name in ("a.pt", "b.pt"):
         with pytest.raises(UserError, match=name):
-            read_checkpoint(Path(name), CPU)
+            read_checkpoint(Path(name))
     assert not Path("owned").exists()
 
 

@@ -168,6 +168,19 @@ def test_cache_is_made_again_when_the_code_that_reads_changes(root: Path, monkey
     assert len(list(root.glob(".cache/testing-*"))) == 1 and not cache.exists()
 
 
+def test_a_cache_of_somebody_else_is_not_written(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / ".cache").mkdir()
+    monkeypatch.setattr(d, "ROOT", tmp_path / "project")
+    monkeypatch.setattr(d.os, "access", lambda path, mode: path.name != ".cache")
+    assert d.cache_folder(root) == tmp_path / "project/data/.cache"
+    monkeypatch.setattr(d, "ROOT", root / "training/image" / "file")
+    d.ROOT.touch()
+    with pytest.raises(UserError, match=r"cannot be made .*; let it be written, or copy the data"):
+        d.cache_folder(root)
+
+
 def test_configs_of_one_folder_keep_their_caches(pond: dict) -> None:
     configs = [
         pond,

@@ -127,7 +127,7 @@ def test_a_mask_counts_once_for_a_colour_that_two_of_its_numbers_have() -> None:
             mode="RGB",
             bits=8,
             highest=255,
-            is_turned=False,
+            only_image_turned=False,
             kind="palette",
             palette=palette,
             numbers=np.array(list(palette)),

@@ -159,7 +159,7 @@ def test_batches_fit_the_device_and_the_size_of_the_images() -> None:
 def test_scores_do_not_depend_on_the_size_of_the_batches(
     paths: list[Path], dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model_config = read_checkpoint(paths[0], CPU)["config"]
+    model_config = read_checkpoint(paths[0])["config"]
     model, _ = evaluate.restore_model(paths[0], CPU)
     images, masks, *_ = load_split(config_for(dataset), "testing")
     config = dict(model_config)

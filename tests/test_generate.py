@@ -1,5 +1,7 @@
 """Tests of tools/generate.py: what is drawn, how it moves, and how it reaches the disk."""
 
+import subprocess
+import sys
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 import data as data_script
-from common import SPLITS, UserError
+from common import ROOT, SPLITS, UserError
 from tools import generate as g
 
 PALETTE = [(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)]
@@ -182,8 +184,9 @@ def test_random_frames_of_each_flight_are_the_same_files(tmp_path, data):
 
 def test_existing_files_are_left_alone_and_a_leftover_is_replaced(tmp_path):
     out = tmp_path / "data"
-    leftover = tmp_path / "data.partial"
-    for folder in (out, leftover):
+    leftover = tmp_path / ".data.partial"
+    own = tmp_path / "data.partial"  # of the user
+    for folder in (out, leftover, own):
         folder.mkdir()
         (folder / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="data: is there already; remove it"):
@@ -191,18 +194,30 @@ def test_existing_files_are_left_alone_and_a_leftover_is_replaced(tmp_path):
     assert (out / "mine.txt").read_text() == "keep"
     (out / "mine.txt").unlink()
     g.generate(out, {"training": 1}, size=16, seed=0)
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
-    assert not list(tmp_path.rglob("mine.txt"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "data.partial"]
+    assert list(tmp_path.rglob("mine.txt")) == [own / "mine.txt"]
 
 
 def test_folder_that_cannot_be_made_is_one_line(tmp_path, call):
     (tmp_path / "file").write_text("keep")
     code, _, error = call(data_script.main, "generate", "--out", tmp_path / "file/data")
     assert code == 2 and "cannot be made" in error and error.count("\n") == 1
-    (tmp_path / "data.partial").write_text("keep")
-    with pytest.raises(UserError, match=r"data\.partial: cannot be made"):
+    (tmp_path / ".data.partial").write_text("keep")
+    with pytest.raises(UserError, match="data: cannot be made"):
         g.generate(tmp_path / "data", {"training": 1}, size=16, seed=0)
-    assert (tmp_path / "data.partial").read_text() == "keep"
+    assert (tmp_path / ".data.partial").read_text() == "keep"
+
+
+def test_two_processes_do_not_draw_into_one_folder(tmp_path):
+    out = tmp_path / "data"
+    command = [sys.executable, ROOT / "data.py", "generate", "--out", out]
+    command += ["--sequences", "4", "1", "1", "--size", "16"]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 2]
+    assert "data: is there already" in "".join(errors) and "Traceback" not in "".join(errors)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert len({path.name[:6] for path in out.glob("training/image/*.png")}) == 4
 
 
 def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch):

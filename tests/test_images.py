@@ -9,8 +9,9 @@ import pytest
 from conftest import config_for, corruptions
 from PIL import Image
 
+import images
 from common import UserError
-from images import count_near, read_image, read_mask, read_pair, read_size
+from images import count_near, read_image, read_mask, read_pair, read_size, share_cut_off
 from metrics import IGNORE
 from pairs import find_pairs
 
@@ -34,22 +35,25 @@ def write_png16(path: Path, pixels: np.ndarray) -> Path:
     return path
 
 
-def write_tiff(path: Path, pixels: np.ndarray, compression: int = 1) -> Path:
-    """Write (H, W, bands) uint8 or uint16 as a TIFF: plain, or compression 8 (zlib)."""
+def write_tiff(path: Path, pixels: np.ndarray, compression: int = 1, planar: int = 1) -> Path:
+    """Write (H, W, bands) uint8 or uint16 as a TIFF: plain, or compression 8 (zlib).
+
+    With `planar` 2 it says that bands are stored one after the other.
+    """
     height, width, bands = pixels.shape
     data = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
     if compression == 8:
         data = zlib.compress(data)
     bits = struct.pack(f"<{bands}H", *[8 * pixels.itemsize] * bands)
     directory = 8 + len(data)
-    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, bands, directory + 2 + 12 * 10 + 4)]
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, bands, directory + 2 + 12 * 11 + 4)]
     tags += [(259, 3, 1, compression), (262, 3, 1, 2), (273, 4, 1, 8), (277, 3, 1, bands)]
-    tags += [(278, 4, 1, height), (279, 4, 1, len(data))]
+    tags += [(278, 4, 1, height), (279, 4, 1, len(data)), (284, 3, 1, planar)]
     # What more bands than three are, or that the numbers have no sign.
     tags.append((338, 3, bands - 3, 0) if bands > 3 else (339, 3, 1, 1))
     entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
     header = b"II*\0" + struct.pack("<I", directory)
-    path.write_bytes(header + data + struct.pack("<H", 10) + entries + bytes(4) + bits)
+    path.write_bytes(header + data + struct.pack("<H", len(tags)) + entries + bytes(4) + bits)
     return path
 
 
@@ -99,6 +103,36 @@ def test_range_of_16_bits_becomes_8(tmp_path: Path, kind: str) -> None:
     assert (pixels[..., 2] == 0).all() == (not kind.startswith("grey"))
 
 
+def test_bands_that_are_stored_apart_are_refused_beyond_8_bits(tmp_path: Path) -> None:
+    values = np.arange(24, dtype=np.uint16).reshape(2, 4, 3) * 100
+    path = write_tiff(tmp_path / "a.tif", values, planar=2)
+    with pytest.raises(UserError, match=r"a\.tif: stores its bands of 16 bits apart; save them"):
+        read_image(path, 3, [0, 4095])
+
+
+def test_share_of_values_that_a_range_cuts_off(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(np.array([[0, 100, 200, 300]], np.uint16)).save(path)
+    assert share_cut_off(path, [100, 200]) == 0.5 and share_cut_off(path, [0, 300]) == 0
+    save(path, [[[0, 100, 200]]], "RGB")
+    assert share_cut_off(path, [100, 200]) == 0  # 8 bits are not scaled
+
+
+def test_a_mistake_in_the_code_keeps_its_traceback(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(np.array([[0, 100]], np.uint16)).save(path)
+    monkeypatch.setattr(images, "scale_to_8_bits", lambda *args: undefined)  # noqa: F821
+    with pytest.raises(NameError):
+        read_image(path, 3, [0, 100])
+
+    def fail(content: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(images.Image, "open", fail)
+    with pytest.raises(MemoryError):
+        read_image(path, 3)
+
+
 def test_what_pillow_would_drop_is_refused(tmp_path: Path) -> None:
     bands = write_tiff(tmp_path / "five.tif", np.zeros((2, 3, 5), np.uint8))
     with pytest.raises(UserError, match=r"five\.tif: has 5 bands of 8 bits"):
@@ -136,6 +170,21 @@ def test_size_is_that_of_the_upright_image(tmp_path: Path, name: str) -> None:
             exif[0x0112] = orientation
         Image.new("RGB", (4, 2)).save(tmp_path / name, exif=exif)
         assert read_size(tmp_path / name) == read_image(tmp_path / name).shape[:2]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_turned_grey_tiff_is_not_scrambled(tmp_path: Path, dtype: type) -> None:
+    stored = np.zeros((4, 6), dtype)
+    stored[0, 1:3] = 200  # a bar at the top, which a quarter turn moves to the right
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "a.tif"
+    Image.fromarray(stored).save(path, exif=exif)
+    expected = np.rot90(stored, -1)
+    assert read_size(path) == (6, 4)
+    assert read_image(path, 1, [0, 255])[..., 0].tolist() == expected.tolist()
+    indices = config_for(tmp_path, classes=TWO, mask_format="indices", other_values="disc")
+    assert (read_mask(path, indices) == (expected > 0)).all()
 
 
 def test_masks_of_one_bit(tmp_path: Path) -> None:

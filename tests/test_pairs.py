@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from conftest import config_for
 
-from common import SPLITS
+from common import SPLITS, UserError
 from pairs import find_pairs, group_of
+from patterns import list_folder
 
 
 def touch(root: Path, *names: str) -> None:
@@ -41,6 +42,31 @@ def test_patterns_find_pairs(tmp_path: Path, files: list, images: str, masks: st
     paired = {path.relative_to(tmp_path).as_posix() for p in pairs for path in (p.image, p.mask)}
     assert paired == {name for name in files if not name.endswith("gif")}
     assert len({pair.name for pair in pairs}) == len(pairs)
+
+
+def test_masks_of_all_splits_may_lie_in_one_folder(tmp_path: Path) -> None:
+    for number, split in enumerate(SPLITS):
+        touch(tmp_path, f"{split}/{number}.png", f"masks/{number}.png")
+    config = config_for(tmp_path, images="{split}/*.png", masks="masks/*.png", group="")
+    for number, split in enumerate(SPLITS):
+        pairs, problems = find_pairs(config, split)
+        assert [pair.name for pair in pairs] == [str(number)] and problems == []
+    config = config_for(tmp_path, images="masks/*.png", masks="{split}/*.png", group="")
+    with pytest.raises(UserError, match=r"masks: has \{split\}, but images: .* has not; write it"):
+        find_pairs(config, "training")
+
+
+def test_images_that_are_all_masks_are_named(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png", "2.png")
+    config = config_for(tmp_path, images="*", masks="*.png")
+    _, [problem] = find_pairs(config, "training")
+    assert "images: '*' and masks: '*.png' find the same files; give each its own" in problem
+
+
+def test_a_link_to_itself_is_a_file(tmp_path: Path) -> None:
+    touch(tmp_path, "i/1.png")
+    (tmp_path / "i/loop.png").symlink_to("loop.png")
+    assert list_folder(tmp_path / "i") == (["1.png", "loop.png"], [])
 
 
 def test_nested_names_hold_their_folders(tmp_path: Path) -> None:

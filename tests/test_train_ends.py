@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import tiny
 from PIL import Image
-from test_train import CPU, lines, load, train_tiny
+from test_train import lines, load, train_tiny
 from torch import Tensor
 
 import checkpoints
@@ -63,7 +63,7 @@ def test_fewer_epochs_end_a_run_that_was_stopped(
     assert "epochs: 1" in text
     (run / "config.yaml").write_text(text.replace("epochs: 1", "epochs: 9"))
     train_tiny(dataset, run, resume=True, epochs=1, **values)
-    assert is_finished(run, checkpoints.read_checkpoint(run / "last.pt", CPU)["config"], None)
+    assert is_finished(run, checkpoints.read_checkpoint(run / "last.pt")["config"], None)
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(

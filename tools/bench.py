@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import ROOT, run
-from config import load_config
+from config import data_override, load_config
 from data import load_split
 from evaluate import evaluate
 from images import read_pair
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
     args = parser.parse_args()
     device = pick_device(args.device)
-    overrides = [f"data={args.data!r}", "limit_validation=8", *args.overrides, "crop=0"]
+    overrides = [data_override(args.data), "limit_validation=8", *args.overrides, "crop=0"]
     print(format_line(HEADINGS))
     for name in args.models:
         config = load_config([ROOT / f"configs/{name}.yaml"], overrides)

@@ -8,7 +8,6 @@ the data have the layout of the Artificial Flying Objects.
 """
 
 import argparse
-import re
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -20,10 +19,10 @@ from tqdm import tqdm
 
 from common import ROOT, SPLITS, UserError
 from config import add_arguments as add_config_arguments
-from config import load_config
+from config import data_override, load_config
 from data import evenly, in_parallel, padded_size
 from figures import class_colours, grid, legend_of, overlay, save, thumbnail
-from images import count_near, is_turned, read_pair, read_palette
+from images import count_near, is_turned, read_pair, read_palette, share_cut_off
 from masks import missing_classes_problem
 from metrics import IGNORE, MIN_GROUPS
 from pairs import (
@@ -48,8 +47,9 @@ class CheckedPair(NamedTuple):
     size: tuple[int, int]  # height and width of the files
     digest: str  # of the image's pixels
     is_plain: bool  # the image is of a single colour
-    is_turned: bool  # the image was turned upright by its EXIF data, the mask was not
+    only_image_turned: bool  # upright by its EXIF data
     n_near: int  # pixels of the mask that have a class through `mask_tolerance` alone
+    cut_off: float  # the share of the image's values that `value_range` cuts off
     palette: dict[int, list[int]]  # of a mask of indices that is a palette file: number → colour
 
 
@@ -77,8 +77,9 @@ def examine(pair: Pair, config: dict) -> CheckedPair:
         size=(mask.shape[0], mask.shape[1]),
         digest=sha256(image.numpy().tobytes()).hexdigest(),
         is_plain=bool((pixels == pixels[:, :1]).all()),
-        is_turned=is_turned(pair.image) and not is_turned(pair.mask),
+        only_image_turned=is_turned(pair.image) and not is_turned(pair.mask),
         n_near=count_near(pair.mask, config) if config["mask_tolerance"] else 0,
+        cut_off=share_cut_off(pair.image, config["value_range"]) if config["value_range"] else 0.0,
         palette=read_palette(pair.mask) if config["mask_format"] == "indices" else {},
     )
 
@@ -153,13 +154,16 @@ def describe_exceptions(
     turned = []
     n_near = 0
     n_pixels = 0
+    cut_off: dict[Path, float] = {}  # image → the share of its values
     for pair, examined in zip(pairs, examined_pairs, strict=True):
         if examined.is_plain:
             plain.append(pair.image)
-        if examined.is_turned:
+        if examined.only_image_turned:
             turned.append(pair.image)
         n_near += examined.n_near
         n_pixels += int(examined.counts.sum())
+        if examined.cut_off > 0:
+            cut_off[pair.image] = examined.cut_off
     notes = []
     if plain:
         text = f"{len(plain)} images are of a single colour (empty slices?), as {plain[0]} is"
@@ -171,6 +175,10 @@ def describe_exceptions(
         share = n_near / n_pixels
         text = f"gives {n_near} pixels ({share:.2%}) the nearest class"
         notes.append(f"{split}: mask_tolerance {text}")
+    if cut_off:
+        worst = max(cut_off, key=cut_off.get)
+        text = f"cuts off values of {len(cut_off)} images, most in {worst} ({cut_off[worst]:.2%})"
+        notes.append(f"{split}: value_range {text}")
     return notes
 
 
@@ -202,10 +210,10 @@ def note_few_groups(split: str, pairs: list[Pair]) -> list[str]:
 def note_shared_groups(names: dict[str, list[tuple[str, str]]]) -> list[str]:
     """Write the note that some groups are in several splits; [] if none is.
 
-    `names` has the (group, name) of each image, by split. Where images of two splits have the same
-    group and number, each split counts from the start, so that its groups are different ones.
+    `names` has the (group, name) of each image, by split. If an image of each of two splits has the
+    same name, each split probably numbers its groups from 1: equal groups are then different ones.
     """
-    if counts_anew(names):
+    if share_names(names):
         return []
     splits_of = {}  # group → its splits
     for split, images in names.items():
@@ -223,16 +231,14 @@ def note_shared_groups(names: dict[str, list[tuple[str, str]]]) -> list[str]:
     return [f"group {text}: their scores look better than they are"]
 
 
-def counts_anew(names: dict[str, list[tuple[str, str]]]) -> bool:
-    """Tell whether images of two splits have the same group and number: each split counts anew."""
-    split_of = {}  # (group, numbers in the rest of the name) → the split where it was first
-    for split, images in names.items():
-        for group, name in images:
-            numbers = tuple(re.findall(r"\d+", name.replace(group, "", 1)))
-            key = (group, numbers or name)
-            if key in split_of and split_of[key] != split:
-                return True
-            split_of[key] = split
+def share_names(names: dict[str, list[tuple[str, str]]]) -> bool:
+    """Tell whether images of two splits have the same name."""
+    seen = set()  # names in the splits before
+    for images in names.values():
+        names_of_split = {name for _, name in images}
+        if names_of_split & seen:
+            return True
+        seen |= names_of_split
     return False
 
 
@@ -263,7 +269,7 @@ def format_line(
     return line
 
 
-def describe(split: str, checked: Checked, names: list[str]) -> str:
+def format_split(split: str, checked: Checked, names: list[str]) -> str:
     """Write the line of a split: numbers, up to two sizes, shares of the pixels."""
     groups = {pair.group for pair in checked.pairs}
     values = list(range(len(names) - 1))
@@ -297,7 +303,7 @@ def main(args: argparse.Namespace) -> None:
     paths = args.config or [ROOT / "configs/afo.yaml"]
     overrides = list(args.overrides)
     if args.data:
-        overrides.append(f"data={args.data!r}")
+        overrides.append(data_override(args.data))
     config = load_config(paths, overrides)
     check_data_keys(config)
     columns = [*config["classes"], "ignored"]
@@ -320,14 +326,14 @@ def main(args: argparse.Namespace) -> None:
         unusable += checked.unusable
         notes += checked.notes
         names[split] = [(pair.group, pair.name) for pair in checked.pairs]
-        print(describe(split, checked, columns))
+        print(format_split(split, checked, columns))
         if args.picture:
             rows.append(draw_samples(checked.readable, config))
     notes += note_shared_groups(names)
     if any(rows):
         save(grid(rows, legend_of(config), tuple(names)), args.picture)
 
-    # The three splits of one folder have the same ones.
+    # Splits drawn from one folder repeat the same notes and problems: each is printed once.
     for note in dict.fromkeys(notes):
         print(f"note: {note}")
     problems = list(dict.fromkeys(problems)) + shorten_alike(unusable)

@@ -55,8 +55,11 @@ class Line(NamedTuple):
 
 
 def percent(share: float) -> str:
-    """Write a share as a percentage with two digits that count."""
-    return f"{100 * share:.2g} %"
+    """Write a share as a percentage with two digits that count, or three near 100 %."""
+    number = 100 * share
+    if number >= 99.5:  # which .2g would write as 1e+02
+        return f"{number:.1f} %"
+    return f"{number:.2g} %"
 
 
 def quote(text: str) -> str:
@@ -229,7 +232,7 @@ def describe_images(examined: list[ExaminedPair], notes: list[str]) -> list[Line
     elif opacities == {0}:
         notes.append("in_channels: every pixel is transparent, so transparency is not used")
     lines.append(Line(f"in_channels: {channels}", reason))
-    turned = sum(pair.is_turned for pair in examined)
+    turned = sum(pair.only_image_turned for pair in examined)
     if turned:
         text = "are turned upright by their EXIF data; so must their masks be"
         notes.append(f"{turned} images {text}")
@@ -266,8 +269,8 @@ def describe_sizes(
     if n_sizes > 1 and factor == 1 and crops_fit(sizes, crop):
         lines.append(Line(f"# {range_of_sizes(sizes)}: crops need no resize"))
     elif n_sizes > 1 or factor < 1:
-        height = round_to_16(height * factor)
-        width = round_to_16(width * factor)
+        height = round_up_to_16(height * factor)
+        width = round_up_to_16(width * factor)
         lines.append(Line(f"resize: [{height}, {width}]", reason))
         if n_sizes > 1:
             notes.append("resize: images of other proportions are distorted")
@@ -308,10 +311,10 @@ def choose_crop(side: float, is_photograph: bool) -> tuple[int, float]:
     factor = 1.0
     if 1.5 * side > LARGEST_CROP:
         factor = LARGEST_CROP / (2 * side)
-    return max(SMALLEST_CROP, round_to_16(1.5 * side * factor)), factor
+    return max(SMALLEST_CROP, round_up_to_16(1.5 * side * factor)), factor
 
 
-def round_to_16(side: float) -> int:
+def round_up_to_16(side: float) -> int:
     """Round a side up to a multiple of 16 pixels: four times halved, it stays whole."""
     return max(16, -(-round(side) // 16) * 16)
 
@@ -344,6 +347,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     if args.out and args.out.exists():
         raise UserError(f"{args.out}: exists already; give another --out, or remove it")
+    is_taken = args.out and args.out.stem in ("afo", "generated")
+    if args.out and (args.out.suffix != ".yaml" or is_taken):
+        text = "make takes DATA=NAME.yaml, and afo and generated are taken"
+        raise UserError(f"{args.out}: {text}; give another name")
     if not args.images or not args.masks:
         raise UserError("give both folders: make describe IMAGES=photos MASKS=labels")
     layout = find_layout(args.images, args.masks)

@@ -23,7 +23,7 @@ from numpy.random import Generator, default_rng
 from PIL import Image
 from tqdm import tqdm
 
-from common import SPLITS, UserError
+from common import SPLITS, UserError, wait_for_lock
 
 SHAPES = ("square", "triangle", "circular")
 MASK_COLOURS = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255)])  # of the shapes, in their order
@@ -157,23 +157,29 @@ def draw_sequence(
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder to fill, renamed to `out` at the end; UserError if `out` has files already."""
-    is_empty_folder = out.is_dir() and not any(out.iterdir())
-    if out.exists() and not is_empty_folder:
-        raise UserError(f"{out}: is there already; remove it or give another --out")
-    out = out.resolve()
-    incomplete = out.with_name(out.name + ".partial")
-    shutil.rmtree(incomplete, ignore_errors=True)  # left by a process that was killed
-    try:
-        incomplete.mkdir(parents=True)
-    except OSError as error:
-        advice = "give another --out"
-        raise UserError(f"{incomplete}: cannot be made ({error.strerror}); {advice}") from None
-    try:
-        yield incomplete
-        incomplete.rename(out)
-    finally:
-        shutil.rmtree(incomplete, ignore_errors=True)
+    """Yield a folder to fill, renamed to `out` at the end; UserError if `out` has files already.
+
+    Processes that fill a folder of the same name wait for each other.
+    """
+    resolved = out.resolve()
+    incomplete = resolved.with_name(f".{resolved.name}.partial")
+    advice = "give another --out"
+    with contextlib.ExitStack() as stack:
+        try:
+            resolved.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(wait_for_lock(resolved.parent))
+            is_empty_folder = resolved.is_dir() and not any(resolved.iterdir())
+            if resolved.exists() and not is_empty_folder:
+                raise UserError(f"{out}: is there already; remove it or {advice}")
+            shutil.rmtree(incomplete, ignore_errors=True)  # left by a process that was killed
+            incomplete.mkdir()
+        except OSError as error:
+            raise UserError(f"{out}: cannot be made ({error.strerror}); {advice}") from None
+        try:
+            yield incomplete
+            incomplete.rename(resolved)
+        finally:
+            shutil.rmtree(incomplete, ignore_errors=True)
 
 
 class Job(NamedTuple):

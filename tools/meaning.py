@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ImageOps
 from tqdm import tqdm
 
 from common import UserError, reading
 from data import evenly, in_parallel
-from images import is_turned, open_image, read_deep, read_values
+from images import is_turned, open_image, read_deep, read_size, read_values
 from masks import number_pixels
 
 MOST_EXAMINED = 1000  # pairs, evenly spaced, that are read
@@ -39,7 +38,7 @@ class ExaminedPair(NamedTuple):
     mode: str  # Pillow's name for the kind of the image's pixels
     bits: int  # a channel of the image
     highest: int  # value in the image, if it has more than 8 bits
-    is_turned: bool  # by EXIF data, and its mask is not
+    only_image_turned: bool  # upright by its EXIF data
     kind: str  # of the mask: grey, palette or colours
     palette: dict[int, int]  # of a palette mask: value → colour
     numbers: np.ndarray  # (K,) the values in the mask; a colour is red × 65536 + green × 256 + blue
@@ -132,10 +131,8 @@ def coarse_colours(numbers: np.ndarray) -> np.ndarray:
 def examine(pair: tuple[Path, Path]) -> ExaminedPair:
     """Look at an image and its mask; UserError if one cannot be read."""
     image_path, mask_path = pair
-    with reading(image_path):
-        image, bits = open_image(image_path)
-        highest = int(read_deep(image_path, image, bits).max()) if bits > 8 else 0
-        width, height = ImageOps.exif_transpose(image).size
+    image, bits = open_image(image_path)
+    highest = int(read_deep(image_path, image, bits).max()) if bits > 8 else 0
     numbers, kind, palette = read_numbers(mask_path)
     values, places, pixels = count_values(numbers)
     thickness = measure_thickness(numbers)
@@ -145,12 +142,12 @@ def examine(pair: tuple[Path, Path]) -> ExaminedPair:
         thickness = measure_thickness(coarse_colours(numbers))
     return ExaminedPair(
         image=image_path,
-        size=(height, width),
+        size=read_size(image_path),
         mask_size=numbers.shape,
         mode=image.mode,
         bits=bits,
         highest=highest,
-        is_turned=is_turned(image_path) and not is_turned(mask_path),
+        only_image_turned=is_turned(image_path) and not is_turned(mask_path),
         kind=kind,
         palette=palette,
         numbers=values,

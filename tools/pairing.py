@@ -124,10 +124,12 @@ def split_paths(files: list[Path], base: Path, is_deep: bool) -> Files:
 def shared_text(image: str, mask: str, where: str) -> str:
     """Find the longest text that two parts share, anywhere or at their end."""
     if where == "end":
-        length = 0
-        while length < min(len(image), len(mask)) and image[-length - 1] == mask[-length - 1]:
-            length += 1
-        return image[len(image) - length :]
+        shared = ""
+        for character, other in zip(reversed(image), reversed(mask), strict=False):
+            if character != other:
+                break
+            shared = character + shared
+        return shared
     matcher = difflib.SequenceMatcher(None, image, mask, autojunk=False)
     match = matcher.find_longest_match()
     return image[match.a : match.a + match.size]
@@ -172,15 +174,17 @@ def find_image(mask: Parts, images: list[Parts]) -> Parts | None:
 
 def select(files: Files, around: Around) -> Files:
     """Select the files that have the given texts around their shared text, by the shared text."""
-    pattern = []
-    for before, after in around:
-        pattern.append(f"{re.escape(before)}(.*){re.escape(after)}")
-    expression = re.compile("\0".join(pattern), re.DOTALL)  # no name has a zero byte
     selected = {}
     for parts, path in files.items():
-        match = expression.fullmatch("\0".join(parts))
-        if match and any(match.groups()):
-            selected[match.groups()] = path
+        if len(parts) != len(around):
+            continue
+        shared = []
+        for part, (before, after) in zip(parts, around, strict=True):
+            has_both = len(part) >= len(before) + len(after)
+            if has_both and part.startswith(before) and part.endswith(after):
+                shared.append(part[len(before) : len(part) - len(after)])
+        if len(shared) == len(parts) and any(shared):
+            selected[tuple(shared)] = path
     return selected
 
 
@@ -218,12 +222,15 @@ def find_rules(images: Files, masks: Files) -> dict[Rule, list[tuple[Path, Path]
 
 def find_other_masks(rules: dict[Rule, list[tuple[Path, Path]]]) -> list[Path]:
     """List a mask of each other kind that fits the images as well as the kind that was chosen."""
-    chosen, *others = rules.values()
-    firsts = {chosen[0][1]}
-    for pairs in others:
-        if len(pairs) == len(chosen) and pairs[0][0] == chosen[0][0]:
-            firsts.add(pairs[0][1])
-    return sorted(firsts - {chosen[0][1]})
+    pairs_of_rules = list(rules.values())
+    chosen = pairs_of_rules[0]
+    first_image, first_mask = chosen[0]
+    other_masks = set()
+    for pairs in pairs_of_rules[1:]:
+        image, mask = pairs[0] if pairs else (None, None)
+        if len(pairs) == len(chosen) and image == first_image and mask != first_mask:
+            other_masks.add(mask)
+    return sorted(other_masks)
 
 
 def count_colours(path: Path) -> int:

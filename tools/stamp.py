@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from common import UserError, reading, run, write_atomically
-from config import load_config
+from config import data_override, load_config
 from patterns import find_files
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
     paths = [] if args.config is None else [args.config]
-    overrides = [] if args.data is None else [f"data={args.data!r}"]
+    overrides = [] if args.data is None else [data_override(args.data)]
     stamp = stamp_of(load_config(paths, overrides + args.set)) + "\n"
     if not args.out.exists() or args.out.read_text(encoding="utf-8") != stamp:
         write_atomically(args.out, stamp.encode())
