@@ -62,9 +62,3 @@ def test_arithmetic_is_counted_forward_and_backward(dataset: Path) -> None:
     assert training == pytest.approx(2 * multiply_adds / 1e9)
     forward = first + second + 3 * decoder
     assert evaluation == pytest.approx(2 * forward / 1e9)
-
-
-def test_cells_of_a_line_never_touch() -> None:
-    cells = ["tuned", *["12345.6 (12345.6–12345.6)"] * 7]
-    assert bench.format_line(cells).split("  ")[0] == "tuned"
-    assert bench.format_line(cells).count(") 12345.6 (") == 6

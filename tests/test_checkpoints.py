@@ -81,12 +81,16 @@ def test_weights_of_another_model_are_one_line(tmp_path: Path) -> None:
         assert str(caught.value) == expected
 
 
+SWAPPED = "{square: [255, 0, 0], background: [0, 0, 0], triangle: [0, 255, 0], circle: [0, 0, 255]}"
+
+
 @pytest.mark.parametrize(
     ("change", "fresh"),
     [
         ([], []),
         (["classes={background: [0, 0, 0], disc: [1, 1, 1]}"], ["up.1"]),
         (["classes={square: [1, 1, 1], a: [0, 0, 0], b: [2, 2, 2], c: [3, 3, 3]}"], ["up.1"]),
+        ([f"classes={SWAPPED}"], ["up.1"]),
         (["in_channels=1"], ["encoder.0.0"]),
         (["decoder=[[4, 3], [9, 3]]"], [*(f"decoder.1.{i}" for i in (0, 1, 3, 4)), "up.1"]),
     ],

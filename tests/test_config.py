@@ -8,7 +8,7 @@ import torch
 import yaml
 from conftest import corruptions
 
-from common import ROOT, UserError, code_digest
+from common import ROOT, UserError, code_digest, write_atomically
 from config import UNFINISHED, dump, load_config, main
 from model import build_model, count_parameters
 from pairs import check_data_keys
@@ -174,6 +174,19 @@ def test_full_disk_is_one_line_and_other_errors_keep_their_trace(call) -> None:
     assert call(fill_disk)[2] == "error: disk: No space left on device\n"
     with pytest.raises(FileNotFoundError):  # a student's own code may open files
         call(Path("no/file").read_text)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+
+    def fill_disk(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fill_disk)
+    with pytest.raises(UserError, match=r"last\.pt: cannot be written .*; make room"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_damaged_config_is_one_line(tmp_path: Path) -> None:

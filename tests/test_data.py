@@ -101,13 +101,6 @@ def test_random_splits_share_no_group(pond: dict) -> None:
     assert all(split.images.shape[2:] == (16, 12) for split in splits.values())
 
 
-def test_two_images_are_too_few(pond: dict) -> None:
-    for path in Path(pond["data"]).glob("day[1-8]*"):
-        path.unlink()
-    with pytest.raises(UserError, match="has 2 images, too few for three splits, which need at"):
-        d.load_split(dict(pond, group=""), "validation")
-
-
 def test_second_of_two_folders_is_the_test_split_too(root: Path, capsys) -> None:
     config = config_for(root, split_folders=["training", "validation"])
     validation = d.load_split(config, "validation")
@@ -117,7 +110,7 @@ def test_second_of_two_folders_is_the_test_split_too(root: Path, capsys) -> None
     assert "the folder validation stands in for the test split too" in capsys.readouterr().err
 
 
-def test_too_few_groups_are_refused(pond: dict) -> None:
+def test_too_few_images_or_groups_are_refused(pond: dict) -> None:
     for path in Path(pond["data"]).glob("day[2-8]*"):
         path.unlink()
     with pytest.raises(
@@ -125,6 +118,10 @@ def test_too_few_groups_are_refused(pond: dict) -> None:
         match=r"has 2 groups of its 4 images, too few for three splits.*; add images, or set group",
     ):
         d.load_split(pond, "training")
+    for path in Path(pond["data"]).glob("day1*"):
+        path.unlink()
+    with pytest.raises(UserError, match="has 2 images, too few for three splits, which need at"):
+        d.load_split(dict(pond, group=""), "validation")
 
 
 def test_limits_are_evenly_spaced(dataset: Path) -> None:
@@ -156,6 +153,16 @@ def test_cache_is_made_once_and_again_when_a_file_changes(root: Path) -> None:
     second = d.load_split(config, "testing")
     assert second.digest != first.digest and (second.images[0, 0] == 255).all()
     assert len(list(root.glob(".cache/testing-*"))) == 1 and not cache.exists()
+    [cache] = root.glob(".cache/testing-*")
+    os.utime(image, (1, 1))  # as after an edit that keeps the size of the file
+    d.load_split(config, "testing")
+    assert not cache.exists()
+
+
+def test_every_key_that_decides_pixels_is_in_the_name_of_a_cache() -> None:
+    keys = list(load_config([]))
+    of_data = keys[keys.index("images") : keys.index("in_channels") + 1]
+    assert tuple(key for key in of_data if not key.startswith("limit_")) == d.DATA_KEYS
 
 
 def test_cache_is_made_again_when_the_code_that_reads_changes(root: Path, monkeypatch) -> None:

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import config_for, write_checkpoint
+from PIL import Image
 from test_table import read_table
 
 import evaluate
 import metrics
 from checkpoints import read_checkpoint, save_checkpoint
+from common import UserError
 from data import load_split
+from metrics import IGNORE
 from model import build_model
 from table import LAB
 
@@ -135,6 +138,26 @@ def test_arrays_belong_to_the_row(paths: list[Path], dataset: Path) -> None:
     ious = metrics.mean_iou(arrays["matrices"])
     assert ious[shown[4]] == ious.min()  # the worst image follows the evenly spaced ones
     assert len({arrays["groups"][i] for i in shown[4:]}) == len(shown[4:])
+
+
+def test_ignored_pixels_are_in_no_score(dataset: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(dataset, tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
+    for path in (data / "testing/gt_image").iterdir():
+        mask = np.array(Image.open(path))
+        mask[:16] = 9
+        Image.fromarray(mask).save(path)
+    path = write_checkpoint(tmp_path / "run", data, "small", 0, ignore=[9, 9, 9])
+    row, arrays = evaluate.evaluate_checkpoint(path, None, "testing", CPU)
+    predictions = arrays["predictions"]
+    assert (predictions[:, :16] == IGNORE).all() and (predictions[:, 16:] < 4).all()
+    masks, predicted = predict_by_hand(path, "testing")
+    boundary = metrics.boundary_matrices(torch.tensor(predicted), torch.tensor(masks), 4)
+    ious = metrics.iou(boundary.sum(dim=0))[:4]  # the last one is of pixels in no band
+    assert row["boundary_iou"] == pytest.approx(ious.nanmean().item())
+    for path_of_mask in (data / "testing/gt_image").iterdir():
+        Image.new("RGB", (32, 32), (9, 9, 9)).save(path_of_mask)
+    with pytest.raises(UserError, match="ignore: leaves no pixel of the testing split"):
+        evaluate.evaluate_checkpoint(path, None, "testing", CPU)
 
 
 def test_groups_are_added_up() -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 import images
 from common import UserError
 from images import count_near, read_image, read_mask, read_pair, read_size, share_cut_off
+from masks import check_mask_keys
 from metrics import IGNORE
 from pairs import find_pairs
 
@@ -242,6 +243,24 @@ def test_fractions_are_no_indices(tmp_path: Path) -> None:
         read_mask(tmp_path / "m.tif", config_for(tmp_path, mask_format="indices"))
 
 
+def test_ignored_indices_move_the_classes_up(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.png", np.array([[0, 1, 2, 3]]))
+    config = config_for(tmp_path, classes=TWO, mask_format="indices", ignore=[0, 1])
+    assert read_mask(path, config).tolist() == [[IGNORE, IGNORE, 0, 1]]
+    config["ignore"] = [256]
+    config["classes"] = {f"class {i}": [i, 0, 0] for i in range(254)}
+    check_mask_keys(config)
+    config["ignore"] = list(range(10))  # the last class would be 263
+    with pytest.raises(UserError, match="have numbers above 255, which no predicted mask can hold"):
+        check_mask_keys(config)
+
+
+def test_the_nearest_class_comes_before_other_values(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.png", np.array([[0, 250, 100]]))
+    config = config_for(tmp_path, classes=TWO, mask_tolerance=9, other_values="ground")
+    assert read_mask(path, config).tolist() == [[0, 1, 0]]
+
+
 def test_tolerance_takes_the_nearest_class(tmp_path: Path) -> None:
     """Classes are black, red, green and blue."""
     colours = [[[0, 0, 0], [60, 9, 9], [200, 0, 30], [120, 135, 0], [255, 128, 0]]]
@@ -324,6 +343,12 @@ def test_resizing_averages_images_and_picks_classes(tmp_path: Path) -> None:
     middle = small[:, 1:-1]
     assert ((middle > 40) & (middle < 60)).all()
     assert set(small_mask.unique().tolist()) <= {0, 3}
+    third_of_image = save(tmp_path / "i3.png", np.tile([[0], [120], [0]], (8, 24)))
+    third_of_mask = save(tmp_path / "m3.png", np.tile([[0, 3, 0]], (24, 8)))
+    small, small_mask = read_pair(third_of_image, third_of_mask, config)
+    middle = small[:, 1:-1]
+    assert ((middle > 30) & (middle < 50)).all()  # the mean of 0, 120 and 0
+    assert (small_mask == 3).all()  # the middle one of three pixels
     larger = save(tmp_path / "l.png", np.zeros((16, 17)))
     with pytest.raises(UserError, match=r"l\.png: is 17×16 pixels but its image is 16×16"):
         read_pair(image, larger, config)

@@ -149,6 +149,14 @@ def test_huge_logits_stay_finite(name: str) -> None:
     assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
 
 
+def test_a_loss_computes_without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, mask = batch(shape=(2, 4, 8, 8))
+    # CPU autocast would turn a matrix product into bfloat16.
+    monkeypatch.setitem(LOSSES, "product", lambda x, mask: (x[0, 0] @ x[0, 0].T).sum())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert weighted_loss(logits.float(), mask, {"product": 1.0}).dtype == torch.float32
+
+
 @each_loss
 def test_float32_whatever_autocast_does(name: str) -> None:
     logits, mask = batch(shape=(2, 4, 64, 64))

@@ -177,6 +177,8 @@ def test_background_bias_raises_the_first_class_alone(skip: str) -> None:
         difference = small(skip, background_bias=1.5)(images) - small(skip)(images)
     expected = torch.tensor([1.5, 0, 0, 0])[:, None, None].expand_as(difference)
     torch.testing.assert_close(difference, expected)
+    both = small(decoder=LAB_HEAD, upsampling_init="bilinear", background_bias=1.5)
+    assert both.up[-1].bias.tolist() == [1.5, 0, 0, 0]
 
 
 def test_dropout_drops_whole_channels_after_each_double_conv_in_training_only() -> None:

@@ -7,7 +7,7 @@ import pytest
 from conftest import config_for
 
 from common import SPLITS, UserError
-from pairs import find_pairs, group_of
+from pairs import choose_groups, find_pairs, group_of
 from patterns import list_folder
 
 
@@ -42,6 +42,16 @@ def test_patterns_find_pairs(tmp_path: Path, files: list, images: str, masks: st
     paired = {path.relative_to(tmp_path).as_posix() for p in pairs for path in (p.image, p.mask)}
     assert paired == {name for name in files if not name.endswith("gif")}
     assert len({pair.name for pair in pairs}) == len(pairs)
+    for pair in pairs:
+        for path in (pair.image, pair.mask):
+            inside = path.relative_to(tmp_path).as_posix()
+            assert all(part in inside for part in pair.name.split("/"))
+
+
+def test_groups_are_chosen_by_a_hash_the_same_each_time() -> None:
+    expected = {"training": "abceghi", "validation": "d", "testing": "f"}
+    for split, names in expected.items():
+        assert choose_groups(set("abcdefghi"), [0.7, 0.15, 0.15], split) == set(names)
 
 
 def test_masks_of_all_splits_may_lie_in_one_folder(tmp_path: Path) -> None:

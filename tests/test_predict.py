@@ -198,21 +198,6 @@ def test_hidden_files_and_folders_are_passed_by(tmp_path: Path) -> None:
     assert names == {"a.png", "sub/b.png"}
 
 
-def test_finding_images_looks_at_each_path_a_few_times(tmp_path: Path, monkeypatch) -> None:
-    for i in range(30):
-        save_noise(tmp_path / f"{i}.png", 1, 1)
-    resolved = []
-    resolve = Path.resolve
-
-    def count(path: Path) -> Path:
-        resolved.append(path)
-        return resolve(path)
-
-    monkeypatch.setattr(Path, "resolve", count)
-    assert len(predict.find_images([tmp_path], tmp_path / "out")) == 30
-    assert len(resolved) <= 4 * 30 + 1 and resolved.count(tmp_path / "out") == 1
-
-
 def test_tiles_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = ("encoder=[[4, 7], [4, 3], [8, 7]]", "decoder=[[8, 3], [4, 3], [4, 3], [4, 3]]")
     model, config = predict.load_model(make_checkpoint(tmp_path / "a.pt", *sizes), "cpu")

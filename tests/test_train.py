@@ -25,15 +25,25 @@ from data import load_split
 from evaluate import main as evaluate
 from metrics import confusion_matrices, scores
 from model import build_model
-from schedule import derive_seed, epoch_order, make_scheduler
 from train import train
 
 CPU = torch.device("cpu")
 RANDOM = {  # everything that draws random numbers
-    **{"schedule": "one_cycle", "dropout": 0.3, "crop": 16, "crop_on_objects": 0.5},
-    **{"horizontal_flip": 0.5, "vertical_flip": 0.5, "blur": 0.5, "jitter": 0.5},
-    **{"name": "random", "epochs": 3, "images_per_epoch": 22, "precision": "float32"},
-    **{"last_batch": "keep", "group": "'^.{1,6}'", "adam_beta2": 0.9},
+    "name": "random",
+    "group": "'^.{1,6}'",
+    "epochs": 3,
+    "images_per_epoch": 22,
+    "last_batch": "keep",
+    "schedule": "one_cycle",
+    "adam_beta2": 0.9,
+    "precision": "float32",
+    "dropout": 0.3,
+    "crop": 16,
+    "crop_on_objects": 0.5,
+    "horizontal_flip": 0.5,
+    "vertical_flip": 0.5,
+    "blur": 0.5,
+    "jitter": 0.5,
 }
 CLOCK = ("train_seconds", "images_per_s", "peak_memory_mib")
 
@@ -58,65 +68,6 @@ def plain(value: object) -> object:
 def train_tiny(data: Path, run: Path, resume: bool = False, **values: object) -> None:
     with runs.locked(run):
         train(load_config([], tiny(data, **values)), run, CPU, resume, False)
-
-
-# ---- order, schedule, random numbers
-
-
-@pytest.mark.parametrize(("total", "per_epoch", "epochs"), [(7, 7, 3), (5, 12, 4), (20, 3, 15)])
-def test_every_pass_shows_every_image_once(total: int, per_epoch: int, epochs: int) -> None:
-    parts = [epoch_order(epoch, per_epoch, total, seed=3) for epoch in range(epochs)]
-    assert all(part.shape == (per_epoch,) and part.dtype == torch.int64 for part in parts)
-    walk = torch.cat(parts)
-    assert torch.equal(walk, epoch_order(0, per_epoch * epochs, total, seed=3))
-    for one_pass in walk.split(total):
-        assert len(one_pass.unique()) == len(one_pass) and one_pass.max() < total
-    assert len({tuple(part.tolist()) for part in walk.split(total)}) > 1
-
-
-def test_every_step_of_every_seed_draws_other_numbers() -> None:
-    seeds = {derive_seed(s, stream, i) for s in range(4) for stream in "ab" for i in range(99)}
-    assert len(seeds) == 4 * 2 * 99 and all(0 <= seed < 2**32 for seed in seeds)
-
-
-def test_last_batch_is_dropped_and_comes_first_in_the_next_epoch(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches = []
-    original = script_module.get_batch
-
-    def recording(images: Tensor, masks: Tensor, index: Tensor, *rest: object) -> tuple:
-        batches.append(index)
-        return original(images, masks, index, *rest)
-
-    monkeypatch.setattr(script_module, "get_batch", recording)
-    for last_batch in ("drop", "keep"):
-        values = {"images_per_epoch": 0, "limit_images": 17, "last_batch": last_batch}
-        train_tiny(dataset, tmp_path / last_batch, **values)
-    sizes = [len(index) for index in batches]
-    # The first of each run tries two images; then two epochs of 17 images in batches of 8.
-    assert sizes == [2, 8, 8, 8, 8, 2, 8, 8, 1, 8, 8, 1]
-    assert len(torch.cat(batches[1:4])[:17].unique()) == 17
-    assert [entry["images_seen"] for entry in lines(tmp_path / "drop")] == [16, 32]
-    batches.clear()
-    train_tiny(dataset, tmp_path / "few", images_per_epoch=0, limit_images=5, epochs=1)
-    assert [len(index) for index in batches] == [2, 5]  # fewer than a batch: kept
-
-
-@pytest.mark.parametrize(
-    ("steps", "warm_up"),
-    [(1, 0.21), (2, 0.21), (5, 0.21), (10, 0.21), (100, 0.21), (1, 0.5), (4, 0.2), (99, 0.01)],
-)
-def test_one_cycle_rises_to_the_peak_and_falls_to_nothing(steps: int, warm_up: float) -> None:
-    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=0.01)
-    scheduler, rates = make_scheduler(optimizer, "one_cycle", steps, warm_up), []
-    for _ in range(steps):
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step(), scheduler.step()
-    assert max(rates) <= 0.01 and scheduler.get_last_lr()[0] == pytest.approx(0.01 / 25 / 1e4)
-    if steps == 100:
-        assert rates[0] == pytest.approx(0.01 / 25) and max(rates) == pytest.approx(0.01, rel=1e-3)
-        assert rates.index(max(rates)) in (20, 21)  # a fifth of the way
 
 
 # ---- a run from the command line
@@ -289,6 +240,19 @@ def test_more_epochs_of_a_constant_rate_continue(dataset: Path, tmp_path: Path) 
     assert plain(lines(tmp_path / "two")[:2]) == plain(two)
     train_tiny(dataset, tmp_path / "three", epochs=3, **values)
     assert plain(lines(tmp_path / "two")) == plain(lines(tmp_path / "three"))
+
+
+def test_run_of_other_images_does_not_go_on(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = shutil.copytree(dataset, tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
+    values = {"schedule": "constant", "precision": "float32"}
+    train_tiny(data, tmp_path / "run", epochs=1, **values)
+    image = min((data / "training/image").iterdir())
+    Image.new("RGB", Image.open(image).size).save(image)
+    monkeypatch.setattr(runs, "LONG", 0)  # else so short a run would be replaced
+    with pytest.raises(UserError, match="with another files of the data"):
+        train_tiny(data, tmp_path / "run", resume=True, epochs=2, **values)
 
 
 def test_run_that_goes_on_is_unfinished_until_its_end(

@@ -156,6 +156,7 @@ def test_two_processes_train_one_model_on_hosts_of_which_one_has_the_files(
     script: Callable, dataset: Path, tmp_path: Path
 ) -> None:
     values = {"schedule": "constant", "precision": "float32", "images_per_epoch": 21}
+    values["loss"] = "{cross_entropy: 1}"
     host = tmp_path / "host0"
     train_tiny(dataset, host, epochs=1, **values)
     program = tmp_path / "host.py"  # what a user starts, with a folder for each process
@@ -174,6 +175,9 @@ def test_two_processes_train_one_model_on_hosts_of_which_one_has_the_files(
     assert not (tmp_path / "host1").exists()
     assert [entry["images_seen"] for entry in lines(host)] == [16, 32]  # no uneven last batch
     assert json.loads((host / "environment.json").read_text())["processes"] == 2
+
+    before, after = [entry["training"]["loss"] for entry in lines(host)]
+    assert 0.7 < after / before < 1.1  # both processes count, and each image once
 
     # Both validate a share, and together what one process validates alone.
     last = load(host / "last.pt")
