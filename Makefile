@@ -114,9 +114,10 @@ overfit tune heads:
 BESIDE := $(filter overfit tune augment heads final $(NAMED:%=train-%),$(MAKECMDGOALS))
 # The variables that the commands in the report repeat.
 GIVEN  := $(foreach name,DATA PROFILE RUNS,$(if $(filter file,$(origin $(name))),,$(name)=$($(name))))
+GIVEN  += $(if $(SET),SET="$(SET)")
 report: $(call runs,$(MODELS)) | $(BESIDE)  ## train and test the four models, write report/, print the comparison table
 	$(test_runs)
-	@$(PY) report.py --runs $(RUNS) --out report --variables '$(strip $(GIVEN))'
+	@$(PY) report.py --runs $(RUNS) --out report --variables '$(subst ','\'',$(strip $(GIVEN)))'
 
 scenes: ; $(error make scenes: its name is now make weights)
 weights: | data/afo data/scenes  ## train the shipped weights again: 21,600 generated flights, an hour

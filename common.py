@@ -71,12 +71,15 @@ def reading(source: object, advice: str = "replace it") -> Iterator[None]:
     """Turn whatever goes wrong while `source` is read into a UserError that names it.
 
     Only for the reading of files and values: a mistake in code that is called in here would lose
-    its traceback. Too little memory is no fault of the file.
+    its traceback.
     """
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
+    except MemoryError:  # also of damaged files, which claim to be huge
+        reason = "not enough memory: it is too large, or damaged"
+        raise UserError(f"{source}: cannot be read ({reason}); {advice}") from None
     except Exception as error:  # noqa: BLE001 (damaged files fail in too many ways to list)
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         reason = " ".join(reason.split())[:200]
@@ -102,16 +105,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def wait_for_lock(path: Path) -> Iterator[None]:
-    """Wait until no other process holds the lock of a file or a folder, and hold it."""
-    if path.is_dir():
-        descriptor = os.open(path, os.O_RDONLY)
-    else:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # closing the file gives it back
+    """Wait until no other process holds the lock of this file, and hold it."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # closing the file gives it back
         yield
-    finally:
-        os.close(descriptor)
 
 
 def require(values: dict, kinds: dict[str, type]) -> None:

@@ -201,8 +201,7 @@ def advise_for_indices(present: list[int], config: dict) -> str:
         return f"correct `classes`, or {others}"
     values = sorted(allowed | strays)
     if values == list(range(values[0], values[0] + len(values))):  # no gap
-        missing = ", ".join(str(value) for value in sorted(strays))
-        return f"add a class for each of {missing} to `classes`; {others}"
+        return f"if each value is a class, add those that are missing to `classes`; {others}"
     gaps = "if each value is a class, list all as colours (7 is [7, 7, 7])"
     return f"{gaps} and remove mask_format: indices; {others}"
 

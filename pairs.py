@@ -141,8 +141,11 @@ def pair_files(config: dict, split: str) -> tuple[list[Pair], list[str]]:
     else:
         image_files = without(image_files, mask_files)
     if not image_files or not mask_files:
-        text = f"images: {image_pattern!r} and masks: {mask_pattern!r} find the same files"
-        return [], [f"{root}: {text}; give each its own"]
+        kind, other = ("masks", "images") if image_files else ("images", "masks")
+        text = (
+            f"{kind}: {config[kind]!r} finds only files that {other}: {config[other]!r} finds too"
+        )
+        return [], [f"{root}: {text}; add {kind}, or give each a pattern of its own"]
     images, same_images = by_name(image_files)
     masks, same_masks = by_name(mask_files)
     problems = same_images + same_masks

@@ -8,8 +8,9 @@ second reads results/runs.jsonl alone and writes RESULTS.md, the tables of READM
 and results/figures/.
 
 To add a sentence with a number, edit section_models in report_models.py; its top says how. The
-other sections are in report_sweeps.py, report_lost.py and report_lab.py; SECTIONS in report_page.py
-lists them in order, and is where a new one is named.
+other sections are in report_sweeps.py, report_lost.py, report_positions.py and report_lab.py, the
+notes at the end in report_notes.py. SECTIONS in report_page.py lists the sections in order, and is
+where a new one is named.
 """
 
 import argparse
@@ -259,7 +260,8 @@ def check_published(runs: list[Run]) -> None:
     for key in needed:
         if key not in published:
             name = "/".join(key)
-            raise UserError(f"{PUBLISHED}: has no run of {name}; git checkout {PUBLISHED.name}")
+            advice = "restore the file: git checkout results/runs.jsonl"
+            raise UserError(f"{PUBLISHED}: has no run of {name}; {advice}")
 
 
 def write_published(out: Path) -> None:

@@ -5,7 +5,7 @@ As in report_models.py, functions answer_X and section_X take a study, and retur
 
 import figures
 from report_models import LOW_IOU, Answer, picture
-from report_runs import Run, Study
+from report_runs import Run, Study, by_experiment
 from table import markdown
 
 # ---- how often does the last stage lose a class?
@@ -40,7 +40,7 @@ def count_never_predicted(study: Study) -> str:
     """Count the runs that never predicted some class, without those of their own length."""
     total, at_some_epoch, at_the_last = 0, 0, 0
     names = []
-    for experiment, members in study.runs.items():
+    for experiment, members in by_experiment(study.all_runs).items():
         if experiment in study.heads or experiment in study.overfit:
             continue
         missing = [run for run in members if any(never_at(entry) for entry in run.history)]

@@ -329,12 +329,15 @@ def section_modified(study: Study) -> str | None:
     a = scores_of(study.models["modified"], "validation")
     b = scores_of(study.models["initial"], "validation")
     answer = compare("`modified`", a, "`initial`", b)
+    text = f"On the validation split: {answer.text}"
     on_validation = answer.comparison.difference
     on_test = answer_modified(study).comparison.difference
-    way = "the same way" if on_validation * on_test > 0 else "in different directions"
+    if on_validation * on_test > 0:
+        text += " The two splits point the same way."
+    elif on_validation * on_test < 0:
+        text += " The two splits point in different directions."
     return (
-        f"On the validation split: {answer.text} The two splits point {way}.\n\n"
-        f"The lab published {LAB['test_iou']['modified']:.4f} for `modified` and"
+        f"{text}\n\nThe lab published {LAB['test_iou']['modified']:.4f} for `modified` and"
         f" {LAB['test_iou']['initial']:.4f} for `initial`, each from one run."
     )
 

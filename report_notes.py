@@ -63,7 +63,7 @@ def missing(study: Study, studies: list[Study]) -> list[str]:
     Heads and overfitting runs do not depend on the profile, and settings are tuned in short runs:
     those of one study are enough.
     """
-    done = set(study.runs)
+    done = {run.experiment for run in study.all_runs}
     for other in studies:
         done.update(other.heads)
         done.update(other.overfit)

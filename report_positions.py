@@ -9,7 +9,7 @@ from statistics import median
 import figures
 from report_lost import count_never_predicted
 from report_models import Answer, picture, score, scores_of
-from report_runs import Run, Study
+from report_runs import Run, Study, by_experiment
 from table import COLUMNS, LAB, iou_of, markdown, tabulate
 
 N_POSITIONS = 4  # of each 2×2 pixels: the last up-sampling computes each with its own weights
@@ -192,8 +192,11 @@ def widest_range(study: Study) -> Answer | None:
             f"{len(ious)} runs of `{experiment}` that only differ in their seed score from"
             f" {min(ious):.4f} to {max(ious):.4f}."
         )
-        lost = [(test["dead_classes"], test.get("lost_positions")) for test in tests]
-        if any(lost_in_test != lost[0] for lost_in_test in lost):
+        worst = min(tests, key=lambda test: test["mean_iou"])
+        best = max(tests, key=lambda test: test["mean_iou"])
+        worst_lost = worst["dead_classes"] or worst.get("lost_positions")
+        best_lost = best["dead_classes"] or best.get("lost_positions")
+        if worst_lost and not best_lost:
             text = f"By luck: some lose a class, or lose it at some pixel positions. {text}"
         answer = Answer(text, "sure")
     return answer
@@ -253,7 +256,7 @@ def details_seeds(study: Study) -> str | None:
     """Tabulate the tested runs of the experiments in which a run has striped masks."""
     total, striped = 0, 0
     rows = {}
-    for members in study.runs.values():
+    for members in by_experiment(study.all_runs).values():
         tested = [run for run in members if run.test]
         stripes = [run for run in tested if run.test.get("lost_positions")]
         total += len(tested)

@@ -221,10 +221,18 @@ class Study:
         if self.data == "afo":
             text += " DATA=afo"
         elif self.data != "generated":
-            text += f" DATA={self.data}.yaml"
+            text += f" DATA={self.config_of_data}"
         if self.profile != "quick":
             text += f" PROFILE={self.profile}"
         return text
+
+    @property
+    def config_of_data(self) -> str:
+        """Name the config of own data, whose runs lie in a folder of its name, with - for /."""
+        for name in (f"{self.data}.yaml", f"{self.data.replace('-', '/')}.yaml"):
+            if (ROOT / name).exists():
+                return name
+        return f"{self.data}.yaml"
 
     @property
     def group(self) -> str:
@@ -270,7 +278,7 @@ def most_common(values: list) -> object:
 
 
 def unlike(keys: list[dict]) -> list[list[str]]:
-    """Name, for each of several dicts, the items that most of the others have with another value.
+    """Name, for each of several dicts, the items that differ from the most usual of the dicts.
 
     An item that a dict lacks is not compared: runs of older code lack newer keys.
     """
@@ -279,7 +287,14 @@ def unlike(keys: list[dict]) -> list[list[str]]:
         for name, value in key.items():
             values.setdefault(name, []).append(value)
     usual = {name: most_common(values_of_name) for name, values_of_name in values.items()}
-    return [[name for name, value in key.items() if value != usual[name]] for key in keys]
+    # Perhaps no dict has all usual values: compare with the dict that has most of them.
+    reference = dict(usual)
+    reference.update(min(keys, key=lambda key: len(differing(key, usual)), default={}))
+    return [differing(key, reference) for key in keys]
+
+
+def differing(key: dict, reference: dict) -> list[str]:
+    return [name for name, value in key.items() if value != reference[name]]
 
 
 def share_page(runs: list[Run]) -> tuple[list[Run], list[str]]:

@@ -230,6 +230,19 @@ def test_of_many_shared_groups_a_few_are_named() -> None:
     assert note_shared_groups(names) == [note]
 
 
+def test_a_mask_of_several_images_is_a_problem(cells: Path, call) -> None:
+    folder = cells.parent
+    for split, numbers in {"train": range(4), "val": range(3, 7), "test": range(7, 11)}.items():
+        (folder / split).mkdir()
+        for number in numbers:
+            shutil.copy(folder / f"images/{11 - number}.png", folder / f"{split}/{number}.png")
+    options = ("--set", "images='{split}/*.png'", "split_folders=[train, val, test]")
+    code, out, _ = call(data.main, "check", "--config", cells, *options)
+    text = f"is the mask of {folder}/train/3.png and of {folder}/val/3.png; give each image"
+    assert code == 2 and f"problem: {folder}/masks/3.png: {text}" in out
+    assert out.count("is the mask of") == 1
+
+
 def test_values_that_a_range_cuts_off_are_noted(cells: Path, call) -> None:
     folder = cells.parent
     for i in range(12):

@@ -130,7 +130,7 @@ def test_a_mistake_in_the_code_keeps_its_traceback(tmp_path: Path, monkeypatch) 
         raise MemoryError
 
     monkeypatch.setattr(images.Image, "open", fail)
-    with pytest.raises(MemoryError):
+    with pytest.raises(UserError, match=r"a\.png: cannot be read \(not enough memory: it is too"):
         read_image(path, 3)
 
 

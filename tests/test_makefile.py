@@ -1,6 +1,7 @@
 """The Makefile: set-up that fails with one clear line, help, and what makes a run stale."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,9 @@ def test_report_comes_last_and_repeats_the_variables(project: Path) -> None:
     assert done.stdout.index("runs/mine/tuned-drop-last/seed0") < done.stdout.index("report.py")
     assert "--variables 'PROFILE=full RUNS=runs/mine'" in done.stdout
     assert "--variables ''" in make(project, "-n", "report").stdout
+    done = make(project, "-n", "report", "SET='loss={cross_entropy: 1}' dropout=0.1")
+    words = shlex.split(done.stdout.splitlines()[-1])
+    assert words[-1] == "SET=\"'loss={cross_entropy: 1}' dropout=0.1\""
 
 
 FAKE_TRAINING = """

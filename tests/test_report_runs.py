@@ -41,6 +41,8 @@ def test_settings_are_those_of_make(tmp_path: Path) -> None:
     assert study.settings == " DATA=afo"
     study.data, study.profile = "my", "full"
     assert study.settings == " DATA=my.yaml PROFILE=full"
+    study.data = "configs-data-scenes"
+    assert study.settings == " DATA=configs/data/scenes.yaml PROFILE=full"
     study.data, study.profile = "generated", "quick"
     assert study.settings == ""
     study.variables = "DATA=configs/data/scenes.yaml RUNS=runs/mine"  # make was called with these
@@ -58,6 +60,15 @@ def test_seeds_of_another_config_are_named_and_left_out(tmp_path: Path) -> None:
     # Seed 0 lacks `dropout`, as runs of older code lack newer keys.
     assert [run.seed for run in study.models["tuned"]] == [0, 1]
     assert [run.seed for run in study.all_runs] == [0, 1]
+
+
+def test_of_seeds_with_three_configs_the_first_counts(tmp_path: Path) -> None:
+    runs = [make_run("tuned", seed, 0.8, dropout=0.0, crop=0) for seed in (0, 1, 2)]
+    for run, key in zip(runs, ("dropout", "crop", "batch_size"), strict=True):
+        run.config[key] = 7
+    study = make_study(runs, tmp_path)
+    assert [run.seed for run in study.all_runs] == [0]
+    assert study.left_out[0].endswith("other runs of `tuned`: dropout, crop.")
 
 
 def test_sentences_compare_runs_of_one_length(tmp_path: Path) -> None:

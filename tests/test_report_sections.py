@@ -192,6 +192,7 @@ def test_striped_runs_are_shown_with_their_siblings(tmp_path: Path) -> None:
     text = report_positions.answer_seeds(study).text
     assert text.startswith("By luck: some lose a class") and "from 0.8650 to 0.9850" in text
     runs[1].test["lost_positions"] = {}
+    runs[0].test["lost_positions"] = {"square": 1}  # the better run lost one: not the cause
     text = report_positions.answer_seeds(make_study(runs, tmp_path)).text
     assert text.startswith("2 runs of `tuned` that only differ in their seed score from 0.8650")
 

@@ -47,7 +47,7 @@ class CheckedPair(NamedTuple):
     size: tuple[int, int]  # height and width of the files
     digest: str  # of the image's pixels
     is_plain: bool  # the image is of a single colour
-    only_image_turned: bool  # upright by its EXIF data
+    only_image_turned: bool  # EXIF data turn the image upright, but not the mask
     n_near: int  # pixels of the mask that have a class through `mask_tolerance` alone
     cut_off: float  # the share of the image's values that `value_range` cuts off
     palette: dict[int, list[int]]  # of a mask of indices that is a palette file: number → colour
@@ -84,13 +84,20 @@ def examine(pair: Pair, config: dict) -> CheckedPair:
     )
 
 
-def check_split(config: dict, split: str, seen: dict[str, tuple[Path, str]]) -> Checked:
+def check_split(
+    config: dict, split: str, seen: dict[str, tuple[Path, str]], used: dict[Path, Pair]
+) -> Checked:
     """Read all pairs of a split and list their problems.
 
-    `seen` has the images of the splits before, digest → (path, split), and gets the images of this
-    one.
+    `seen` has the images of the splits before, digest → (path, split), and `used` their masks, mask
+    → pair. Both get those of this split.
     """
     pairs, problems = find_pairs(config, split)
+    for pair in pairs:
+        first = used.setdefault(pair.mask, pair)
+        if first is not pair:
+            text = f"is the mask of {first.image} and of {pair.image}"
+            problems.append(f"{pair.mask}: {text}; give each image a mask of its own")
     readable = []
     examined_pairs = []
     unusable = []
@@ -314,6 +321,7 @@ def main(args: argparse.Namespace) -> None:
     notes = []
     rows = []
     seen = {}
+    used = {}
     names = {}
     stand_in = stand_in_note(config)
     if stand_in:
@@ -321,7 +329,7 @@ def main(args: argparse.Namespace) -> None:
     for split in SPLITS:
         if stand_in and split == "testing":
             continue  # the same files as validation
-        checked = check_split(config, split, seen)
+        checked = check_split(config, split, seen, used)
         problems += checked.problems
         unusable += checked.unusable
         notes += checked.notes

@@ -347,7 +347,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     if args.out and args.out.exists():
         raise UserError(f"{args.out}: exists already; give another --out, or remove it")
-    is_taken = args.out and args.out.stem in ("afo", "generated")
+    is_taken = str(args.out) in ("afo.yaml", "generated.yaml")
     if args.out and (args.out.suffix != ".yaml" or is_taken):
         text = "make takes DATA=NAME.yaml, and afo and generated are taken"
         raise UserError(f"{args.out}: {text}; give another name")

@@ -159,15 +159,17 @@ def draw_sequence(
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield a folder to fill, renamed to `out` at the end; UserError if `out` has files already.
 
-    Processes that fill a folder of the same name wait for each other.
+    Processes that fill the same folder wait for each other.
     """
     resolved = out.resolve()
     incomplete = resolved.with_name(f".{resolved.name}.partial")
+    lock = resolved.with_name(f".{resolved.name}.lock")
     advice = "give another --out"
     with contextlib.ExitStack() as stack:
         try:
             resolved.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(wait_for_lock(resolved.parent))
+            stack.enter_context(wait_for_lock(lock))
+            stack.callback(lock.unlink, missing_ok=True)
             is_empty_folder = resolved.is_dir() and not any(resolved.iterdir())
             if resolved.exists() and not is_empty_folder:
                 raise UserError(f"{out}: is there already; remove it or {advice}")

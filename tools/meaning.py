@@ -38,7 +38,7 @@ class ExaminedPair(NamedTuple):
     mode: str  # Pillow's name for the kind of the image's pixels
     bits: int  # a channel of the image
     highest: int  # value in the image, if it has more than 8 bits
-    only_image_turned: bool  # upright by its EXIF data
+    only_image_turned: bool  # EXIF data turn the image upright, but not the mask
     kind: str  # of the mask: grey, palette or colours
     palette: dict[int, int]  # of a palette mask: value → colour
     numbers: np.ndarray  # (K,) the values in the mask; a colour is red × 65536 + green × 256 + blue
