@@ -171,8 +171,8 @@ def answer_last_batch(study: Study) -> Answer | None:
     others = ", ".join(sorted({f"`{run.experiment}`" for run in without}))
     text = (
         f"It jumps in {n_with} of our {len(with_one)} runs that end each epoch with a batch of one"
-        f" image, as the lab's did, and in {n_without} of our {len(without)} others ({others}). It"
-        f" jumps in {n_lab} of the lab's {len(LAB['validation_loss'])} runs."
+        f" image, as the lab's did. It jumps in {n_without} of our {len(without)} others"
+        f" ({others}), and in {n_lab} of the lab's {len(LAB['validation_loss'])} runs."
     )
     if n_with / len(with_one) > n_without / len(without):
         return Answer(f"Probably because of a last batch of one image. {text}", "likely")
