@@ -20,7 +20,8 @@ BLOCK = 100  # resamples that are drawn at once, so that memory stays small for 
 MIN_GROUPS = 5  # fewer groups of images tell too little about other images
 ROUNDING = 1e-12  # a smaller difference of means may come from adding in another order
 CHUNK = 2**20  # pixels that are counted at once, so that memory stays small for large images
-POSITIONS = ((0, 0), (0, 1), (1, 0), (1, 1))  # row and column within each 2×2 pixels
+SIDE = 4  # of the blocks in which lost positions are looked for: two up-samplings, each by two
+LEAST_PIXELS = 10  # of a class at a position; fewer may be missed there by chance
 
 # 97.5 % quantiles of Student's t distribution by degrees of freedom.
 T_QUANTILES = {
@@ -132,29 +133,35 @@ def scores(matrix: Tensor, classes: list[str]) -> dict:
     }
 
 
-def lost_positions(prediction: Tensor, mask: Tensor, classes: list[str]) -> dict[str, int]:
+def lost_positions(prediction: Tensor, mask: Tensor, classes: list[str]) -> dict[str, float]:
     """Count at how many of the four positions of each 2×2 pixels a class is lost.
 
     A transposed convolution of stride 2 computes each position with weights of its own. If it is
     the last layer, a class may be predicted only in every second row, say: the mask is striped and
-    the IoU of the class is 0.5 at most. From (N, H, W) predicted and true classes to class → 1, 2
-    or 3. A position is lost if the IoU is below 0.05 there, and above 0.5 at another position.
+    the IoU of the class is 0.5 at most. The up-sampling before has four positions, too. Together
+    they make 16 in each 4×4 pixels, and each of these that is lost counts as a quarter.
+
+    From (N, H, W) predicted and true classes to class → 0.25 to 3.75. One of the 16 positions is
+    lost if the IoU is below 0.05 there, and above 0.5 at another one. Classes of few pixels, see
+    `LEAST_PIXELS`, are left out.
     """
-    matrices = torch.zeros(len(POSITIONS), len(classes), len(classes), dtype=torch.int64)
+    places = [(top, left) for top in range(SIDE) for left in range(SIDE)]
+    matrices = torch.zeros(len(places), len(classes), len(classes), dtype=torch.int64)
     for predicted, true in chunks(prediction, mask):
-        for index, (top, left) in enumerate(POSITIONS):
-            predicted_here = predicted[:, top::2, left::2]
-            true_here = true[:, top::2, left::2]
+        for index, (top, left) in enumerate(places):
+            predicted_here = predicted[:, top::SIDE, left::SIDE]
+            true_here = true[:, top::SIDE, left::SIDE]
             counts = confusion_matrices(predicted_here, true_here, len(classes))
             matrices[index] += counts.sum(dim=0).cpu()
-    ious = iou(matrices)  # (4, C), NaN where a class is neither in the masks nor predicted
-    lost = (ious < 0.05).sum(dim=0).tolist()
+    ious = iou(matrices)  # (16, C), NaN where a class is neither in the masks nor predicted
+    n_lost = (ious < 0.05).sum(dim=0).tolist()
     is_predicted = (ious > 0.5).any(dim=0).tolist()
+    fewest_pixels = matrices.sum(dim=2).amin(dim=0).tolist()  # at a position
 
     positions = {}
     for index, name in enumerate(classes):
-        if is_predicted[index] and lost[index] > 0:
-            positions[name] = lost[index]
+        if is_predicted[index] and n_lost[index] > 0 and fewest_pixels[index] >= LEAST_PIXELS:
+            positions[name] = n_lost[index] / 4
     return positions
 
 

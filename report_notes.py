@@ -15,7 +15,7 @@ def definitions(group: str) -> str:
         " al. 2021, arXiv:2103.16562, who take 2 % of the diagonal).",
         "**Never predicted**: a class that is in the masks but in no prediction.",
         "**Striped**: `square 2/4` is a class that is missing at two of the four positions of each"
-        " 2×2 pixels.",
+        " 2×2 pixels, `square 0.5/4` at two of the 16 positions of each 4×4 pixels.",
         "**n** is the number of seeds, runs that only differ in their random numbers. Scores are"
         " the mean ± the sample standard deviation over them.",
         "**Luck of the seed**: the difference of two means is too small for Welch's t test over the"

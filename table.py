@@ -56,9 +56,9 @@ def format_stat(values: list[float | None], form: str = "{:.4f}", std: bool = Fa
     return text
 
 
-def format_positions(positions: dict[str, int]) -> str:
+def format_positions(positions: dict[str, float]) -> str:
     """Format lost positions: "square 2/4" if squares are lost at two of four; – if none is."""
-    texts = [f"{name} {count}/4" for name, count in positions.items()]
+    texts = [f"{name} {count:g}/4" for name, count in positions.items()]
     return ", ".join(texts) or NONE
 
 

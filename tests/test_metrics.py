@@ -124,28 +124,33 @@ def test_class_predicted_but_in_no_mask_scores_zero_and_is_not_dead() -> None:
 
 
 def test_lost_positions_of_each_two_by_two_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "CHUNK", 80)  # counted two images at a time
-    _, mask = draw_pair(0)
+    monkeypatch.setattr(metrics, "CHUNK", 800)  # counted two images at a time
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.randint(4, (6, 20, 20), generator=generator).to(torch.uint8)
+    mask[torch.rand(6, 20, 20, generator=generator) < 0.2] = IGNORE
     prediction = mask.where(mask != IGNORE, 0)
     prediction[:, ::2][mask[:, ::2] == 1] = 0  # squares are predicted in odd rows only
     prediction[:, 1::2, ::2][mask[:, 1::2, ::2] == 3] = 2  # circles are lost at one position
     assert lost_positions(prediction, mask, CLASSES) == {"square": 2, "circle": 1}
     prediction[:, 1::2][mask[:, 1::2] == 1] = 0  # now squares are never predicted: no stripes
     assert lost_positions(prediction, mask, CLASSES) == {"circle": 1}
+    prediction[:, 1::4, ::2][mask[:, 1::4, ::2] == 3] = 3  # found again at half of that position
+    assert lost_positions(prediction, mask, CLASSES) == {"circle": 0.5}
+    assert lost_positions(prediction[:1], mask[:1], CLASSES) == {}  # of too few pixels to tell
 
 
 def test_a_position_is_lost_below_one_level_and_known_above_another() -> None:
-    def stripes(here: int, elsewhere: int) -> dict[str, int]:
+    def stripes(here: int, elsewhere: int) -> dict[str, float]:
         """Lost positions if so many of 100 pixels are right at (0, 0), and at each other place."""
-        mask = torch.ones(1, 20, 20, dtype=torch.uint8)
+        mask = torch.ones(1, 40, 40, dtype=torch.uint8)
         prediction = torch.zeros_like(mask)
-        for top, left in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        for top, left in np.ndindex(4, 4):
             number = here if (top, left) == (0, 0) else elsewhere
             right = (torch.arange(100) < number).view(10, 10).to(torch.uint8)
-            prediction[0, top::2, left::2] = right
+            prediction[0, top::4, left::4] = right
         return lost_positions(prediction, mask, CLASSES)
 
-    assert stripes(here=4, elsewhere=51) == {"square": 1}  # IoU 0.04 and 0.51
+    assert stripes(here=4, elsewhere=51) == {"square": 0.25}  # IoU 0.04 and 0.51
     assert stripes(here=5, elsewhere=51) == {} and stripes(here=4, elsewhere=50) == {}
 
 

@@ -226,10 +226,7 @@ def test_lost_positions_are_counted_with_and_without_augmentation(
         make_long(run)
     runs[3].config["loss"] = runs[6].config["loss"] = {"cross_entropy": 1.0}
     runs[5].config["last_batch"] = "drop"
-    ious = {"background": 0.98, "square": 0.49, "triangle": 0.24, "circle": None}
-    runs[1].history[-2:] = [{"validation": dict(scores(0.5), per_class_iou=ious)}] * 2
-    ious = {"background": 0.98, "square": 0.1, "triangle": 0.1, "circle": 0.1}
-    runs[0].history[-1] = {"validation": dict(scores(0.3), per_class_iou=ious)}  # a jump
+    runs[1].test["lost_positions"] = {"square": 2, "triangle": 3, "circle": 4}
     text = report_positions.section_seeds(make_study(runs, tmp_path))
     assert "| our runs by its protocol, with augmentation | 2 | 1 | 0 | 0 | 0 | 1 |" in text
     assert "| our runs by its protocol, without augmentation | 1 | 1 | 0 | 0 | 0 | 0 |" in text
@@ -239,6 +236,24 @@ def test_lost_positions_are_counted_with_and_without_augmentation(
     assert "lowest run was `flip-0.3`, 0.8008. Our run of it scores 0.9900." in text
     assert "The 2 runs of `tuned` differ in their seed only. They lost 0, 9 positions" in text
     assert (tmp_path / "lost-positions.png").exists()
+    assert "in part" not in text
+    runs[1].test["lost_positions"] = {"square": 2.5}
+    text = report_positions.section_seeds(make_study(runs, tmp_path))
+    assert "| our runs by its protocol, with augmentation | 2 | 1 | 0 | 0 | 1 | 0 |" in text
+    assert "4×4 pixels. `tuned`, seed 1 lost the square at 10 of 16. Where" in text
+
+
+def test_lost_positions_of_a_run_without_a_test_come_from_its_validation() -> None:
+    run = make_run("earlier/tuned", 0, 0.98)
+    make_long(run)
+    run.test = None
+    ious = {"background": 0.98, "square": 0.49, "triangle": 0.24, "circle": None}
+    run.history[-2:] = [{"validation": dict(scores(0.5), per_class_iou=ious)}] * 2
+    assert report_positions.lost_in_masks(run) == 2 + 3 + 4
+    run.history[-2] = run.history[1]
+    ious = {"background": 0.98, "square": 0.1, "triangle": 0.1, "circle": 0.1}
+    run.history[-1] = {"validation": dict(scores(0.3), per_class_iou=ious)}  # a jump
+    assert report_positions.lost_in_masks(run) == 0
 
 
 def test_the_deepest_fall_is_told(tmp_path: Path, no_drawing: None) -> None:
