@@ -268,11 +268,22 @@ def section_seeds(study: Study) -> str | None:
         text += f"With augmentation {shares[WITH]} did. "
     text += (
         "The lab concluded that flips and blur together decrease the performance. Its three runs of"
-        " that kind lost one position each. These are too few runs to tell whether augmentation"
-        " adds to chance."
+        f" that kind lost one position each. {our_flips_with_blur(study)}These are too few runs to"
+        " tell whether augmentation adds to chance."
     )
     parts.append(text)
     return "\n\n".join(parts)
+
+
+def our_flips_with_blur(study: Study) -> str:
+    """Name the scores of our runs with flips and blur together; "" if there is none."""
+    texts = []
+    for experiment, members in study.runs.items():
+        if experiment.startswith("augment/flip-blur-"):
+            texts.append(f"`{members[0].name}` {score(scores_of(members, 'test'))}")
+    if not texts:
+        return ""
+    return f"Ours score {', '.join(texts)}. "
 
 
 def details_seeds(study: Study) -> str | None:

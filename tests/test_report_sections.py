@@ -10,17 +10,7 @@ import report_lab
 import report_lost
 import report_models
 import report_page
-import report_positions
 import report_sweeps
-from report_runs import Run
-from table import LAB
-
-
-def make_long(run: Run) -> None:
-    """Turn a run into one by the lab's protocol, of 15 epochs."""
-    run.profile = "full"
-    run.config.update(report_positions.PROTOCOL)
-    run.history += [run.history[-1]] * 13
 
 
 def test_welch_decides_the_verdict() -> None:
@@ -181,81 +171,6 @@ def test_runs_that_never_predicted_a_class_are_counted(tmp_path: Path) -> None:
     assert text.endswith("runs of `tuned`.")
 
 
-def test_striped_runs_are_shown_with_their_siblings(tmp_path: Path) -> None:
-    runs = [make_run("tuned", 0, 0.985), make_run("tuned", 1, 0.865), make_run("initial", 0, 0.9)]
-    runs[1].test["lost_positions"] = {"triangle": 2}
-    study = make_study(runs, tmp_path)
-    text = report_positions.details_seeds(study)
-    assert "1 of the 3 tested runs has striped masks. The table shows striped runs beside" in text
-    assert "| `tuned`, seed 1 | 0.8650 | triangle 2/4 |" in text
-    assert "| `tuned`, seed 0 | 0.9850 | – |" in text and "| `initial`" not in text
-    text = report_positions.answer_seeds(study).text
-    assert text.startswith("By luck: some lose a class") and "from 0.8650 to 0.9850" in text
-    runs[1].test["lost_positions"] = {}
-    runs[0].test["lost_positions"] = {"square": 1}  # the better run lost one: not the cause
-    text = report_positions.answer_seeds(make_study(runs, tmp_path)).text
-    assert text.startswith("2 runs of `tuned` that only differ in their seed score from 0.8650")
-
-
-def test_the_labs_low_scores_are_lost_positions() -> None:
-    # From the table of the lab's published IoU: 1/16 less for each position, from 0.99.
-    for name, lost in report_positions.lab_runs().items():
-        assert lost == round((0.99 - LAB["test_iou"][name]) * 16), name
-    # One lost position of squares: a quarter of their pixels becomes background.
-    points = report_positions.expected_points()
-    assert len(points) == 20  # 1 + 3 + 6 + 10 ways to lose 0, 1, 2 or 3
-    square = 0.0386 / 4
-    background = 1 - 0.0386 - 0.0437 - 0.0577
-    drop = (1 / 4 + square / (background + square)) / 4
-    assert any(
-        loss == pytest.approx(0.0024 + square) and iou == pytest.approx(0.9878 - drop)
-        for loss, iou in points
-    )
-
-
-def test_lost_positions_are_counted_with_and_without_augmentation(
-    tmp_path: Path, no_drawing: None
-) -> None:
-    runs = [make_run("tuned", seed, 0.985, horizontal_flip=0.7) for seed in (0, 1)]
-    runs.append(make_run("augment/no-augmentation", 0, 0.98))
-    runs.append(make_run("augment/flip-0.3", 0, 0.99))
-    runs.append(make_run("tune/width-half", 0, 0.2))
-    runs.append(make_run("tuned-drop-last", 0, 0.2))
-    runs.append(make_run("initial", 0, 0.98))
-    for run in runs:
-        make_long(run)
-    runs[3].config["loss"] = runs[6].config["loss"] = {"cross_entropy": 1.0}
-    runs[5].config["last_batch"] = "drop"
-    runs[1].test["lost_positions"] = {"square": 2, "triangle": 3, "circle": 4}
-    text = report_positions.section_seeds(make_study(runs, tmp_path))
-    assert "| our runs by its protocol, with augmentation | 2 | 1 | 0 | 0 | 0 | 1 |" in text
-    assert "| our runs by its protocol, without augmentation | 1 | 1 | 0 | 0 | 0 | 0 |" in text
-    assert (
-        "0 of 1 runs without any augmentation lost positions. With augmentation 1 of 2 runs" in text
-    )
-    assert "lowest run was `flip-0.3`, 0.8008. Our run of it scores 0.9900." in text
-    assert "The 2 runs of `tuned` differ in their seed only. They lost 0, 9 positions" in text
-    assert (tmp_path / "lost-positions.png").exists()
-    assert "in part" not in text
-    runs[1].test["lost_positions"] = {"square": 2.5}
-    text = report_positions.section_seeds(make_study(runs, tmp_path))
-    assert "| our runs by its protocol, with augmentation | 2 | 1 | 0 | 0 | 1 | 0 |" in text
-    assert "4×4 pixels. `tuned`, seed 1 lost the square at 10 of 16. Where" in text
-
-
-def test_lost_positions_of_a_run_without_a_test_come_from_its_validation() -> None:
-    run = make_run("earlier/tuned", 0, 0.98)
-    make_long(run)
-    run.test = None
-    ious = {"background": 0.98, "square": 0.49, "triangle": 0.24, "circle": None}
-    run.history[-2:] = [{"validation": dict(scores(0.5), per_class_iou=ious)}] * 2
-    assert report_positions.lost_in_masks(run) == 2 + 3 + 4
-    run.history[-2] = run.history[1]
-    ious = {"background": 0.98, "square": 0.1, "triangle": 0.1, "circle": 0.1}
-    run.history[-1] = {"validation": dict(scores(0.3), per_class_iou=ious)}  # a jump
-    assert report_positions.lost_in_masks(run) == 0
-
-
 def test_the_deepest_fall_is_told(tmp_path: Path, no_drawing: None) -> None:
     runs = [make_run("tuned", 0, 0.8, seen=44), make_run("tuned-drop-last", 0, 0.9, seen=40)]
     lower = {"validation": scores(0.3)}
@@ -387,13 +302,3 @@ def test_runs_of_their_own_length_are_called_so(tmp_path: Path, no_drawing: None
         report_page.write_section(section, studies)
     )
     assert report_page.in_short(studies).endswith("| sure | own length |")
-
-
-def test_lost_positions_of_untested_runs_are_named(tmp_path: Path) -> None:
-    run = make_run("earlier/tuned", 3, 0.74)
-    make_long(run)
-    run.test = None
-    text = report_positions.details_seeds(make_study([run, make_run("tuned", 0, 0.9)], tmp_path))
-    assert (
-        "lost positions by their validation, but were not tested: `earlier/tuned`, seed 3" in text
-    )
