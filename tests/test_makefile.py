@@ -86,8 +86,8 @@ def test_report_comes_last_and_repeats_the_variables(project: Path) -> None:
     assert "--variables 'PROFILE=full RUNS=runs/mine'" in done.stdout
     assert "--variables ''" in make(project, "-n", "report").stdout
     done = make(project, "-n", "report", "SET='loss={cross_entropy: 1}' dropout=0.1")
-    words = shlex.split(done.stdout.splitlines()[-1])
-    assert words[-1] == "SET=\"'loss={cross_entropy: 1}' dropout=0.1\""
+    [command] = [line for line in done.stdout.splitlines() if "report.py" in line]
+    assert shlex.split(command)[-1] == "SET=\"'loss={cross_entropy: 1}' dropout=0.1\""
 
 
 FAKE_TRAINING = """
