@@ -183,10 +183,10 @@ def section_last_batch(study: Study) -> str | None:
     """Compare the curves of tuned with and without the last batch of one image."""
     if "tuned" not in study.runs or "tuned-drop-last" not in study.runs:
         return None
-    seeds = {run.seed for run in study.runs["tuned"]}
-    dropped = [run for run in study.runs["tuned-drop-last"] if run.seed in seeds]
-    seeds = {run.seed for run in dropped}
-    kept = [run for run in study.runs["tuned"] if run.seed in seeds]
+    seeds_with = {run.seed for run in study.runs["tuned"]}
+    seeds_without = {run.seed for run in study.runs["tuned-drop-last"]}
+    kept = [run for run in study.runs["tuned"] if run.seed in seeds_without]
+    dropped = [run for run in study.runs["tuned-drop-last"] if run.seed in seeds_with]
     if not kept or not ends_with_one_image(kept[0]):
         return None
     runs = {"tuned": kept, "tuned-drop-last": dropped}
