@@ -132,13 +132,15 @@ PROTOCOLS = """### The kinds of runs
   own.
 - **In short runs** (`PROFILE=quick`) means: minutes of training on small crops, by a learning rate
   that rises and falls, without horizontal flips. The last up-sampling of the lab's models starts as
-  a plain enlargement, so that it loses fewer classes.
-- **In runs of their own length** means: whole images without augmentation for 1,000 steps (`make
-  heads`), or two and 32 images again and again (`make overfit`).
+  a plain enlargement, so that it loses fewer classes. Validation has 100 images instead of 2,241.
+- **In runs of their own length** means: whole images without augmentation for 1,000 steps, with 200
+  validation images (`make heads`), or two and 32 images again and again (`make overfit`).
 
-The command above a text makes its runs with seed 0. `SEEDS="0 1 2"` makes three of each. To repeat
-one run alone, train it with `make runs/afo/quick/augment/jitter/seed0/summary.json DATA=afo` and
-test it with `python evaluate.py runs/afo/quick/augment/jitter/seed0/best.pt`.
+The command above a text makes its runs with seed 0. `SEEDS="0 1 2"` makes three of each; runs of
+`heads` have the seeds 0 to 9. Runs named `earlier/…` were made by earlier code: no command makes
+them again. To repeat one run alone, train it with
+`make runs/afo/quick/augment/jitter/seed0/summary.json DATA=afo` and test it with
+`python evaluate.py runs/afo/quick/augment/jitter/seed0/best.pt`.
 
 `make results` writes this page from `results/runs.jsonl`. What the lab did comes from its notebook
 and logs (johagg17/ArtificialFlyingObjects at commit 98b1590), not from its report alone."""
@@ -215,10 +217,10 @@ def page_of_published(runs: list[Run], studies: list[Study]) -> str:
         "Three models are the lab's: `initial`, `modified` (a stage deeper) and `tuned` (narrower)."
         " In long runs they have the lab's horizontal flips, in short runs none. `best` is ours. It"
         " differs in several choices at once. Its skip connections start at full resolution. Its"
-        " decoder is wider than in `tuned`, its last stage wider than the number of classes. Each"
-        " class counts alike in its loss. In long runs only `best` trains on crops around shapes,"
-        " by a learning rate that rises and falls. In short runs all models do so, but `best` has a"
-        " higher rate and sees half as many images again.",
+        " decoder is wider than in `tuned`, its last stage wider than the number of classes. Half"
+        " of its loss weighs each class alike. In long runs only `best` trains on crops around"
+        " shapes, by a learning rate that rises and falls. In short runs all models do so, but"
+        " `best` has a higher rate and sees half as many images again.",
         in_short(studies),
         write_section(WHY_SECTION, studies),
     ]

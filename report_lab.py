@@ -150,12 +150,18 @@ def shared_jump(runs: list[Run]) -> str | None:
     (seed, epoch), number = counts.most_common(1)[0]
     if number == 1:
         return None
-    members = [run for run in runs if run.seed == seed and len(run.history) >= epoch]
-    return (
-        "Runs with the same seed end each epoch with the same image."
-        f" {number} of the {len(members)} runs with seed {seed} and a last batch of one image jump"
-        f" in epoch {epoch}."
+    members = [run for run in runs if run.seed == seed]
+    jumping = [run for run in members if jumps_of(run)]
+    text = (
+        "Runs with the same seed end each epoch with the same image. Of these runs,"
+        f" {len(jumping)} of {len(members)} with seed {seed} jump, {number} of them in epoch"
+        f" {epoch}"
     )
+    others = [run for run in runs if run.seed != seed]
+    if others:
+        jumping = [run for run in others if jumps_of(run)]
+        text += f", and {len(jumping)} of {len(others)} with other seeds"
+    return f"{text}."
 
 
 def answer_last_batch(study: Study) -> Answer | None:
@@ -179,6 +185,10 @@ def answer_last_batch(study: Study) -> Answer | None:
     return Answer(f"These runs cannot tell. {text}", "cannot tell")
 
 
+def list_falls(runs: list[Run]) -> str:
+    return " and ".join(f"{deepest_fall(run):.3f}" for run in runs)
+
+
 def section_last_batch(study: Study) -> str | None:
     """Compare the curves of tuned with and without the last batch of one image."""
     if "tuned" not in study.runs or "tuned-drop-last" not in study.runs:
@@ -193,16 +203,17 @@ def section_last_batch(study: Study) -> str | None:
     figures.curves(
         study.figures / "last-batch.png", {"validation loss": panel(runs, "validation", "loss")}
     )
-    caption = "`tuned-drop-last` leaves out the last batch of one image. Both have the same seeds."
-    texts = []
-    for name, members in runs.items():
-        falls = ", ".join(f"{deepest_fall(run):.3f}" for run in members)
-        texts.append(f"{falls} with `{name}`")
-    parts = [
-        "The deepest fall of the validation mean IoU below its best so far:"
-        f" {' and '.join(texts)}.",
-        picture(study, "last-batch.png", caption),
-    ]
+    seeds = " and ".join(str(run.seed) for run in kept)
+    caption = f"`tuned-drop-last` leaves out the last batch of one image. Both with seed {seeds}."
+    text = (
+        "`tuned-drop-last` differs from `tuned` in this batch alone. The deepest fall of the"
+        f" validation mean IoU below its best so far: {list_falls(kept)} with `tuned`,"
+        f" {list_falls(dropped)} with `tuned-drop-last` (seed {seeds})."
+    )
+    others = [run for run in study.runs["tuned"] if run not in kept]
+    if others:
+        text += f" With other seeds of `tuned` it is {list_falls(others)}."
+    parts = [text, picture(study, "last-batch.png", caption)]
     shared = shared_jump([run for run in runs_with_jumps(study) if ends_with_one_image(run)])
     if shared is not None:
         parts.insert(0, shared)

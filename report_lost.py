@@ -1,10 +1,10 @@
-"""Write the report's sections on classes that a run never predicts.
+"""Write the report's sections on classes that a run never predicts, and on the loss.
 
 As in report_models.py, functions answer_X and section_X take a study, and return None without runs.
 """
 
 import figures
-from report_models import LOW_IOU, Answer, picture
+from report_models import LOW_IOU, Answer, compare, picture, scores_of
 from report_runs import Run, Study, by_experiment
 from table import markdown
 
@@ -100,7 +100,7 @@ def section_heads(study: Study) -> str | None:
     parts = [
         "A step of these runs takes"
         f" {first.config['batch_size']} whole images without augmentation. Each of the lab's models"
-        " keeps its own start, loss and learning rate. The others are `tuned` with one fix each:"
+        " keeps its own start, loss and learning rate. The others are `tuned` with one change each:"
         " `tuned-wide` a wider last stage, `tuned-loss-per-class` another loss, `tuned-bilinear`"
         " another start of the last up-sampling, `tuned-warm-up` a learning rate that rises first.",
         picture(study, "heads.png", "Share of the runs that never predict some class."),
@@ -124,4 +124,34 @@ def details_heads(study: Study) -> str | None:
     return (
         "The number of runs that predict some class nowhere in the validation images after so many"
         f" steps:\n\n{markdown(lines)}"
+    )
+
+
+# ---- which loss?
+
+
+def answer_loss(study: Study) -> Answer | None:
+    """Compare the lab's loss with cross-entropy and a Dice of each class."""
+    ours = study.tune.get("tune/loss-class")
+    labs = study.tune.get("tuned")
+    if not ours or not labs:
+        return None
+    scores = scores_of(ours, "validation"), scores_of(labs, "validation")
+    return compare("`loss-class`", scores[0], "the lab's loss", scores[1])
+
+
+def section_loss(study: Study) -> str | None:
+    """Say in how many runs each loss lost a class, where the lab's own start was kept."""
+    if answer_loss(study) is None:
+        return None
+    ours = study.heads.get("heads/tuned-loss-per-class")
+    labs = study.heads.get("heads/tuned")
+    if not ours or not labs:
+        return "Both are scored on the validation split."
+    return (
+        "Both are scored on the validation split. With the lab's own start, some class is in no"
+        f" prediction after {steps_by_epoch(labs[0])[-1]} in {count_never(labs)[-1]} of"
+        f" {len(labs)} runs with the lab's loss, and in {count_never(ours)[-1]} of {len(ours)} runs"
+        f" of `tuned-loss-per-class`. {count_poor(labs)} of {len(labs)} and {count_poor(ours)} of"
+        f" {len(ours)} end with a class whose IoU is below {LOW_IOU}."
     )

@@ -329,7 +329,9 @@ def section_modified(study: Study) -> str | None:
     a = scores_of(study.models["modified"], "validation")
     b = scores_of(study.models["initial"], "validation")
     answer = compare("`modified`", a, "`initial`", b)
-    text = f"On the validation split: {answer.text}"
+    limit = study.models["modified"][0].config["limit_validation"]
+    where = f"{limit} validation images" if limit else "the validation split"
+    text = f"On {where}: {answer.text}"
     on_validation = answer.comparison.difference
     on_test = answer_modified(study).comparison.difference
     if on_validation * on_test > 0:

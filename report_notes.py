@@ -30,8 +30,9 @@ def definitions(group: str) -> str:
         bullets.append("A **flight** is a scene in motion. Its images are nearly copies.")
     bullets.append(
         f"**95 % over {group}s**: a 95 % interval for the mean IoU on all {group}s of this kind, by"
-        f" a bootstrap over the {group}s of the test split. Its limits are means over the seeds. It"
-        f" is left out if fewer than five {group}s of the test split show a class."
+        f" a bootstrap over the {group}s of the test split. Its limits are means over the seeds, so"
+        " it does not show the luck of the seed. It is left out if fewer than five"
+        f" {group}s of the test split show a class."
     )
     return "### Definitions\n\n" + bullet_list(bullets)
 

@@ -189,10 +189,9 @@ def answer_seeds(study: Study) -> Answer | None:
         lost = [run for run in ours if lost_in_masks(run) > 0]
         labs = [number for number in lab_runs().values() if number > 0]
         text = (
-            "Probably by luck: some runs never learn a shape at some of the four positions of each"
-            " 2×2 pixels. That would explain"
-            f" the {len(labs)} low scores among the lab's {len(lab_runs())} runs with a Dice loss."
-            f" {len(lost)} of our {len(ours)} such runs lost positions."
+            "Probably by luck: some runs never learn a shape at some pixel positions. That would"
+            f" explain the {len(labs)} low scores among the lab's {len(lab_runs())} runs with a"
+            f" Dice loss. {len(lost)} of our {len(ours)} such runs lost positions."
         )
         return Answer(text, "likely")
     return widest_range(study)
@@ -266,13 +265,33 @@ def section_seeds(study: Study) -> str | None:
         text += f"{shares[WITHOUT]} without any augmentation lost positions. "
     if WITH in shares:
         text += f"With augmentation {shares[WITH]} did. "
-    text += (
-        "The lab concluded that flips and blur together decrease the performance. Its three runs of"
-        f" that kind lost one position each. {our_flips_with_blur(study)}These are too few runs to"
-        " tell whether augmentation adds to chance."
-    )
+    by_seed = count_lost_by_seed(ours)
+    if by_seed is not None:
+        text += by_seed
     parts.append(text)
+    parts.append(
+        "The lab concluded that flips and blur together decrease the performance. By their loss,"
+        f" its three runs of that kind lost one position each. {our_flips_with_blur(study)}These"
+        " are too few runs to tell whether augmentation adds to chance."
+    )
     return "\n\n".join(parts)
+
+
+def count_lost_by_seed(runs: list[Run]) -> str | None:
+    """Count the runs of each seed that lost positions; None for runs of one seed."""
+    counts: dict[int, list[int]] = {}  # seed → runs that lost positions, runs
+    for run in runs:
+        count = counts.setdefault(run.seed, [0, 0])
+        count[0] += lost_in_masks(run) > 0
+        count[1] += 1
+    if len(counts) == 1:
+        return None
+    texts = [f"{lost} of {n} with seed {seed}" for seed, (lost, n) in sorted(counts.items())]
+    return (
+        f"But {len(runs)} runs are not {len(runs)} separate tries. Runs with the same seed start"
+        " from the same weights and see the images in the same order. Positions were lost in"
+        f" {', '.join(texts)}."
+    )
 
 
 def our_flips_with_blur(study: Study) -> str:

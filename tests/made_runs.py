@@ -15,6 +15,7 @@ CONFIG = {
     "batch_size": 10,
     "images_per_epoch": 50,
     "limit_images": 0,
+    "limit_validation": 0,
     "horizontal_flip": 0.0,
     "blur": 0.0,
 }

@@ -73,6 +73,11 @@ def test_lost_positions_are_counted_with_and_without_augmentation(
     assert "The 2 runs of `tuned` differ in their seed only. They lost 0, 9 positions" in text
     assert (tmp_path / "lost-positions.png").exists()
     assert "in part" not in text
+    assert "But 3 runs are not 3 separate tries." in text  # the others have another protocol
+    assert "Positions were lost in 0 of 2 with seed 0, 1 of 1 with seed 1." in text
+    assert "separate tries" not in report_positions.section_seeds(
+        make_study([run for run in runs if run.seed == 0], tmp_path)
+    )
     runs[1].test["lost_positions"] = {"square": 2.5}
     text = report_positions.section_seeds(make_study(runs, tmp_path))
     assert "| our runs by its protocol, with augmentation | 2 | 1 | 0 | 0 | 1 | 0 |" in text

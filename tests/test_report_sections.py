@@ -50,6 +50,10 @@ def test_augmentation_is_chosen_on_validation_and_judged_on_the_test_split(tmp_p
     runs = [run for run in runs if run.experiment != "augment/flip-0.3"]
     text = report_sweeps.answer_augmentation(make_study(runs, tmp_path)).text
     assert "chose" not in text  # from one
+    for seed in (0, 1):  # the very same scores: the same augmentation by another name
+        runs.append(make_run("augment/flip-0.8", seed, 0.95))
+    text = report_sweeps.answer_augmentation(make_study(runs, tmp_path)).text
+    assert "chose" not in text
 
 
 def test_flipped_tuned_is_no_run_without_augmentation(tmp_path: Path, no_drawing: None) -> None:
@@ -81,6 +85,8 @@ def test_factors_are_sorted_by_their_range(tmp_path: Path, no_drawing: None) -> 
     assert list(width.scores) == ["width-double", "tuned", "width-half"]
     assert width.spread == pytest.approx(0.15) and kernel.spread == pytest.approx(0.05)
     assert "| width | 3 | width-half: 0.8005 " in report_sweeps.factors_table([width, kernel])
+    text = report_sweeps.section_tuning(make_study(runs, tmp_path))
+    assert "Of all settings, `width-double` scores highest. `width-double` beats `tuned`" in text
     runs.append(make_run("tune/adamw", 0, 0.2))  # one run: nobody knows how much such runs scatter
     study = make_study(runs, tmp_path)
     assert report_sweeps.find_factors(study)[0].name == "adamw"
@@ -91,12 +97,12 @@ def test_losses_are_compared_on_validation(tmp_path: Path) -> None:
     runs = [make_run("tuned", seed, 0.7 + seed / 100) for seed in (0, 1)]
     runs += [make_run("tune/loss-class", seed, 0.9 + seed / 100) for seed in (0, 1)]
     study = make_study(runs, tmp_path)
-    answer = report_sweeps.answer_loss(study).text
+    answer = report_lost.answer_loss(study).text
     assert answer.startswith("`loss-class` beats the lab's loss (0.9050 ± 0.0071 against 0.7050")
-    assert report_sweeps.section_loss(study) == "Both are scored on the validation split."
+    assert report_lost.section_loss(study) == "Both are scored on the validation split."
     runs += [make_run("heads/tuned", 0, 0.4), make_run("heads/tuned-loss-per-class", 0, 0.9)]
     runs[-2].history[-1]["validation"]["dead_classes"] = ["square"]
-    text = report_sweeps.section_loss(make_study(runs, tmp_path))
+    text = report_lost.section_loss(make_study(runs, tmp_path))
     assert (
         "in 1 of 1 runs with the lab's loss, and in 0 of 1 runs of `tuned-loss-per-class`" in text
     )
@@ -176,7 +182,10 @@ def test_the_deepest_fall_is_told(tmp_path: Path, no_drawing: None) -> None:
     lower = {"validation": scores(0.3)}
     runs[0].history += [lower, runs[0].history[-1]]  # 0.4, 0.8, 0.3, 0.8
     text = report_lab.section_last_batch(make_study(runs, tmp_path))
-    assert "0.500 with `tuned` and 0.000 with `tuned-drop-last`" in text
+    assert "so far: 0.500 with `tuned`, 0.000 with `tuned-drop-last` (seed 0)." in text
+    other = make_run("tuned", 1, 0.8, seen=44)  # ends with one image as well, and never falls
+    text = report_lab.section_last_batch(make_study([*runs, other], tmp_path))
+    assert "(seed 0). With other seeds of `tuned` it is 0.000." in text
     assert "- **A last batch of one image**" in report_lab.section_choices(
         make_study(runs, tmp_path)
     )
@@ -199,13 +208,13 @@ def test_jumps_of_the_loss_are_counted_by_last_batch(tmp_path: Path) -> None:
     assert "in 0 of our 1 others (`tuned-drop-last`)" in answer.text
     assert "| `tuned`, seed 0 | one image | 2 |" in report_lab.details_last_batch(study)
     assert report_lab.shared_jump(runs) is None
-    assert report_lab.shared_jump([runs[0], runs[0], runs[1], runs[2]]) == (
-        "Runs with the same seed end each epoch with the same image. 2 of the 3 runs with seed 0"
-        " and a last batch of one image jump in epoch 2."
+    later = make_run("tuned", 0, 0.8)
+    later.history += [{"validation": {"loss": 2.0}}]  # 0.6, 0.2, 2.0
+    assert report_lab.shared_jump([runs[0], runs[0], later, runs[2], runs[1]]) == (
+        "Runs with the same seed end each epoch with the same image. Of these runs, 3 of 4 with"
+        " seed 0 jump, 2 of them in epoch 2, and 0 of 1 with other seeds."
     )
-    shorter = make_run("tuned", 0, 0.8, seen=11)
-    shorter.history.pop()  # it has no epoch 2
-    assert "2 of the 3 runs" in report_lab.shared_jump([runs[0], runs[0], runs[2], shorter])
+    assert report_lab.shared_jump([runs[0], runs[0]]).endswith("2 of them in epoch 2.")
     runs[2].history[1]["validation"]["loss"] = 2.0
     runs.append(make_run("heads/tuned", 0, 0.8))  # of few images: no control
     answer = report_lab.answer_last_batch(make_study(runs, tmp_path))
