@@ -79,7 +79,7 @@ $(STAMP): FORCE | $(DATA_DIR) .venv/installed
 # experiment file with a line `data:` of its own keeps that data. config.py ends with 3 if a run must train.
 data_of   = $(if $(OWN)$(shell grep -s '^data:' configs/$(1).yaml),,data=$(DATA_DIR))
 resolve   = $(PY) config.py --out $(@D).yaml --config configs/$(*D).yaml $(call overlay,$(*D)) $(OWN) \
-  --set name=$(notdir $(*D)) seed=$(patsubst seed%,%,$(*F)) $(call data_of,$(*D)) $(SET)
+  --set 'name="$(notdir $(*D))"' seed=$(patsubst seed%,%,$(*F)) $(call data_of,$(*D)) $(SET)
 run_train = $(PY) train.py --config $(@D).yaml --run-dir $(@D) --device $(DEVICE)
 $(RUNS)/%/summary.json: $(STAMP) FORCE
 ifeq ($(OVERWRITE),1)

@@ -49,6 +49,8 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
     if base_path.resolve() == DEFAULT:
         return values
     merged = read_yaml(base_path, (*above, path))
+    if "images" in values:
+        merged.pop("group", None)  # it belongs to the images of the base
     merged.update(values)
     return merged
 

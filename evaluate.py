@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before torch: see machine.py.
 from machine import autocast, keep_memory, pick_device, pick_precision
 
 import numpy as np
@@ -28,7 +29,7 @@ from checkpoints import restore_model
 from common import ROOT, SPLITS, UserError, reading, require, run, write_atomically
 from config import is_same
 from data import Split, evenly, load_split, to_float
-from losses import check_loss, weighted_loss
+from losses import weighted_loss
 from metrics import IGNORE
 from model import count_parameters
 from table import LAB, comparison_table, read_results
@@ -51,7 +52,7 @@ def images_per_batch(height: int, width: int, device: torch.device) -> int:
     return max(1, min(most, pixels // (height * width)))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, which forbids a loss to change logits in place
 def predict_batches(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield the logits (n, C, H, W) of batches of whole (M, channels, H, W) uint8 images.
 
@@ -67,13 +68,19 @@ def predict_batches(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Ite
 
 
 def evaluate(
-    model: nn.Module, images: Tensor, masks: Tensor, config: dict, dtype: torch.dtype
-) -> tuple[Tensor, float, Tensor]:
+    model: nn.Module,
+    images: Tensor,
+    masks: Tensor,
+    num_classes: int,
+    dtype: torch.dtype,
+    loss: dict[str, float] | None = None,
+) -> tuple[Tensor, float | None, Tensor]:
     """Run a model in evaluation mode once over images and compare its predictions with masks.
 
-    From (M, channels, H, W) images and (M, H, W) masks, both uint8. Returns, all on the CPU:
-    (M, C, C) int64 confusion matrices of the images; the mean of the batches' losses, weighted by
-    their images; (M, H, W) uint8 predicted classes.
+    From (M, channels, H, W) images and (M, H, W) masks, both uint8; `loss` is that of a config.
+    Returns, all on the CPU: (M, C, C) int64 confusion matrices of the images; the mean of the
+    batches' losses, weighted by their images, None without a `loss`; (M, H, W) uint8 predicted
+    classes.
     """
     model.eval()
     matrices = []
@@ -83,12 +90,14 @@ def evaluate(
     for logits in predict_batches(model, images, dtype):
         mask = masks[done : done + len(logits)].to(logits.device)
         predicted = logits.argmax(dim=1)
-        matrices.append(metrics.confusion_matrices(predicted, mask, len(config["classes"])))
+        matrices.append(metrics.confusion_matrices(predicted, mask, num_classes))
         predictions.append(predicted.to(torch.uint8).cpu())
-        # A tensor on the device: converting it to a number each time would make a GPU wait.
-        loss_sum = loss_sum + weighted_loss(logits, mask, config["loss"]) * len(mask)
+        if loss is not None:
+            # A tensor on the device: converting it to a number each time would make a GPU wait.
+            loss_sum = loss_sum + weighted_loss(logits, mask, loss) * len(mask)
         done += len(mask)
-    return torch.cat(matrices).cpu(), float(loss_sum) / done, torch.cat(predictions)
+    mean_loss = None if loss is None else float(loss_sum) / done
+    return torch.cat(matrices).cpu(), mean_loss, torch.cat(predictions)
 
 
 # ---- the lab's test batch
@@ -222,19 +231,18 @@ def evaluate_checkpoint(
     started = time.perf_counter()
     model, checkpoint = restore_model(path, device)
     config = checkpoint["config"]
-    check_loss(config["loss"])
     data_config = dict(config)
     if data is not None:
         data_config["data"] = data
     loaded = load_split(data_config, split)
     masks = loaded.masks
     dtype = pick_precision(device, config["precision"])
-    matrices, _, predictions = evaluate(model, loaded.images, masks, config, dtype)
+    classes = list(config["classes"])
+    matrices, _, predictions = evaluate(model, loaded.images, masks, len(classes), dtype)
     matrix = matrices.sum(dim=0)
     if not matrix.any():
         raise UserError(f"{data_config['data']}: ignore: leaves no pixel of the {split} split")
 
-    classes = list(config["classes"])
     scores = metrics.scores(matrix, classes)
     lab = lab_scores(path, config, loaded, split, matrices, device)
     cost = cost_of(path, checkpoint)

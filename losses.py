@@ -95,7 +95,9 @@ def check_loss(weights: dict[str, float]) -> None:
         if name not in LOSSES:
             raise UserError(f"loss: there is no loss '{name}'; known: {known}")
         if not isinstance(weight, (int, float)):
-            raise UserError(f"loss: {name}: {weight!r} is no weight; give a number, as in 1.0")
+            raise UserError(
+                f"loss: {name}: {weight!r} is no weight; give a number, as 1.0 or 0.001"
+            )
 
 
 def weighted_loss(logits: Tensor, mask: Tensor, weights: dict[str, float]) -> Tensor:

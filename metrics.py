@@ -89,8 +89,8 @@ def scores(matrix: Tensor, classes: list[str]) -> dict:
     """Compute every score of a split from its (C, C) confusion matrix.
 
     Dice = 2·TP / (2·TP + FP + FN) (Dice 1945) = 2·IoU / (1 + IoU). All scores lie in [0, 1], or are
-    None if there is no pixel. `dead_classes` lists the classes that are in the masks but never
-    predicted; their IoU is 0.
+    None where no class has a score. `dead_classes` lists the classes that are in the masks but
+    never predicted; their IoU is 0.
     """
     matrix = matrix.detach().cpu()
     class_ious = iou(matrix)
@@ -116,21 +116,21 @@ def scores(matrix: Tensor, classes: list[str]) -> dict:
 
 
 def lost_positions(prediction: Tensor, mask: Tensor, classes: list[str]) -> dict[str, float]:
-    """Count at how many of the four positions of each 2×2 pixels a class is lost.
+    """Count the lost ones of the 16 positions of each 4×4 pixels, for each class, in quarters.
 
-    A transposed convolution of stride 2 computes each position with weights of its own. If it is
-    the last layer, a class may be predicted only in every second row, say: the mask is striped and
-    the IoU of the class is 0.5 at most. The up-sampling before has four positions, too. Together
-    they make 16 in each 4×4 pixels, and each of these that is lost counts as a quarter.
+    A transposed convolution of stride 2 computes each of the four positions of 2×2 pixels with
+    weights of its own. If it is the last layer, a class may be predicted only in every second row,
+    say: the mask is striped and the IoU of the class is 0.5 at most. Together with the up-sampling
+    before, there are 16 positions. A class lost at four of them, such as one of 2×2, counts as 1.
 
-    From (N, H, W) predicted and true classes to class → 0.25 to 3.75. One of the 16 positions is
-    lost if the IoU is below 0.05 there, and above 0.5 at another one. Classes of few pixels, see
+    From (N, H, W) predicted and true classes to class → 0.25 to 3.75. A position is lost if
+    the IoU is below 0.05 there, and above 0.5 at another one. Classes of few pixels, see
     `LEAST_PIXELS`, are left out.
     """
-    places = [(top, left) for top in range(SIDE) for left in range(SIDE)]
-    matrices = torch.zeros(len(places), len(classes), len(classes), dtype=torch.int64)
+    corners = [(top, left) for top in range(SIDE) for left in range(SIDE)]
+    matrices = torch.zeros(len(corners), len(classes), len(classes), dtype=torch.int64)
     for predicted, true in chunks(prediction, mask):
-        for index, (top, left) in enumerate(places):
+        for index, (top, left) in enumerate(corners):
             predicted_here = predicted[:, top::SIDE, left::SIDE]
             true_here = true[:, top::SIDE, left::SIDE]
             counts = confusion_matrices(predicted_here, true_here, len(classes))

@@ -49,7 +49,7 @@ class UNet(nn.Module):
         encoder: [channels, kernel] of each encoder stage: double conv, then 3×3 max-pool, stride 2.
         decoder: [channels, kernel] of each decoder stage: double conv, then a transposed conv that
             doubles the resolution. The last transposed conv has C output channels, one for each
-            class. "classes" stands for C channels. The lab's last stage has so few. All classes
+            class. "classes" stands for C channels. The lab's last stage has C. All classes
             must then pass a ReLU on one channel each, and some end up never predicted.
         skip: what a decoder stage sees of the encoder. "pooled" (the lab): the features after
             pooling. "full": the features before pooling (Ronneberger et al. 2015,
@@ -219,11 +219,11 @@ def build_model(config: dict) -> nn.Module:
 
         forward(images): images (N, in_channels, H, W) in [0, 1] → logits (N, C, H, W), of the same
             height and width, for the C classes of the config
-        stride: pixels along one side of the image that one of its deepest features stands for; 1
-            if nothing is pooled, or if you are unsure
+        stride: pixels along one side of the image that one of its deepest features stands for, a
+            power of two; 1 if nothing is pooled, or if you are unsure
         receptive_radius: how many pixels a logit sees on each side of its own, rounded up to a
-            multiple of the stride. predict.py adds so many around each tile of a large image; too
-            few leave seams.
+            multiple of the stride. predict.py adds this margin around each tile of a large image;
+            too small a margin leaves seams.
 
     If training starts from other weights (`init`), the last layer that the class makes must be the
     one that gives the logits.

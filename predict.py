@@ -1,6 +1,6 @@
 """Predict the classes of any images, or write the model for use elsewhere.
 
-    python predict.py [--checkpoint CHECKPOINT] IMAGE… --out DIR [--probabilities]
+    python predict.py [--checkpoint CHECKPOINT] IMAGE… [--out DIR] [--probabilities]
     python predict.py [--checkpoint CHECKPOINT] [--export FILE.pt2] [--slim FILE.pt]
 
 IMAGE is a file or a folder. A folder is searched with its subfolders, which are kept below DIR.
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+# Before torch: see machine.py.
 from machine import keep_memory, pick_device, pick_precision
 
 import numpy as np

@@ -54,7 +54,8 @@ def default_folder(config: dict) -> Path:
     make does the same for the experiments at the top of configs/ with the data in data/.
     """
     seed = f"seed{config['seed']}"
-    return Path("runs", Path(config["data"]).name, config["profile"], config["name"], seed)
+    data = Path(config["data"]).resolve()  # whatever its spelling, such as ..
+    return Path("runs", data.name, config["profile"], config["name"], seed)
 
 
 @contextlib.contextmanager
@@ -290,6 +291,7 @@ def finish(
     """End a run that has nothing left to train: write its summary if it is missing."""
     # Fewer epochs may be asked for than when the run was begun: make compares with this file.
     write_atomically(run_dir / "config.yaml", dump(config).encode())
+    print(f"{run_dir}: all {len(history)} epochs are trained")
     path = run_dir / "summary.json"
     if path.exists():
         path.touch()  # make learns that the run is newer than the data

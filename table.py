@@ -192,7 +192,10 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def group_rows(rows: list[dict]) -> dict[str, list[dict]]:
-    """Group rows by experiment: by name, and by folder where two folders hold runs of one name."""
+    """Group rows by experiment: by name, and by folder where two folders hold runs of one name.
+
+    Two checkpoints of one seed are no two seeds: each is then an experiment of its own.
+    """
     by_checkpoint = {row["checkpoint"]: row for row in rows}  # one given twice counts once
     groups: dict[tuple[str, Path], list[dict]] = {}
     for row in by_checkpoint.values():
@@ -203,6 +206,11 @@ def group_rows(rows: list[dict]) -> dict[str, list[dict]]:
     folders = Counter(name for name, _ in groups)
     experiments = {}
     for (name, folder), group in groups.items():
+        seeds = {row["seed"] for row in group}
+        if len(seeds) < len(group):
+            for row in group:
+                experiments[f"{name} ({row['checkpoint']})"] = [row]
+            continue
         title = name if folders[name] == 1 else f"{name} ({folder})"
         experiments[title] = group
     return experiments

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=N train.py ...    in N processes, each with a share of every batch
 
 All randomness is a function of seed and step: the same seed gives the same weights on the same
-machine, also in a run that was killed and resumed.
+machine, also in a run that was killed and resumed (on CPUs; GPUs are untested).
 """
 
 import argparse
@@ -15,6 +15,7 @@ import math
 import time
 from pathlib import Path
 
+# Before torch: see machine.py.
 from machine import autocast, fits, keep_memory, pick_device, pick_precision
 
 import torch
@@ -52,6 +53,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
     seed = config["seed"]
     classes = list(config["classes"])
     check_loss(config["loss"])
+    code = code_digest()  # at once: an edit from now on has no effect in this process
 
     # ---- 1. data: uint8, on a GPU if there is room
     training, validation = load_data(config)
@@ -92,7 +94,6 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
     if is_first:
         resumed = runs.find_checkpoint(run_dir, config, data_digest, resume, overwrite)
     resumed = processes.send_to_all(resumed)
-    code = code_digest()
     history = []  # an entry for each epoch
     if resumed is not None:
         history = resumed["history"]
@@ -147,12 +148,15 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
         seconds = time.perf_counter() - started
 
         processes.share_buffers(model)
-        matrices, val_loss, predictions = evaluate(model, val_images, val_masks, config, dtype)
+        matrices, val_loss, predictions = evaluate(
+            model, val_images, val_masks, len(classes), dtype, config["loss"]
+        )
         val_matrix = processes.total(matrices.sum(dim=0))
         val_loss = processes.mean(val_loss, len(val_images))
         if not math.isfinite(train_loss + val_loss):
             values = f"{train_loss} in training and {val_loss} in validation"
-            raise UserError(f"{run_dir}: {title}: the loss is {values}; lower learning_rate")
+            advice = "lower learning_rate, or look for log(0) or 0/0 in a loss of your own"
+            raise UserError(f"{run_dir}: {title}: the loss is {values}; {advice}")
         entry = {
             "epoch": epoch + 1,
             "images_seen": (epoch + 1) * images_per_epoch,
@@ -200,16 +204,21 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
 def try_batch(
     model: nn.Module, images: Tensor, masks: Tensor, device: torch.device, config: dict
 ) -> None:
-    """Try an image on a copy of the model: most mistakes show before an old run is discarded."""
+    """Try a step on a copy of the model: most mistakes show before an old run is discarded.
+
+    ValueError if the model gives logits of another shape than the loss needs.
+    """
     always = dict(config)
     for key in ("blur", "jitter"):
         if config[key] > 0:
             always[key] = 1.0
     index = torch.zeros(2, dtype=torch.int64, device=images.device)
     batch, mask = get_batch(images, masks, index, device, always)
-    with torch.no_grad():
-        logits = copy.deepcopy(model).train()(batch)
-        weighted_loss(logits, mask, config["loss"])
+    logits = copy.deepcopy(model).train()(batch)
+    needed = (len(mask), len(config["classes"]), *mask.shape[1:])
+    if logits.shape != needed:
+        raise ValueError(f"the model gives logits of shape {tuple(logits.shape)}, not {needed}")
+    weighted_loss(logits, mask, config["loss"]).backward()
 
 
 def main() -> None:

@@ -91,7 +91,11 @@ def test_group_of_flights_does_not_hold_for_other_data(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("images: '{split}/images/*.png'\nmasks: '{split}/masks/*.png'\n")
     assert load_config([ROOT / "configs/tuned.yaml", mine])["group"] == ""
+    base = f"base: {ROOT / 'configs/tuned.yaml'}\n"  # the same keys in one file
+    mine.write_text(base + mine.read_text())
+    assert load_config([mine])["group"] == ""
     mine.write_text(mine.read_text() + "group: '^[^_]+'\n")
+    assert load_config([mine])["group"] == "^[^_]+"
     assert load_config([ROOT / "configs/tuned.yaml", mine])["group"] == "^[^_]+"
 
 

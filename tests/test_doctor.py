@@ -148,12 +148,18 @@ def test_rare_foreground_matters_only_where_it_is_not_learnt() -> None:
         assert all(finding.title.startswith("Only 0.075%") for finding in found)
 
 
+HIGH = [2.3, 2.1, 1.85, 1.7, 1.6, 1.5]  # of a loss that falls, and is above 1 to the end
+OWN_LOSS = {"loss": {"mine": 1.0}}
+PER_CLASS = {"loss": {"cross_entropy_per_class": 2.0}}
 STILL, LOW = [1.4, 1.39, 1.4, 1.4, 1.4, 1.38], [0.2] * 6
 CLIMBING, ONE_CYCLE = [0.3, 0.4, 0.5, 0.6, 0.7, 0.75], {"schedule": "one_cycle"}
 HISTORIES = {  # training loss, validation loss, mean IoU, config → start of the title, evidence
     "ripple near zero": ([*FALLING[:4], 0.08, 0.05], FALLING, RISING, {}, "", ""),
     "jump": ([0.7, 0.2, 0.1, 0.5, 0.2, 0.1], FALLING, RISING, {}, "The learning", "0.5 / 0.06"),
     "worse than guessing": ([9.0] * 6, [9.0] * 6, LOW, {}, "The learning", "1.39"),
+    "loss of one's own": (HIGH, HIGH, RISING, OWN_LOSS, "", ""),
+    "weighted cross-entropy": (HIGH, HIGH, RISING, PER_CLASS, "", ""),  # guessing: 2 ln 4 = 2.77
+    "own loss rises": ([*HIGH[:5], 2.6], HIGH, RISING, OWN_LOSS, "The learning", "2.6 / 1.5 in"),
     "still": (STILL, STILL, LOW, {}, "The training loss is not moving", "1.38"),
     "climbing": (FALLING, FALLING, CLIMBING, {}, "Too few steps", "0.750"),
     "climbing to zero rate": (FALLING, FALLING, CLIMBING, ONE_CYCLE, "", ""),
@@ -181,6 +187,14 @@ def test_classes_never_predicted_are_named_with_epoch_and_advice(
     write_history(run, FALLING, FALLING, RISING, never)
     [(title, evidence, advice)] = findings(run)
     assert title == "The model predicts only background" and "dice_per_class: 1" in advice
+    *lines, last = (run / "metrics.jsonl").read_text().splitlines()
+    entry = json.loads(last)
+    entry["validation"]["dead_classes"] = ["square"]
+    entry["validation"]["per_class_iou"] = {"background": 0.9, "square": 0.0, "triangle": 0.9}
+    entry["validation"]["per_class_iou"]["circle"] = None  # in no mask, and never predicted
+    (run / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(entry)]))
+    [(title, *_)] = findings(run)
+    assert title == "The model predicts only background, triangle"
     assert "since epoch 4 of 6: square, triangle, circle" in evidence
 
 
@@ -195,7 +209,7 @@ def test_poor_class_is_named(run: Path, findings: Callable) -> None:
 
 
 def test_stripes_are_found(run: Path, findings: Callable, monkeypatch) -> None:
-    def evaluate(model, images, masks, config, dtype) -> tuple:
+    def evaluate(model, images, masks, num_classes, dtype) -> tuple:
         circles_on_odd_rows = masks.clone()
         circles_on_odd_rows[:, ::2][masks[:, ::2] == 3] = 0
         matrices = confusion_matrices(circles_on_odd_rows, masks, len(CLASSES))

@@ -154,6 +154,11 @@ def test_runs_of_one_name_in_two_folders_are_two_experiments() -> None:
         "small (b/small)": 2,
     }
     assert list(group_rows(rows[:2])) == ["small"]
+    last = dict(rows[0], checkpoint="a/small/seed0/last.pt")  # of the same run: no second seed
+    assert list(group_rows([rows[0], last])) == [
+        "small (a/small/seed0/best.pt)",
+        "small (a/small/seed0/last.pt)",
+    ]
 
 
 def test_rank_is_by_the_mean_over_seeds() -> None:

@@ -91,7 +91,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(
         ({"loss": "{}"}, "loss: names no loss"),
         ({"encoder": "[[8, 4]]"}, "encoder"),
         ({"blur": 0.1, "blur_kernel": 31, "crop": 8}, "blur_kernel: 31 is too large"),
-        ({"batch_size": 1, "crop": 4}, "batch_size: is 1"),
+        ({"batch_size": 1, "crop": 4}, "batch_size: the last batch has one image"),
         ({"classes": "{a: [0, 0, 0], b: [1, 2, 300]}"}, "classes"),
     ],
 )
@@ -117,6 +117,31 @@ def test_mistake_in_a_transform_or_loss_is_not_taken_for_one_of_the_config(
     command = ("--config", ROOT / "configs/tuned.yaml", "--run-dir", tmp_path / "run", "--set")
     with pytest.raises(RuntimeError, match="must match"):
         call(script_module.main, *command, *tiny(dataset))
+
+
+def test_mistake_in_a_loss_or_model_shows_before_the_old_run_goes(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    train_tiny(dataset, run, epochs=1)
+    before = (run / "best.pt").read_bytes()
+
+    def without_mean(logits: Tensor, mask: Tensor, _weights: dict) -> Tensor:
+        return cross_entropy(logits, mask.long(), reduction="none")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script_module, "weighted_loss", without_mean)
+        with pytest.raises(RuntimeError, match="scalar outputs"):
+            train_tiny(dataset, run, resume=True, seed=1)
+
+    def with_five_classes(config: dict) -> nn.Module:
+        return build_model(dict(config, classes=[0, 1, 2, 3, 4]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script_module, "build_model", with_five_classes)
+        with pytest.raises(ValueError, match=r"logits of shape \(2, 5, 32, 32\), not \(2, 4, 32"):
+            train_tiny(dataset, run, resume=True, seed=1)
+    assert (run / "best.pt").read_bytes() == before
 
 
 def test_classes_never_predicted_are_named_with_advice(

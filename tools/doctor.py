@@ -126,14 +126,15 @@ def check_model(
     images, masks = validation.images, validation.masks
     bgr_images = torch.cat([images[:, :3].flip(1), images[:, 3:]], dim=1)  # alpha stays
 
+    classes = list(config["classes"])
     full = torch.float32
-    matrices, _, _ = evaluate(model, training.images, training.masks, config, full)
+    matrices, _, _ = evaluate(model, training.images, training.masks, len(classes), full)
     train_iou = mean_iou(matrices.sum(dim=0)).item()
-    matrices, _, predictions = evaluate(model, images, masks, config, full)
+    matrices, _, predictions = evaluate(model, images, masks, len(classes), full)
     val_iou = mean_iou(matrices.sum(dim=0)).item()
-    matrices, _, _ = evaluate(model, bgr_images, masks, config, full)
+    matrices, _, _ = evaluate(model, bgr_images, masks, len(classes), full)
     bgr_iou = mean_iou(matrices.sum(dim=0)).item()
-    lost = lost_positions(predictions, masks, list(config["classes"]))
+    lost = lost_positions(predictions, masks, classes)
 
     both = f"mean IoU: training {train_iou:.3f}, validation {val_iou:.3f}"
     if bgr_iou - val_iou >= 0.05:  # healthy runs: 0.01 at most
@@ -162,7 +163,10 @@ def check_classes(config: dict, history: list[dict]) -> list[Finding]:
     never = last["dead_classes"]
     advice = f"{ADVICE_NEVER_PREDICTED}, {RARE_ADVICE}"
     if never:
-        predicted = [name for name in config["classes"] if name not in never]
+        predicted = []
+        for name, iou in last["per_class_iou"].items():
+            if iou is not None and name not in never:  # None: neither in the masks nor predicted
+                predicted.append(name)
         since = 1  # the epoch from which on none of them was predicted
         for epoch, entry in enumerate(history, start=1):
             if not set(never).issubset(entry["validation"]["dead_classes"]):
@@ -197,9 +201,9 @@ def check_progress(config: dict, history: list[dict], look: str) -> list[Finding
     if jump is not None:
         title = f"The learning rate {rate:g} is too high: the loss is unstable"
         losses = f"{train_losses[jump]:.3g} / {val_losses[jump]:.3g}"
-        evidence = (
-            f"training / validation loss {losses} in epoch {jump + 1}; guessing scores {guess:.3g}"
-        )
+        evidence = f"training / validation loss {losses} in epoch {jump + 1}"
+        if guess is not None:
+            evidence += f"; guessing scores {guess:.3g}"
         advice = f"learning_rate: {rate / 3:.2g} or {rate / 10:.2g}, schedule: one_cycle"
         return [Finding(title, evidence, advice)]
 
@@ -224,32 +228,35 @@ def check_progress(config: dict, history: list[dict], look: str) -> list[Finding
     return []
 
 
-def loss_of_guessing(config: dict) -> float:
+def loss_of_guessing(config: dict) -> float | None:
     """Compute the loss of a model that gives all C classes the same probability.
 
-    Cross-entropy is then ln C. The Dice losses are at most 1, which is taken for all other losses.
+    Cross-entropy is then ln C. The Dice losses are at most 1. None if there is another loss.
     """
     total = 0.0
     for name, weight in config["loss"].items():
-        if name == "cross_entropy":
+        if name in ("cross_entropy", "cross_entropy_per_class"):
             total += weight * math.log(len(config["classes"]))
-        else:
+        elif name in ("dice_pooled", "dice_per_class"):
             total += weight
+        else:
+            return None
     return total
 
 
-def find_jump(losses: list[float], guess: float) -> int | None:
+def find_jump(losses: list[float], guess: float | None) -> int | None:
     """Find the first epoch, counted from 0, whose loss is over 1.5 times the loss before it.
 
     A rise by less than 5 % of `guess`, the loss of guessing, is noise of a loss that is almost
-    zero. A last loss that is much worse than guessing counts as well. None if there is no such
-    epoch.
+    zero. A last loss that is much worse than guessing counts as well. If nobody knows the loss of
+    guessing, the first loss stands for it. None if there is no such epoch.
     """
+    scale = abs(losses[0]) if guess is None else guess
     for epoch in range(1, len(losses)):
         rise = losses[epoch] - losses[epoch - 1]
-        if rise > losses[epoch - 1] / 2 and rise > guess / 20:
+        if rise > losses[epoch - 1] / 2 and rise > scale / 20:
             return epoch
-    if losses[-1] > 1.5 * guess:
+    if losses[-1] > 1.5 * scale:
         return len(losses) - 1
     return None
 
