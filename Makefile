@@ -30,6 +30,9 @@ $(if $(strip $(KNOWN)),,\
   $(error DATA=$(DATA): must be generated, afo, or a file NAME.yaml that exists and has another name than these))
 $(if $(filter quick full,$(PROFILE)),,$(error PROFILE=$(PROFILE): must be quick or full))
 
+# A text for the shell, between two '.
+quoted = $(subst ','\'',$(1))
+
 # The files that say that runs are finished, one for each seed: $(call runs,initial tuned).
 runs  = $(foreach name,$(1),$(foreach seed,$(SEEDS),$(RUNS)/$(name)/seed$(seed)/summary.json))
 sweep = $(call runs,$(addprefix $(1)/,$(call names,$(1))))
@@ -67,7 +70,7 @@ data/afo: | .venv/installed
 	$(PY) data.py download --out $@ $(if $(AFO_ARCHIVE),--archive $(AFO_ARCHIVE))
 
 describe: | .venv/installed  ## look at the folders IMAGES and MASKS and write a config of them to OUT=my.yaml
-	@$(PY) data.py describe --images '$(IMAGES)' --masks '$(MASKS)' $(if $(filter file,$(origin OUT)),,--out $(OUT))
+	@$(PY) data.py describe --images '$(call quoted,$(IMAGES))' --masks '$(call quoted,$(MASKS))' $(if $(filter file,$(origin OUT)),,--out $(OUT))
 check: | $(DATA_DIR) .venv/installed  ## list all problems of the data, and show samples with their masks
 	$(PY) data.py check $(if $(OWN),--config $(OWN),$(DATA_DIR)) --picture report/check-$(DATA_NAME).png
 
@@ -117,7 +120,7 @@ GIVEN  := $(foreach name,DATA PROFILE RUNS,$(if $(filter file,$(origin $(name)))
 GIVEN  += $(if $(SET),SET="$(SET)")
 report: $(call runs,$(MODELS)) | $(BESIDE)  ## train and test the four models, write report/, print the comparison table
 	$(test_runs)
-	@$(PY) report.py --runs $(RUNS) --out report --variables '$(subst ','\'',$(strip $(GIVEN)))'
+	@$(PY) report.py --runs $(RUNS) --out report --variables '$(call quoted,$(strip $(GIVEN)))'
 
 scenes: ; $(error make scenes: its name is now make weights)
 weights: | data/afo data/scenes  ## train the shipped weights again: 21,600 generated flights, an hour

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from common import UserError, reading
@@ -23,6 +23,9 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow refuses large images, to protect servers
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels → Pillow's name for such an image
 READABLE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # at most 8 bits a channel
 PAGED_FORMATS = ("TIFF", "GIF", "PNG", "WEBP")  # other formats hold previews as further pages
+
+# What a PNG has in it if it says that it must be turned: as EXIF, as ImageMagick's EXIF, as XMP.
+TURNING = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 
 # Tags of EXIF and of TIFF files.
 ORIENTATION = 0x0112
@@ -43,7 +46,13 @@ def open_image(path: Path) -> tuple[Image.Image, int]:
         # Pillow maps some files into memory if it knows their name, and then mixes up the width and
         # height of images that are to be turned. So it gets no name.
         content = path.read_bytes()
-        image = Image.open(io.BytesIO(content))
+        if content.startswith(b"version https://git-lfs"):
+            raise UserError(f"{path}: stands for a file of Git LFS; fetch it: git lfs pull")
+        try:
+            image = Image.open(io.BytesIO(content))
+        except UnidentifiedImageError:
+            text = "cannot be read (it is no image, or of an unknown kind)"
+            raise UserError(f"{path}: {text}; save it as PNG, or remove it") from None
         pages = getattr(image, "n_frames", 1)
         if pages > 1 and image.format in PAGED_FORMATS:
             advice = "save each as a file (docs/data.md shows how)"
@@ -79,14 +88,25 @@ def is_turned(path: Path) -> bool:
         return Image.open(path).getexif().get(ORIENTATION, 1) in range(2, 9)
 
 
+def turned_alone(image_path: Path, mask_path: Path) -> str:
+    """Say which of a pair EXIF data turn upright: "image" or "mask" if one alone, else ""."""
+    image_is_turned = is_turned(image_path)
+    mask_is_turned = is_turned(mask_path)
+    if image_is_turned == mask_is_turned:
+        return ""
+    return "image" if image_is_turned else "mask"
+
+
 def read_size(path: Path) -> tuple[int, int]:
-    """Read the height and width of an image, turned upright; decode it only if it is turned."""
+    """Read the height and width of an image, turned upright; decode it only if need be."""
     with reading(path), open(path, "rb") as file:
         image = Image.open(file)
         width, height = image.size
-        # To look for EXIF data behind its pixels, Pillow would decode a PNG.
-        if image.format == "PNG" and "exif" not in image.info:
-            return height, width
+        # Data that turn a PNG may stand behind its pixels, and Pillow would decode it to see them.
+        if image.format == "PNG":
+            content = path.read_bytes()
+            if not any(mark in content for mark in TURNING):
+                return height, width
         if image.getexif().get(ORIENTATION, 1) in range(5, 9):  # turned by a quarter
             width, height = ImageOps.exif_transpose(image).size
     return height, width
@@ -165,9 +185,14 @@ def read_image(
     return np.atleast_3d(np.array(image, np.uint8))
 
 
-def likely_range(highest: int) -> list[int]:
-    """Guess the range of values of a camera by the highest in its images: of 10, 12 … 16 bits."""
-    bits = max(10, highest.bit_length() + highest.bit_length() % 2)
+def likely_range(lowest: int, highest: int) -> list[int]:
+    """Guess the range of values by the lowest and the highest in some images.
+
+    Cameras have 8, 10, 12 … 16 bits. Values below 0, as of computed tomography, are no camera's.
+    """
+    if lowest < 0:
+        return [lowest, highest]
+    bits = max(8, highest.bit_length() + highest.bit_length() % 2)
     return [0, 2**bits - 1]
 
 
@@ -177,9 +202,9 @@ def scale_to_8_bits(
     """Scale an image so that a range of its values becomes 0…255, rounded; the rest is cut off."""
     values = read_deep(path, image, bits)
     if not value_range:
-        highest = int(values.max())
+        lowest, highest = int(values.min()), int(values.max())
         text = f"has {bits} bits a channel and values up to {highest}"
-        advice = f"set value_range: {likely_range(highest)} to train, or save 8 bits"
+        advice = f"set value_range: {likely_range(lowest, highest)} to train, or save 8 bits"
         raise UserError(f"{path}: {text}; {advice} (other images may need a wider range)")
     low, high = value_range
     scaled = (values.astype(np.float32) - low) * (255 / (high - low))
@@ -283,7 +308,7 @@ def read_pair(image_path: Path, mask_path: Path, config: dict) -> tuple[Tensor, 
         image_size = f"{image.shape[2]}×{image.shape[1]}"
         text = f"is {mask_size} pixels but its image is {image_size}"
         advice = "give both the same size"
-        if is_turned(image_path) and not is_turned(mask_path):
+        if turned_alone(image_path, mask_path) == "image":
             text += ", turned upright by its EXIF data"
             advice = "turn the mask upright too, or save the image without EXIF data"
         raise UserError(f"{mask_path}: {text}; {advice}")

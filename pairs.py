@@ -61,9 +61,10 @@ def check_data_keys(config: dict) -> None:
     if len(config["split_folders"]) not in (2, 3):
         raise UserError(f"split_folders: is {config['split_folders']}; give two or three folders")
     check_pair_of_numbers("resize", config["resize"], 8, 16384, "[height, width] in pixels")
-    check_pair_of_numbers("value_range", config["value_range"], 0, 2**31, "[lowest, highest]")
-    if config["value_range"] and config["value_range"][0] >= config["value_range"][1]:
-        raise UserError(f"value_range: is {config['value_range']}; give the lower value first")
+    value_range = config["value_range"]
+    check_pair_of_numbers("value_range", value_range, -(2**31), 2**31, "[lowest, highest]")
+    if value_range and value_range[0] >= value_range[1]:
+        raise UserError(f"value_range: is {value_range}; give the lower value first")
     with reading("group", "give a regular expression, as in '^[^_]+'"):
         re.compile(config["group"])
     check_mask_keys(config)
@@ -230,15 +231,16 @@ def list_alone(
 ) -> list[str]:
     """List the files whose name no other file has, and a file that may be meant instead."""
     problems = []
+    kind = "mask" if kind_of_others == "image" else "image"
     used = {other.path for name, other in others.items() if name in files}
     for name in sorted(files.keys() - others.keys()):
         partner = root / fill(pattern_of_others, files[name].matches)
         hint = ""
         if len(problems) < MOST_EXPLAINED and partner.parent.is_dir():
-            near = find_near(partner, used)
+            near = find_near(partner, used | {files[name].path})
             if near is not None:
                 hint = f" (there is {near})"
-        text = f"has no {kind_of_others} {partner}{hint}; add it, or remove this file"
+        text = f"has no {kind_of_others} {partner}{hint}; add it, or remove this {kind}"
         problems.append(f"{files[name].path}: {text}")
     return problems
 

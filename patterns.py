@@ -7,6 +7,7 @@ kind. Every other character is meant as it stands. Links to folders are followed
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 from common import UserError, reading
 
 # The endings that a bare * stands for.
-ENDINGS = ("png", "jpg", "jpeg", "jfif", "bmp", "gif", "tif", "tiff", "webp")
+ENDINGS = ("png", "jpg", "jpeg", "jfif", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm")
 # Endings of other images; `data.py check` says that such files are left out.
 CAMERA_ENDINGS = ("heic", "heif", "dng", "cr2", "cr3", "nef", "arw")
 OTHER_ENDINGS = (*CAMERA_ENDINGS, "jp2", "jxl", "avif", "psd", "svg", "dcm", "nii", "czi", "svs")
@@ -164,7 +165,8 @@ def find_files(root: Path, pattern: str) -> list[File]:
             match = expression.fullmatch(file_name)
             if match:
                 texts = (*matches, *match.groups())
-                name = "/".join(text for text in texts if text)
+                # Macs write ä as two characters: names that look the same are the same.
+                name = unicodedata.normalize("NFC", "/".join(text for text in texts if text))
                 check_name(folder / file_name)
                 found.append(File(folder / file_name, texts, name))
     return found

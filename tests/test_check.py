@@ -62,6 +62,15 @@ def test_every_problem_is_listed(root: Path, call) -> None:
         assert out.count(text) == 1, text
 
 
+def test_many_images_without_a_mask_are_one_problem_or_three(root: Path, call) -> None:
+    for mask in sorted((root / "training/gt_image").iterdir())[:5]:
+        mask.unlink()
+    code, out, error = call(data.main, "check", root)
+    assert code == 2 and error.endswith("3 problem(s), listed above; fix them\n")
+    assert out.count("add it, or remove this image") == 3
+    assert "remove this image (and 2 more files like this)\n" in out
+
+
 def test_a_config_says_where_the_data_are(dataset: Path, tmp_path: Path, call) -> None:
     text = (
         f"\ufeffdata: {dataset}\r\n"  # a mark and line ends as editors of Windows write them
@@ -99,6 +108,16 @@ def cells(tmp_path: Path) -> Path:
         "classes: {ground: [0, 0, 0], a rather long name: [255, 255, 255]}\n"
     )
     return tmp_path / "cells.yaml"
+
+
+def test_masks_that_are_turned_alone_are_told(cells: Path, call) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    for path in (cells.parent / "masks").iterdir():
+        Image.open(path).save(path, exif=exif)
+    code, out, _ = call(data.main, "check", "--config", cells)
+    assert code == 0
+    assert re.search(r"EXIF data turn \d masks upright, as .*masks.*, but not their images", out)
 
 
 def test_notes_are_no_problems(cells: Path, call) -> None:

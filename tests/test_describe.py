@@ -1,4 +1,4 @@
-"""Tests of tools/describe.py and of tools/meaning.py, on small real files."""
+"""Tests of tools/describe.py, tools/examine.py and tools/meaning.py, on small real files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,8 @@ import data as data_script
 from common import UserError
 from config import load_config
 from metrics import IGNORE
-from tools.meaning import ExaminedPair, collect, run_lengths
+from tools import describe
+from tools.examine import ExaminedPair, collect, run_lengths
 
 # ---- values of masks
 
@@ -126,8 +127,10 @@ def test_a_mask_counts_once_for_a_colour_that_two_of_its_numbers_have() -> None:
             mask_size=(9, 9),
             mode="RGB",
             bits=8,
+            lowest=0,
             highest=255,
-            only_image_turned=False,
+            mask=Path(),
+            turned_alone="",
             kind="palette",
             palette=palette,
             numbers=np.array(list(palette)),
@@ -222,6 +225,80 @@ def test_images_of_many_sizes_are_cropped_or_resized(tmp_path: Path, step: int) 
     else:
         assert config["resize"] == [256, 256]  # the median
         assert "5 sizes, the median is 256×256" in text
+
+
+@pytest.mark.parametrize("kind", ["smoothed", "photograph"])
+def test_one_odd_mask_does_not_decide_what_all_mean(tmp_path: Path, kind: str) -> None:
+    write_set(tmp_path, BLACK_RED_BLUE)
+    path = tmp_path / "labels/007.png"
+    mask = Image.open(path).filter(ImageFilter.GaussianBlur(2))
+    if kind == "photograph":
+        mask = Image.open(tmp_path / "photos/007.png")
+    save(path, mask)
+    config, text = write_config(tmp_path)
+    assert sorted(config["classes"].values()) == sorted(BLACK_RED_BLUE.tolist())
+    assert f"masks: 1 hold many values beside edges, unlike the others, as {path};" in text
+
+
+def test_black_and_white_masks_of_one_and_of_eight_bits_mean_the_same(tmp_path: Path) -> None:
+    write_set(tmp_path, np.array([0, 255, 0], np.uint8))
+    for path in sorted((tmp_path / "labels").iterdir())[::2]:
+        save(path, Image.open(path).convert("1"))
+    config, _ = write_config(tmp_path)
+    assert list(config["classes"].values()) == [[0, 0, 0], [255, 255, 255]]
+    for i, mask in enumerate(read_masks(config)):
+        assert ((mask == 1) == (draw(i)[1] == 1)).all()
+
+
+def test_white_that_is_one_or_255_is_refused(tmp_path: Path) -> None:
+    write_set(tmp_path, np.array([0, 255, 0], np.uint8))
+    for path in sorted((tmp_path / "labels").iterdir())[::2]:
+        save(path, np.array(Image.open(path)) // 255)
+    with pytest.raises(UserError, match=r"hold 0 and 1 \(.*000\.png\), or 0 and 255 \(.*001"):
+        write_config(tmp_path)
+
+
+def test_255_beside_indices_with_gaps_is_a_doubt(tmp_path: Path) -> None:
+    write_set(tmp_path, np.array([0, 2, 5], np.uint8))
+    for path in (tmp_path / "labels").iterdir():
+        mask = np.array(Image.open(path))
+        mask[60:] = 255
+        save(path, mask)
+    config, text = write_config(tmp_path)
+    assert len(config["classes"]) == 4
+    assert "if 255 marks pixels without a label, set ignore: [255, 255, 255]" in text
+
+
+def test_masks_of_several_kinds_are_told(tmp_path: Path) -> None:
+    write_set(tmp_path, np.array([0, 1, 2], np.uint8))
+    for path in sorted((tmp_path / "labels").iterdir())[::2]:
+        mask = Image.open(path).copy()
+        mask.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+        save(path, mask)
+    _, text = write_config(tmp_path)
+    assert "masks: of several kinds (6 palette, 6 grey)" in text
+
+
+def test_a_few_coloured_images_among_grey_ones_keep_their_colours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(describe, "LOOKED_AT", 4)  # 0, 3, 7 and 11
+    write_set(tmp_path, np.array([0, 1, 2], np.uint8))
+    for number, path in enumerate(sorted((tmp_path / "photos").iterdir())):
+        if number != 5:
+            save(path, Image.open(path).convert("L").convert("RGB"))
+    config, _ = write_config(tmp_path)
+    assert config["in_channels"] == 3
+
+
+def test_a_mask_turned_by_its_exif_data_alone_is_told(tmp_path: Path) -> None:
+    write_set(tmp_path, np.array([0, 1, 2], np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    for path in (tmp_path / "labels").iterdir():
+        save(path, Image.open(path), exif=exif)
+    _, text = write_config(tmp_path)
+    assert "12 masks are turned upright by their EXIF data, but not their images" in text
 
 
 def test_a_file_that_exists_is_kept(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import config_for, corruptions
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import images
 from common import UserError
@@ -171,6 +172,37 @@ def test_size_is_that_of_the_upright_image(tmp_path: Path, name: str) -> None:
             exif[0x0112] = orientation
         Image.new("RGB", (4, 2)).save(tmp_path / name, exif=exif)
         assert read_size(tmp_path / name) == read_image(tmp_path / name).shape[:2]
+
+
+@pytest.mark.parametrize("key", ["Raw profile type exif", "XML:com.adobe.xmp"])
+def test_size_of_a_png_that_says_in_a_text_how_it_is_turned(tmp_path: Path, key: str) -> None:
+    """As ImageMagick and others write it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    hexadecimal = exif.tobytes().hex()
+    text = f"\nexif\n    {len(hexadecimal) // 2}\n{hexadecimal}\n"
+    if key.startswith("XML"):
+        text = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
+    info = PngInfo()
+    info.add_itxt(key, text)
+    Image.new("RGB", (4, 2)).save(tmp_path / "a.png", pnginfo=info)
+    assert read_image(tmp_path / "a.png").shape[:2] == (4, 2)
+    assert read_size(tmp_path / "a.png") == (4, 2)
+
+
+def test_values_below_0_are_scaled(tmp_path: Path) -> None:
+    """As Hounsfield units of computed tomography, in TIFFs of signed integers."""
+    Image.fromarray(np.array([[-1000, -300, 400]], np.int32)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"set value_range: \[-1000, 400\]"):
+        read_image(tmp_path / "a.tif")
+    pixels = read_image(tmp_path / "a.tif", 1, [-1000, 400])
+    assert pixels[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match=r"a\.png: stands for a file of Git LFS; fetch it"):
+        read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

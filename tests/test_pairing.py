@@ -1,5 +1,6 @@
 """Tests of tools/pairing.py through describe: which mask belongs to which image, by their names."""
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -117,3 +118,42 @@ def test_files_without_partner_are_told(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").unlink()
     with pytest.raises(UserError, match=r"names do not fit, as 000b-100\.png and 000\.png"):
         write_config(tmp_path)
+
+
+def test_other_splits_with_other_names_are_left_out(tmp_path: Path) -> None:
+    """As in DRIVE, where the file names have the split in them."""
+    pixels, values = draw(0, 24, 32)
+    for start, split in ((0, "test"), (20, "training")):
+        for i in range(start, start + N):
+            save(tmp_path / f"{split}/images/{i:02}_{split}.tif", pixels)
+            save(tmp_path / f"{split}/manual/{i:02}_manual1.png", values)
+    save(tmp_path / "val/images/1.png", pixels)
+    (tmp_path / "val/manual").mkdir()  # no masks yet
+    config, text = write_config(tmp_path, "training/images", "training/manual")
+    assert config["data"] == str(tmp_path / "training")
+    assert config["images"] == "images/*_training.tif"
+    assert f"{2 * N} files are in no pair, as {tmp_path}/test/" in text
+    assert len(read_masks(config)) == N
+
+
+def test_names_that_fit_by_chance_are_refused(tmp_path: Path) -> None:
+    """Each patient's images go with the masks of patient 4: the names hold both numbers."""
+    pixels, values = draw(0, 24, 32)
+    for patient in range(1, 5):
+        for slice_number in range(1, 6):
+            image = f"p{patient:02}_s{slice_number:02}.png"
+            save(tmp_path / "photos" / image, pixels)
+            save(tmp_path / f"labels/s{slice_number:02}_p{patient:02}.png", values)
+    with pytest.raises(UserError, match="names do not fit"):
+        write_config(tmp_path)
+
+
+def test_names_that_look_alike_are_the_same(tmp_path: Path) -> None:
+    """Macs write ä as an a and its dots."""
+    pixels, values = draw(0, 24, 32)
+    for i in range(N):
+        name = f"Bär{i}.png" if i % 2 else f"Hund{i}.png"
+        save(tmp_path / "photos" / unicodedata.normalize("NFD", name), pixels)
+        save(tmp_path / "labels" / unicodedata.normalize("NFC", name), values)
+    config, _ = write_config(tmp_path)
+    assert len(read_masks(config)) == N

@@ -22,7 +22,7 @@ from config import add_arguments as add_config_arguments
 from config import data_override, load_config
 from data import evenly, in_parallel, padded_size
 from figures import class_colours, grid, legend_of, overlay, save, thumbnail
-from images import count_near, is_turned, read_pair, read_palette, share_cut_off
+from images import count_near, read_pair, read_palette, share_cut_off, turned_alone
 from masks import missing_classes_problem
 from metrics import IGNORE, MIN_GROUPS
 from pairs import (
@@ -47,7 +47,7 @@ class CheckedPair(NamedTuple):
     size: tuple[int, int]  # height and width of the files
     digest: str  # of the image's pixels
     is_plain: bool  # the image is of a single colour
-    only_image_turned: bool  # EXIF data turn the image upright, but not the mask
+    turned_alone: str  # "image" or "mask" if EXIF data turn one of them upright alone, else ""
     n_near: int  # pixels of the mask that have a class through `mask_tolerance` alone
     cut_off: float  # the share of the image's values that `value_range` cuts off
     palette: dict[int, list[int]]  # of a mask of indices that is a palette file: number → colour
@@ -77,7 +77,7 @@ def examine(pair: Pair, config: dict) -> CheckedPair:
         size=(mask.shape[0], mask.shape[1]),
         digest=sha256(image.numpy().tobytes()).hexdigest(),
         is_plain=bool((pixels == pixels[:, :1]).all()),
-        only_image_turned=is_turned(pair.image) and not is_turned(pair.mask),
+        turned_alone=turned_alone(pair.image, pair.mask),
         n_near=count_near(pair.mask, config) if config["mask_tolerance"] else 0,
         cut_off=share_cut_off(pair.image, config["value_range"]) if config["value_range"] else 0.0,
         palette=read_palette(pair.mask) if config["mask_format"] == "indices" else {},
@@ -158,15 +158,17 @@ def describe_exceptions(
 ) -> list[str]:
     """Write notes on images of a single colour, turned images and masks with a tolerance."""
     plain = []
-    turned = []
+    turned = {"image": [], "mask": []}
     n_near = 0
     n_pixels = 0
     cut_off: dict[Path, float] = {}  # image → the share of its values
     for pair, examined in zip(pairs, examined_pairs, strict=True):
         if examined.is_plain:
             plain.append(pair.image)
-        if examined.only_image_turned:
-            turned.append(pair.image)
+        if examined.turned_alone == "image":
+            turned["image"].append(pair.image)
+        elif examined.turned_alone == "mask":
+            turned["mask"].append(pair.mask)
         n_near += examined.n_near
         n_pixels += int(examined.counts.sum())
         if examined.cut_off > 0:
@@ -175,9 +177,12 @@ def describe_exceptions(
     if plain:
         text = f"{len(plain)} images are of a single colour (empty slices?), as {plain[0]} is"
         notes.append(f"{split}: {text}")
-    if turned:
-        text = f"EXIF data turn {len(turned)} images upright, as {turned[0]}, but not their masks"
-        notes.append(f"{split}: {text}; check in the picture that these masks are upright")
+    for kind, other in (("image", "masks"), ("mask", "images")):
+        if turned[kind]:
+            number = len(turned[kind])
+            text = f"EXIF data turn {number} {kind}s upright, as {turned[kind][0]}"
+            advice = "check in the picture that they fit"
+            notes.append(f"{split}: {text}, but not their {other}; {advice}")
     if n_near:
         share = n_near / n_pixels
         text = f"gives {n_near} pixels ({share:.2%}) the nearest class"
@@ -344,7 +349,7 @@ def main(args: argparse.Namespace) -> None:
     # Splits drawn from one folder repeat the same notes and problems: each is printed once.
     for note in dict.fromkeys(notes):
         print(f"note: {note}")
-    problems = list(dict.fromkeys(problems)) + shorten_alike(unusable)
+    problems = shorten_alike(list(dict.fromkeys(problems)) + unusable)
     for problem in problems:
         print(f"problem: {problem}")
     if problems:

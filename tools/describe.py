@@ -22,17 +22,15 @@ from figures import distinct_colours
 from images import likely_range, read_image
 from patterns import find_files
 from tools.check import note_shared_groups
+from tools.examine import ExaminedPair, Masks, Value, collect, examine_all
 from tools.meaning import (
-    ExaminedPair,
-    Masks,
+    LARGEST_INDEX,
     Meaning,
-    Value,
     are_photographs,
-    collect,
     colour_of,
-    examine_all,
     find_meaning,
     find_unlabelled,
+    leave_out_odd,
     object_side,
     read_class_names,
 )
@@ -185,6 +183,18 @@ def note_doubts(meaning: Meaning, masks: Masks, is_drawn: bool, notes: list[str]
     """Say which values may mean something else."""
     values = masks.values
     shares = [values[number].share for number in meaning.classes]
+    if len(masks.kinds) > 1:
+        kinds = ", ".join(f"{number} {kind}" for kind, number in masks.kinds.items())
+        text = "so what they show counts; if all hold numbers, save them as one kind"
+        notes.append(f"masks: of several kinds ({kinds}), {text}")
+    if meaning.numbers_objects:
+        text = "if they are classes, list each of them, without other_values"
+        notes.append(f"classes: {len(values) - 1} values are taken for numbers of objects; {text}")
+    others = [number for number in meaning.classes if number != 255]
+    are_indices = masks.kind == "grey" and len(others) > 2 and max(others) <= LARGEST_INDEX
+    if are_indices and 255 in meaning.classes:
+        text = "if 255 marks pixels without a label, set ignore: [255, 255, 255]"
+        notes.append(f"classes: {text} and remove its class")
     unlabelled = find_unlabelled(meaning, masks)
     if unlabelled is not None:
         ignored = sorted([*meaning.ignored, unlabelled])
@@ -214,15 +224,18 @@ def describe_images(examined: list[ExaminedPair], notes: list[str]) -> list[Line
     deep = [pair for pair in examined if pair.bits > 8]
     if deep:
         bits = max(pair.bits for pair in deep)
+        lowest = min(pair.lowest for pair in deep)
         highest = max(pair.highest for pair in deep)
-        value_range = likely_range(highest)
-        reason = f"{bits} bits a channel, the highest value is {highest}"
+        value_range = likely_range(lowest, highest)
+        reason = f"{bits} bits a channel, values from {lowest} to {highest}"
         lines.append(Line(f"value_range: {value_range}", reason))
     modes = Counter(pair.mode for pair in examined)
     kinds = ", ".join(f"{number} {mode}" for mode, number in modes.most_common())
     reason = f"kinds of pixels: {kinds}"
     channels = 3
-    is_grey, opacities = look_at_pixels(examined, value_range)
+    is_grey, opacities = look_at_pixels(examined, value_range, LOOKED_AT)
+    if is_grey:  # a few coloured ones would lose their colours
+        is_grey, opacities = look_at_pixels(examined, value_range, 0)
     if is_grey:
         channels = 1
         reason += "; without colours"
@@ -232,18 +245,21 @@ def describe_images(examined: list[ExaminedPair], notes: list[str]) -> list[Line
     elif opacities == {0}:
         notes.append("in_channels: every pixel is transparent, so transparency is not used")
     lines.append(Line(f"in_channels: {channels}", reason))
-    turned = sum(pair.only_image_turned for pair in examined)
-    if turned:
-        text = "are turned upright by their EXIF data; so must their masks be"
-        notes.append(f"{turned} images {text}")
+    for kind, others in (("image", "masks"), ("mask", "images")):
+        turned = sum(pair.turned_alone == kind for pair in examined)
+        if turned:
+            text = f"are turned upright by their EXIF data, but not their {others}"
+            notes.append(f"{turned} {kind}s {text}: see in the picture of make check if they fit")
     return lines
 
 
-def look_at_pixels(examined: list[ExaminedPair], value_range: list[int]) -> tuple[bool, set[int]]:
-    """Tell whether a few of the images are grey; also list the values of their alpha channel."""
+def look_at_pixels(
+    examined: list[ExaminedPair], value_range: list[int], number: int
+) -> tuple[bool, set[int]]:
+    """Tell whether a number of images are grey, 0: all; also list the values of their alpha."""
     is_grey = True
     opacities = set()
-    for i in evenly(len(examined), LOOKED_AT):
+    for i in evenly(len(examined), number):
         pixels = read_image(examined[i].image, 4, value_range)
         is_grey = is_grey and bool((pixels[..., :3] == pixels[..., :1]).all())
         opacities.update(np.unique(pixels[..., 3]).tolist())
@@ -355,8 +371,9 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("give both folders: make describe IMAGES=photos MASKS=labels")
     layout = find_layout(args.images, args.masks)
     examined, notes = examine_all(layout.pairs)
-    masks = collect(examined)
-    meaning = find_meaning(examined, masks)
+    usual = leave_out_odd(examined, notes)
+    masks = collect(usual)
+    meaning = find_meaning(usual, masks)
     names = read_class_names(layout.root)
     lines = describe_files(layout, notes)
     lines += describe_group(layout, notes)

@@ -1,22 +1,16 @@
-"""Look at pairs of image and mask, and work out what the values in the masks mean."""
+"""Work out what the values in masks mean: classes, numbers of objects, pixels without a label."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from common import UserError, reading
-from data import evenly, in_parallel
-from images import is_turned, open_image, read_deep, read_size, read_values
-from masks import number_pixels
+from tools.examine import ExaminedPair, Masks, Value, colour_number, split_colour
 
-MOST_EXAMINED = 1000  # pairs, evenly spaced, that are read
 NAME_FILES = ("class_names.txt", "classes.txt", "labels.txt")  # labelme writes the first
 VOC_BORDER = 0xE0E0C0  # the colour of index 255 in the palette of PASCAL VOC
-LARGEST_COLOUR = 0xFFFFFF
 ROUGH = 3  # pixels: values that reach less far, on average, are no mask's
 THIN = 4  # pixels: a value whose areas are thinner on average lies along edges
 OUTLINE = 12  # pixels: an outline that nobody labelled is thinner
@@ -27,41 +21,7 @@ MOST_THIN_VALUES = 8  # more thin values in a mask than that come from smoothing
 NEAR = 48  # colours that differ by less in each channel are one class, changed by JPEG
 SMALLEST_SHARE = 0.002  # of a class that smoothing or JPEG changed; what has less is beside edges
 LARGEST_TOLERANCE = 128
-
-
-class ExaminedPair(NamedTuple):
-    """What is known of a pair of files."""
-
-    image: Path
-    size: tuple[int, int]  # height and width, upright
-    mask_size: tuple[int, int]
-    mode: str  # Pillow's name for the kind of the image's pixels
-    bits: int  # a channel of the image
-    highest: int  # value in the image, if it has more than 8 bits
-    only_image_turned: bool  # EXIF data turn the image upright, but not the mask
-    kind: str  # of the mask: grey, palette or colours
-    palette: dict[int, int]  # of a palette mask: value → colour
-    numbers: np.ndarray  # (K,) the values in the mask; a colour is red × 65536 + green × 256 + blue
-    pixels: np.ndarray  # (K,) how many have each value
-    thickness: np.ndarray  # (K,) of the areas of each value, in pixels, mean over the pixels
-    flatness: float  # median thickness of areas of exactly one value
-
-
-class Value(NamedTuple):
-    """What is known of a value over all masks."""
-
-    share: float  # of all pixels
-    thickness: float  # of its areas, in pixels, mean over its pixels
-    n_masks: int  # that have it
-
-
-class Masks(NamedTuple):
-    """What is known of all masks."""
-
-    kind: str
-    palette: dict[int, int]
-    values: dict[int, Value]
-    n_masks: int
+SHARE_OF_ODD = 0.1  # of the masks: if no more of them were smoothed, they are left out
 
 
 class Meaning(NamedTuple):
@@ -74,166 +34,6 @@ class Meaning(NamedTuple):
     ignore_reason: str = ""
     tolerance: int = 0
     numbers_objects: bool = False  # every value that is not listed is the number of an object
-
-
-# ---- files
-
-
-def run_lengths(numbers: np.ndarray) -> np.ndarray:
-    """Compute how many equal pixels lie side by side at each pixel: (H, W) to (H, W)."""
-    is_start = np.ones(numbers.shape, bool)
-    is_start[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
-    starts = np.flatnonzero(is_start)
-    lengths = np.diff(starts, append=numbers.size)
-    return np.repeat(lengths, lengths).reshape(numbers.shape)
-
-
-def measure_thickness(numbers: np.ndarray) -> np.ndarray:
-    """Measure at each pixel how far its value reaches across or down, the shorter of both."""
-    return np.minimum(run_lengths(numbers), run_lengths(numbers.T).T)
-
-
-def read_numbers(path: Path) -> tuple[np.ndarray, str, dict[int, int]]:
-    """Read a mask as (H, W) numbers; also its kind and its palette, as in ExaminedPair."""
-    with reading(path):
-        image, _ = open_image(path)
-    if image.mode == "P":
-        colours = np.array(image.getpalette("RGB")).reshape(-1, 3)
-        palette = dict(enumerate(number_pixels(colours).tolist()))
-        return read_values(path, "indices")[..., 0], "palette", palette
-    if image.mode in ("RGB", "RGBA", "CMYK", "YCbCr"):
-        values = read_values(path, "colours")
-        if (values != values[..., :1]).any():
-            return number_pixels(values), "colours", {}
-        return values[..., 0], "grey", {}
-    return read_values(path, "indices")[..., 0], "grey", {}
-
-
-def count_values(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """List the K values of (H, W) numbers; the place of each pixel among them; their pixels."""
-    if numbers.max() > 65535:
-        return np.unique(numbers, return_inverse=True, return_counts=True)
-    counts = np.bincount(numbers.ravel())  # faster than sorting all pixels
-    values = np.flatnonzero(counts)
-    place_of = np.cumsum(counts > 0) - 1
-    return values, place_of[numbers], counts[values]
-
-
-def coarse_colours(numbers: np.ndarray) -> np.ndarray:
-    """Round each channel of colours, each one number, to five steps: 0, 64, 128, 192 and 255."""
-    coarse = np.zeros_like(numbers)
-    for shift in (16, 8, 0):
-        channel = numbers >> shift & 255
-        coarse = coarse * 8 + (channel + 32) // 64
-    return coarse
-
-
-def examine(pair: tuple[Path, Path]) -> ExaminedPair:
-    """Look at an image and its mask; UserError if one cannot be read."""
-    image_path, mask_path = pair
-    image, bits = open_image(image_path)
-    highest = int(read_deep(image_path, image, bits).max()) if bits > 8 else 0
-    numbers, kind, palette = read_numbers(mask_path)
-    values, places, pixels = count_values(numbers)
-    thickness = measure_thickness(numbers)
-    flatness = float(np.median(thickness))
-    if len(values) > MOST_CLASSES and values[-1] <= LARGEST_COLOUR:
-        # What JPEG changes a little is one area.
-        thickness = measure_thickness(coarse_colours(numbers))
-    return ExaminedPair(
-        image=image_path,
-        size=read_size(image_path),
-        mask_size=numbers.shape,
-        mode=image.mode,
-        bits=bits,
-        highest=highest,
-        only_image_turned=is_turned(image_path) and not is_turned(mask_path),
-        kind=kind,
-        palette=palette,
-        numbers=values,
-        pixels=pixels,
-        flatness=flatness,
-        thickness=np.bincount(places.ravel(), weights=thickness.ravel()) / pixels,
-    )
-
-
-def examine_all(pairs: list[tuple[Path, Path]]) -> tuple[list[ExaminedPair], list[str]]:
-    """Look at pairs, at most MOST_EXAMINED; also list what is wrong. UserError if none is read."""
-    chosen = [pairs[i] for i in evenly(len(pairs), MOST_EXAMINED)]
-    examined = []
-    problems = []
-    results = in_parallel(examine, chosen)
-    for _, future in tqdm(results, "looking", len(chosen), disable=None):
-        try:
-            examined.append(future.result())
-        except UserError as error:
-            problems.append(str(error))
-    if not examined:
-        raise UserError(f"{problems[0]} ({len(problems)} pairs cannot be read)")
-    if len(problems) > 1:
-        problems = [f"{problems[0]} (and {len(problems) - 1} more)"]
-    if len(chosen) < len(pairs):
-        problems.append(f"{len(chosen)} of {len(pairs)} pairs were looked at, check reads all")
-    misfits = [pair for pair in examined if pair.size != pair.mask_size]
-    if misfits:
-        height, width = misfits[0].size
-        mask_height, mask_width = misfits[0].mask_size
-        text = f"{mask_width}×{mask_height} for {width}×{height}"
-        number = f"{len(misfits)} of {len(examined)} masks"
-        problems.append(f"{number} differ in size from their image, as {text}")
-    return examined, problems
-
-
-def collect(examined: list[ExaminedPair]) -> Masks:
-    """Add up what is known of the masks. Masks of several kinds or palettes count as colours."""
-    kinds = {pair.kind for pair in examined}
-    palette, is_shared = merge_palettes(examined)
-    kind = examined[0].kind if len(kinds) == 1 and is_shared else "colours"
-    pixels_of, weighted_of, masks_of = Counter(), Counter(), Counter()
-    for pair in examined:
-        in_this_mask = set()
-        for i, number in enumerate(pair.numbers.tolist()):
-            if kind == "colours":
-                number = colour_number(number, pair.kind, pair.palette)
-            pixels = int(pair.pixels[i])
-            pixels_of[number] += pixels
-            weighted_of[number] += pixels * float(pair.thickness[i])
-            in_this_mask.add(number)
-        masks_of.update(in_this_mask)
-    all_pixels = pixels_of.total()
-    values = {}
-    for number, pixels in sorted(pixels_of.items()):
-        thickness = weighted_of[number] / pixels
-        values[number] = Value(pixels / all_pixels, thickness, masks_of[number])
-    return Masks(kind, palette, values, len(examined))
-
-
-def merge_palettes(examined: list[ExaminedPair]) -> tuple[dict[int, int], bool]:
-    """Merge the palettes of masks; also tell whether no number has two colours."""
-    merged = {}
-    is_shared = True
-    for pair in examined:
-        if not pair.palette:
-            continue
-        for number in pair.numbers.tolist():
-            colour = pair.palette.get(number, 0)
-            if merged.setdefault(number, colour) != colour:
-                is_shared = False
-    return merged, is_shared
-
-
-def colour_number(number: int, kind: str, palette: dict[int, int]) -> int:
-    """Return the colour that a value of a mask stands for, as one number."""
-    if kind == "palette":
-        return palette.get(number, 0)
-    if kind == "grey":
-        return min(number, 255) * 0x010101
-    return number
-
-
-def split_colour(number: int) -> list[int]:
-    """Split a colour that is one number into [red, green, blue]."""
-    return [number >> 16, number >> 8 & 255, number & 255]
 
 
 def read_class_names(folder: Path) -> list[str]:
@@ -253,6 +53,31 @@ def read_class_names(folder: Path) -> list[str]:
 # ---- what values mean
 
 
+def has_thin_values(pair: ExaminedPair) -> bool:
+    """Tell whether a mask has many values beside edges: it was smoothed, or is a photograph."""
+    is_photograph = len(pair.numbers) > MOST_CLASSES and pair.flatness < ROUGH
+    return is_photograph or (pair.thickness < THIN).sum() > MOST_THIN_VALUES
+
+
+def leave_out_odd(examined: list[ExaminedPair], notes: list[str]) -> list[ExaminedPair]:
+    """Leave out a few masks that were smoothed, where the others were not, and note it."""
+    odd = [pair for pair in examined if has_thin_values(pair)]
+    if not odd or len(odd) > SHARE_OF_ODD * len(examined):
+        return examined
+    text = f"hold many values beside edges, unlike the others, as {odd[0].mask}"
+    notes.append(f"masks: {len(odd)} {text}; save them again, or remove them")
+    return [pair for pair in examined if not has_thin_values(pair)]
+
+
+def check_white(examined: list[ExaminedPair]) -> None:
+    """Raise UserError if white is 255 in some masks of two classes, and 1 in others."""
+    by_one = [pair for pair in examined if pair.kind == "grey" and set(pair.numbers) == {0, 1}]
+    by_255 = [pair for pair in examined if pair.kind == "grey" and set(pair.numbers) == {0, 255}]
+    if by_one and by_255 and len(by_one) + len(by_255) == len(examined):
+        text = f"hold 0 and 1 ({by_one[0].mask}), or 0 and 255 ({by_255[0].mask})"
+        raise UserError(f"masks: {text}; save all with the same two values")
+
+
 def find_meaning(examined: list[ExaminedPair], masks: Masks) -> Meaning:
     """Work out what the values in the masks mean; UserError if they cannot be classes."""
     if len(masks.values) == 1:
@@ -268,9 +93,9 @@ def find_meaning(examined: list[ExaminedPair], masks: Masks) -> Meaning:
     if len(masks.values) > MOST_CLASSES and np.median([p.flatness for p in examined]) < ROUGH:
         text = f"hold {len(masks.values)} values that change at every pixel, as photographs do"
         raise UserError(f"masks: {text}; exchange --images and --masks, or correct the masks")
-    smoothed = [pair for pair in examined if (pair.thickness < THIN).sum() > MOST_THIN_VALUES]
-    if len(smoothed) > len(examined) / 10:
+    if any(has_thin_values(pair) for pair in examined):
         return find_smoothed(masks)
+    check_white(examined)
     if len(masks.values) > MOST_CLASSES and masks.kind == "colours":
         reason = f"{len(masks.values)} colours: each object has its own"
         background = order_colours(masks, list(masks.values))[0]

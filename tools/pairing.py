@@ -5,9 +5,11 @@ A path below a folder is handled as its parts, the last without its ending: a/im
 the same for all images, and the same for all masks: that is a rule.
 """
 
+import contextlib
 import difflib
 import os
 import re
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ import numpy as np
 from common import UserError
 from data import evenly
 from patterns import ENDINGS, find_files
-from tools.meaning import read_numbers
+from tools.examine import read_numbers
 
 GROUPS = {  # what may stand for one video or patient in a name, the likeliest first
     "^[^/]+": "first folder",
@@ -27,7 +29,8 @@ GROUPS = {  # what may stand for one video or patient in a name, the likeliest f
 }
 SAMPLES = 8  # masks whose images are looked for, to learn a rule
 MOST_CANDIDATES = 2000  # images that each of them is compared with
-LEAST_SHARE = 0.2  # of the files that a rule must pair
+LEAST_SHARE = 0.2  # of the files that a rule must pair: one folder may hold several kinds of masks
+LEAST_SHARE_APART = 0.5  # where images and masks have folders of their own
 SPLIT_WORDS = ("tr(ai)?n", "val|dev", "test")  # what the folders of the three splits begin with
 OTHER_SPLITS = ("val", "valid", "validation", "dev", "test", "testing")
 LAST_TRAIN = re.compile(r"train(ing)?(?!.*train)")
@@ -82,19 +85,29 @@ def list_files(text: str) -> list[Path]:
 
 
 def list_both(images: str, masks: str) -> tuple[list[Path], list[Path]]:
-    """List the images and the masks; both lists are the same where they lie in one folder.
+    """List the images and the masks; both lists are the same where they lie in one folder."""
+    return separate(list_files(images), list_files(masks))
 
-    Folders of the training split bring the folders of the other splits with them.
-    """
-    image_files = list_files(images)
-    mask_files = list_files(masks)
+
+def list_other_splits(images: str, masks: str) -> tuple[list[Path], list[Path]]:
+    """List the files in the folders of the other splits, beside those of the training split."""
+    image_files = []
+    mask_files = []
     for word in OTHER_SPLITS:  # CamVid/train and CamVid/trainannot → CamVid/val and CamVid/valannot
         other_images = LAST_TRAIN.sub(word, images)
         other_masks = LAST_TRAIN.sub(word, masks)
         is_other = images != other_images and masks != other_masks
         if is_other and os.path.isdir(other_images) and os.path.isdir(other_masks):
-            image_files += list_files(other_images)
-            mask_files += list_files(other_masks)
+            more_images = [file.path for file in find_files(Path(other_images), "**/*")]
+            more_masks = [file.path for file in find_files(Path(other_masks), "**/*")]
+            if more_images and more_masks:
+                image_files += more_images
+                mask_files += more_masks
+    return image_files, mask_files
+
+
+def separate(image_files: list[Path], mask_files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Take the masks out of the images, or the other way round, where one list has the other."""
     if set(image_files) > set(mask_files):  # the masks lie in a folder among the images
         image_files = sorted(set(image_files) - set(mask_files))
     elif set(mask_files) > set(image_files):
@@ -182,7 +195,8 @@ def select(files: Files, around: Around) -> Files:
         for part, (before, after) in zip(parts, around, strict=True):
             has_both = len(part) >= len(before) + len(after)
             if has_both and part.startswith(before) and part.endswith(after):
-                shared.append(part[len(before) : len(part) - len(after)])
+                text = part[len(before) : len(part) - len(after)]
+                shared.append(unicodedata.normalize("NFC", text))  # as patterns.find_files does
         if len(shared) == len(parts) and any(shared):
             selected[tuple(shared)] = path
     return selected
@@ -298,7 +312,7 @@ def explain_nothing(images: str, masks: str, image_list: list[Path], mask_list: 
         advice = "give the folder of the images and the folder of the masks, or two patterns"
         return f"{images}: no file has the name of another's mask; {advice}"
     text = f"names do not fit, as {image_list[0].name} and {mask_list[0].name}"
-    return f"{images}, {masks}: {text}; give an image and its mask the same name or number"
+    return f"{images}, {masks}: {text}; give an image and its mask the same name"
 
 
 def name_of(key: tuple[str, ...], stars: list[str]) -> str:
@@ -319,8 +333,26 @@ def find_alone(image_files: dict[tuple, Path], mask_files: dict[tuple, Path]) ->
 
 
 def find_layout(images: str, masks: str) -> Layout:
-    """Pair the images and masks of two folders or patterns; UserError if nothing fits."""
+    """Pair the images and masks of two folders or patterns; UserError if nothing fits.
+
+    Folders of the training split bring the folders of the other splits with them, if their files
+    are named alike.
+    """
     image_list, mask_list = list_both(images, masks)
+    other_images, other_masks = list_other_splits(images, masks)
+    if not other_images or not other_masks:
+        return pair_lists(images, masks, image_list, mask_list)
+    more_images, more_masks = separate(image_list + other_images, mask_list + other_masks)
+    with contextlib.suppress(UserError):  # nothing fits both
+        layout = pair_lists(images, masks, more_images, more_masks)
+        if layout.split_folders:
+            return layout
+    layout = pair_lists(images, masks, image_list, mask_list)
+    return layout._replace(unused=sorted(layout.unused + other_images + other_masks))
+
+
+def pair_lists(images: str, masks: str, image_list: list[Path], mask_list: list[Path]) -> Layout:
+    """Pair the images and masks of two lists, which `images` and `masks` name in messages."""
     root = common_folder(image_list + mask_list)
     if image_list == mask_list:
         image_base = mask_base = root
@@ -334,7 +366,8 @@ def find_layout(images: str, masks: str) -> Layout:
     mask_paths = split_paths(mask_list, mask_base, is_deep)
     rules = find_rules(image_paths, mask_paths)
     rule = next(iter(rules), None)
-    if rule is None or len(rules[rule]) < LEAST_SHARE * min(len(image_list), len(mask_list)):
+    least = LEAST_SHARE if image_list == mask_list else LEAST_SHARE_APART
+    if rule is None or len(rules[rule]) < least * min(len(image_list), len(mask_list)):
         raise UserError(explain_nothing(images, masks, image_list, mask_list))
     image_files, mask_files = apply_rule(rule, image_paths, mask_paths)
     shared = sorted(image_files.keys() & mask_files.keys())
