@@ -47,9 +47,9 @@ def check_sizes(config: dict, height: int, width: int, stride: int, smallest_bat
     deepest = math.ceil(height / stride) * math.ceil(width / stride)
     if smallest_batch * deepest == 1:
         raise UserError(
-            "batch_size: the last batch has one image, of which the deepest stage sees one pixel;"
-            " batch normalisation needs more than one value: set last_batch: drop, give more images"
-            " or raise crop"
+            "batch_size: a batch has one image, of which the deepest stage sees one pixel; batch"
+            " normalisation needs more than one value: raise batch_size or crop, or set last_batch:"
+            " drop"
         )
 
 

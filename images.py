@@ -8,6 +8,7 @@ class a pixel is.
 import io
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -46,13 +47,7 @@ def open_image(path: Path) -> tuple[Image.Image, int]:
         # Pillow maps some files into memory if it knows their name, and then mixes up the width and
         # height of images that are to be turned. So it gets no name.
         content = path.read_bytes()
-        if content.startswith(b"version https://git-lfs"):
-            raise UserError(f"{path}: stands for a file of Git LFS; fetch it: git lfs pull")
-        try:
-            image = Image.open(io.BytesIO(content))
-        except UnidentifiedImageError:
-            text = "cannot be read (it is no image, or of an unknown kind)"
-            raise UserError(f"{path}: {text}; save it as PNG, or remove it") from None
+        image = identify(path, io.BytesIO(content))
         pages = getattr(image, "n_frames", 1)
         if pages > 1 and image.format in PAGED_FORMATS:
             advice = "save each as a file (docs/data.md shows how)"
@@ -73,6 +68,19 @@ def open_image(path: Path) -> tuple[Image.Image, int]:
         elif image.mode.startswith(("I", "F")):
             bits = 16 if "16" in image.mode else 32
     return image, bits
+
+
+def identify(path: Path, file: BinaryIO) -> Image.Image:
+    """Open the content of an image file; UserError if it is no image."""
+    beginning = file.read(30)
+    if beginning.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: stands for a file of Git LFS; fetch it: git lfs pull")
+    file.seek(0)
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        text = "cannot be read (it is no image, or of an unknown kind)"
+        raise UserError(f"{path}: {text}; save it as PNG, or remove it") from None
 
 
 def turn_upright(path: Path, image: Image.Image) -> Image.Image:
@@ -100,7 +108,7 @@ def turned_alone(image_path: Path, mask_path: Path) -> str:
 def read_size(path: Path) -> tuple[int, int]:
     """Read the height and width of an image, turned upright; decode it only if need be."""
     with reading(path), open(path, "rb") as file:
-        image = Image.open(file)
+        image = identify(path, file)
         width, height = image.size
         # Data that turn a PNG may stand behind its pixels, and Pillow would decode it to see them.
         if image.format == "PNG":
@@ -191,7 +199,7 @@ def likely_range(lowest: int, highest: int) -> list[int]:
     Cameras have 8, 10, 12 … 16 bits. Values below 0, as of computed tomography, are no camera's.
     """
     if lowest < 0:
-        return [lowest, highest]
+        return [lowest, max(highest, lowest + 1)]
     bits = max(8, highest.bit_length() + highest.bit_length() % 2)
     return [0, 2**bits - 1]
 

@@ -6,6 +6,7 @@ share. patterns.py finds the files.
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from hashlib import sha256
 from pathlib import Path
@@ -154,12 +155,14 @@ def pair_files(config: dict, split: str) -> tuple[list[Pair], list[str]]:
     pairs = []
     for name in sorted(images.keys() | masks.keys()):
         if name in images and name in masks:
-            group = group_of(name, config["group"])
+            image = images[name]
+            group = group_of(image.name, config["group"])
             if not group:
-                path = images[name].path
-                problems.append(f"{path}: group: {config['group']!r} finds nothing in its name")
+                text = f"group: {config['group']!r} finds nothing in its name"
+                problems.append(f"{image.path}: {text}")
                 continue
-            pairs.append(Pair(name, group, images[name].path, masks[name].path))
+            pairs.append(Pair(image.name, group, image.path, masks[name].path))
+    pairs.sort(key=lambda pair: pair.name)
     problems += list_alone(root, images, masks, mask_pattern, "mask")
     # If only `images` has {split}, the images of other masks lie in the folders of other splits.
     if "{split}" in config["masks"] or "{split}" not in config["images"]:
@@ -183,11 +186,14 @@ def group_of(name: str, expression: str) -> str:
 
 
 def by_name(files: list[File]) -> tuple[dict[str, File], list[str]]:
-    """Make a dict of files by name; also list the files whose name another one has."""
+    """Make a dict of files by name; also list the files whose name another one has.
+
+    Macs write ä as two characters. Here names that look the same are the same.
+    """
     named = {}
     problems = []
     for file in files:
-        first = named.setdefault(file.name, file)
+        first = named.setdefault(unicodedata.normalize("NFC", file.name), file)
         if first is not file:
             same = f"has the name of {first.path} for a pair, {file.name!r}"
             problems.append(f"{file.path}: {same}; keep one, or put a * where they differ")

@@ -163,10 +163,11 @@ def find_files(root: Path, pattern: str) -> list[File]:
     for folder, matches in find_folders(root, parts[:-1]):
         for file_name in list_folder(folder)[0]:
             match = expression.fullmatch(file_name)
+            if match is None:  # Macs write ä as two characters, which look the same
+                match = expression.fullmatch(unicodedata.normalize("NFC", file_name))
             if match:
                 texts = (*matches, *match.groups())
-                # Macs write ä as two characters: names that look the same are the same.
-                name = unicodedata.normalize("NFC", "/".join(text for text in texts if text))
+                name = "/".join(text for text in texts if text)
                 check_name(folder / file_name)
                 found.append(File(folder / file_name, texts, name))
     return found

@@ -209,18 +209,19 @@ def page_of_published(runs: list[Run], studies: list[Study]) -> str:
         "Seed 0 and seed 3 of `tuned` are the same code (`make train-tuned DATA=afo"
         ' RUNS=runs/random SEEDS="0 3" SET="upsampling_init=random background_bias=0"`). With seed'
         " 3, each of the four positions in a block of 2×2 pixels knows only one of the two shapes:"
-        " some say square, the others triangle. No table below has these two runs: the short runs"
-        " of `tuned` there start the last up-sampling in another way, so that this is rare.",
+        " some say square, the others triangle. These two runs were made for this picture, and are"
+        " in no table. Our other short runs start in a safer way, and rarely show such patterns.",
         "A student lab of 2021 asked what makes a small U-Net good. We asked again, with its own"
         f" data: *Artificial Flying Objects*, tested on {test['images']:,} images from"
         f" {test['groups']} flights. A flight is a scene in motion: its images are nearly copies.",
         "Three models are the lab's: `initial`, `modified` (a stage deeper) and `tuned` (narrower)."
         " In long runs they have the lab's horizontal flips, in short runs none. `best` is ours. It"
-        " differs in several choices at once. Its skip connections start at full resolution. Its"
-        " decoder is wider than in `tuned`, its last stage wider than the number of classes. Half"
-        " of its loss weighs each class alike. In long runs only `best` trains on crops around"
-        " shapes, by a learning rate that rises and falls. In short runs all models do so, but"
-        " `best` has a higher rate and sees half as many images again.",
+        " changes several things at once, so a win does not show which one helped. Its skip"
+        " connections start at full resolution. Its decoder is wider than in `tuned`, its last"
+        " stage wider than the number of classes. Half of its loss weighs each class alike. In long"
+        " runs it alone trains on crops around shapes, by a learning rate that rises and falls. In"
+        " short runs all models do both, but `best` has a higher rate and sees half as many images"
+        " again.",
         in_short(studies),
         write_section(WHY_SECTION, studies),
     ]

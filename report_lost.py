@@ -79,8 +79,8 @@ def answer_heads(study: Study) -> Answer | None:
     wide = study.heads.get("heads/tuned-wide")
     if wide:
         poor = count_poor(wide)
-        verb = "ends" if poor == 1 else "end"
-        text += f" With a wider last stage {poor} of {len(wide)} runs {verb} so."
+        verb = "does" if poor == 1 else "do"
+        text += f" With a wider last stage, {poor} of {len(wide)} {verb}."
     return Answer(text, "sure" if len(runs) > 5 else "likely")
 
 

@@ -187,7 +187,7 @@ def answer_models(study: Study) -> Answer | None:
     seen = study.models[first][0].validation["images_seen"]
     seen_by_second = study.models[second][0].validation["images_seen"]
     if answer.certainty == "sure" and seen != seen_by_second:
-        images_seen = f" It saw {seen:,} images, `{second}` {seen_by_second:,}."
+        images_seen = f" It saw {seen:,} images, `{second}`, which is second, {seen_by_second:,}."
         short = answer.short + images_seen
         return Answer(answer.text + images_seen, "likely", answer.comparison, short)
     if a == b:
@@ -205,6 +205,11 @@ def section_models(study: Study) -> str | None:
         return None
     headings = ["mean IoU", "n", "accuracy", "never predicted", "striped", "lab IoU", "images seen"]
     text = models_table(study, headings)
+    if any(run.test.get("lost_positions") for members in study.models.values() for run in members):
+        text += (
+            "\n\n`striped` names the classes that some run lost at a part of the positions: 1/4 is"
+            " one of the four in each 2×2 pixels."
+        )
     if len(study.models) > 1:
         draw_curves(study)
         caption = "Mean IoU and loss by epoch."
@@ -319,7 +324,8 @@ def answer_modified(study: Study) -> Answer | None:
     a = scores_of(study.models["modified"], "test")
     b = scores_of(study.models["initial"], "test")
     answer = compare("`modified`", a, "`initial`", b)
-    return answer.begin_with(YES_OR_NO[answer.comparison.verdict])
+    answer = answer.begin_with(YES_OR_NO[answer.comparison.verdict])
+    return answer._replace(short=f"{answer.short} `modified` also has another loss.")
 
 
 def section_modified(study: Study) -> str | None:
@@ -330,7 +336,7 @@ def section_modified(study: Study) -> str | None:
     b = scores_of(study.models["initial"], "validation")
     answer = compare("`modified`", a, "`initial`", b)
     limit = study.models["modified"][0].config["limit_validation"]
-    where = f"{limit} validation images" if limit else "the validation split"
+    where = f"at most {limit} validation images" if limit else "the validation split"
     text = f"On {where}: {answer.text}"
     on_validation = answer.comparison.difference
     on_test = answer_modified(study).comparison.difference

@@ -10,7 +10,7 @@ import figures
 from report_lost import count_never_predicted
 from report_models import Answer, picture, score, scores_of
 from report_runs import Run, Study, by_experiment
-from table import COLUMNS, LAB, iou_of, markdown, tabulate
+from table import COLUMNS, LAB, NONE, iou_of, markdown, tabulate
 
 N_POSITIONS = 4  # of each 2×2 pixels: the last up-sampling computes each with its own weights
 RANGE_OF_SEEDS = 0.05  # mean IoU: runs that differ more do so by more than usual luck
@@ -133,8 +133,8 @@ def draw_lost(study: Study, runs: list[Run]) -> str:
     caption = (
         "Crosses: where a run should lie that lost 0, 1, 2 or 3 positions (from the top), computed"
         " from the share of the pixels that each shape covers. There are several for each number,"
-        " since shapes differ in size. The lab's runs: its logged validation loss and its published"
-        " test IoU. Our runs by its protocol:"
+        " since they may be positions of one shape or of several. The lab's runs: its logged"
+        " validation loss and its published test IoU. Our runs by its protocol:"
         f" validation, medians of the last {LAST} epochs."
     )
     return picture(study, "lost-positions.png", caption)
@@ -227,12 +227,15 @@ def section_seeds(study: Study) -> str | None:
     if not ours:
         return None
     counts = count_lost(study)
+    least = min(LAB["validation_share"].values()) / N_POSITIONS
+    most = max(LAB["validation_share"].values()) / N_POSITIONS
     parts = [
         draw_lost(study, ours),
         "The lab's scores lie near four values: 0.99, 0.92, 0.86 and 0.80. A shape that is missing"
         " at one of four positions loses a quarter of its IoU. Four classes are averaged, so the"
-        " mean IoU falls by a sixteenth. The loss rises by a quarter of the pixels that the shape"
-        " covers. The lab's own logs lie near the values computed in this way.",
+        " mean IoU falls by a sixteenth. The Dice loss is about the share of the pixels that are"
+        f" wrong. So it rises by a quarter of the share that the shape covers: by {least:.3f} to"
+        f" {most:.3f}. The lab's own logs lie near the values computed in this way.",
         lost_table(counts),
     ]
     for experiment, runs in study.runs.items():
@@ -254,44 +257,45 @@ def section_seeds(study: Study) -> str | None:
             f"The lab's lowest run was `{lowest}`, {LAB['test_iou'][lowest]:.4f}. Our run of it"
             f" scores {score(scores_of(again, 'test'))}."
         )
-    shares = {}
-    for title, lost in counts.items():
-        number = sum(count > 0 for count in lost)
-        shares[title] = f"{number} of {len(lost)} runs"
     text = "Was it augmentation, or chance? "
-    if WITHOUT in shares:
+    if WITHOUT in counts:
         if sum(counts[WITHOUT]) > 0:
             text += "Chance is enough: "
-        text += f"{shares[WITHOUT]} without any augmentation lost positions. "
-    if WITH in shares:
-        text += f"With augmentation {shares[WITH]} did. "
-    by_seed = count_lost_by_seed(ours)
-    if by_seed is not None:
-        text += by_seed
-    parts.append(text)
+        text += f"{share_that_lost(counts[WITHOUT])} without any augmentation lost positions. "
+    if WITH in counts:
+        text += f"With augmentation {share_that_lost(counts[WITH])} did. "
+    parts.append(text.strip())
+    if len({run.seed for run in ours}) > 1:
+        parts.append(
+            f"But {len(ours)} runs are not {len(ours)} separate tries. Runs with the same seed"
+            " start from the same weights and see the images in the same order:"
+        )
+        parts.append(seeds_table(ours))
     parts.append(
         "The lab concluded that flips and blur together decrease the performance. By their loss,"
         f" its three runs of that kind lost one position each. {our_flips_with_blur(study)}These"
-        " are too few runs to tell whether augmentation adds to chance."
+        " are too few runs, of too few seeds, to tell whether augmentation makes lost positions"
+        " more frequent."
     )
     return "\n\n".join(parts)
 
 
-def count_lost_by_seed(runs: list[Run]) -> str | None:
-    """Count the runs of each seed that lost positions; None for runs of one seed."""
-    counts: dict[int, list[int]] = {}  # seed → runs that lost positions, runs
-    for run in runs:
-        count = counts.setdefault(run.seed, [0, 0])
-        count[0] += lost_in_masks(run) > 0
-        count[1] += 1
-    if len(counts) == 1:
-        return None
-    texts = [f"{lost} of {n} with seed {seed}" for seed, (lost, n) in sorted(counts.items())]
-    return (
-        f"But {len(runs)} runs are not {len(runs)} separate tries. Runs with the same seed start"
-        " from the same weights and see the images in the same order. Positions were lost in"
-        f" {', '.join(texts)}."
-    )
+def share_that_lost(lost: list[float]) -> str:
+    """Say how many runs lost positions, from the number that each lost."""
+    return f"{sum(number > 0 for number in lost)} of {len(lost)} runs"
+
+
+def seeds_table(runs: list[Run]) -> str:
+    """Tabulate how many runs of each seed lost positions, with and without augmentation."""
+    lines = [["seed", "lost positions without augmentation", "with augmentation"]]
+    for seed in sorted({run.seed for run in runs}):
+        cells = [str(seed)]
+        for is_augmented in (False, True):
+            members = [r for r in runs if r.seed == seed and r.is_augmented == is_augmented]
+            lost = [lost_in_masks(run) for run in members]
+            cells.append(share_that_lost(lost) if lost else NONE)
+        lines.append(cells)
+    return markdown(lines)
 
 
 def our_flips_with_blur(study: Study) -> str:
@@ -328,8 +332,8 @@ def details_seeds(study: Study) -> str | None:
             columns[name] = iou_of(name)
         verb = "have" if striped > 1 else "has"
         parts.append(
-            f"{striped} of the {total} tested runs {verb} striped masks. The table shows striped"
-            " runs beside runs of the same experiment with other seeds."
+            f"Of all {total} tested runs, of every model, {striped} {verb} striped masks. The table"
+            " shows striped runs beside runs of the same experiment with other seeds."
         )
         parts.append(markdown(tabulate(rows, columns)))
     untested = []

@@ -70,12 +70,12 @@ def answer_augmentation(study: Study) -> Answer | None:
     """Say whether the augmentation that is best on validation helps on the test split."""
     runs, without = augmentations(study)
     tried = []
-    seen = []  # a blur too weak to change a mask makes the same runs as one without masks
+    seen = []  # a blur too weak to change a mask makes the same runs as one that leaves masks alone
     for name in rank(rows_of(runs, "validation")):
-        scores = scores_of(runs[name], "validation")
-        if name != without and scores not in seen:
+        losses = [[entry["training"]["loss"] for entry in run.history] for run in runs[name]]
+        if name != without and losses not in seen:
             tried.append(name)
-        seen.append(scores)
+            seen.append(losses)
     if without is None or not tried:
         return None
     best = tried[0]
@@ -83,7 +83,8 @@ def answer_augmentation(study: Study) -> Answer | None:
     answer = compare(f"`{best}`", scores_of(runs[best], "test"), "no augmentation", plain)
     lower = [name for name in tried if fmean(scores_of(runs[name], "test")) < fmean(plain)]
     number = "all" if len(lower) == len(tried) else str(len(lower))
-    answer = answer.begin_with(YES_OR_NO[answer.comparison.verdict])
+    words = dict(YES_OR_NO, noise="We saw no clear gain. ")
+    answer = answer.begin_with(words[answer.comparison.verdict])
     if len(tried) > 1:
         choice = (
             f" The validation split chose `{best}` from {len(tried)} tried. On the test split"
@@ -250,7 +251,8 @@ def answer_tuning(study: Study) -> Answer | None:
     for factor in factors:
         if factor.answer.certainty == "sure":
             # Only likely: the two settings were picked as the extremes of several.
-            answer = factor.answer.begin_with(f"On validation, the {factor.name}: ")
+            words = f"Of what is beyond luck of the seed, the {factor.name} (on validation): "
+            answer = factor.answer.begin_with(words)
             return answer._replace(certainty="likely")
     widest = factors[0]
     answer = widest.answer.begin_with(f"Perhaps the {widest.name}, whose settings differ most. ")

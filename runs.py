@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -54,7 +55,7 @@ def default_folder(config: dict) -> Path:
     make does the same for the experiments at the top of configs/ with the data in data/.
     """
     seed = f"seed{config['seed']}"
-    data = Path(config["data"]).resolve()  # whatever its spelling, such as ..
+    data = Path(os.path.abspath(config["data"]))  # whatever its spelling, such as ..
     return Path("runs", data.name, config["profile"], config["name"], seed)
 
 

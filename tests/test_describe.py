@@ -240,6 +240,21 @@ def test_one_odd_mask_does_not_decide_what_all_mean(tmp_path: Path, kind: str) -
     assert f"masks: 1 hold many values beside edges, unlike the others, as {path};" in text
 
 
+def test_a_mask_of_many_small_objects_is_not_odd(tmp_path: Path) -> None:
+    for i in range(N):
+        image, mask = draw(i)
+        save(tmp_path / f"photos/{i}.png", image)
+        cells = np.zeros_like(mask)
+        side, n = (3, 100) if i == 5 else (10, 9)
+        for cell in range(n):
+            top, left = divmod(cell, 10)
+            cells[(side + 1) * top :, (side + 1) * left :][:side, :side] = cell + 1
+        save(tmp_path / f"labels/{i}.png", cells)
+    config, text = write_config(tmp_path)
+    assert config["other_values"] == "object" and "unlike the others" not in text
+    assert list(config["classes"]) == ["background", "object"]
+
+
 def test_black_and_white_masks_of_one_and_of_eight_bits_mean_the_same(tmp_path: Path) -> None:
     write_set(tmp_path, np.array([0, 255, 0], np.uint8))
     for path in sorted((tmp_path / "labels").iterdir())[::2]:
@@ -254,6 +269,7 @@ def test_white_that_is_one_or_255_is_refused(tmp_path: Path) -> None:
     write_set(tmp_path, np.array([0, 255, 0], np.uint8))
     for path in sorted((tmp_path / "labels").iterdir())[::2]:
         save(path, np.array(Image.open(path)) // 255)
+    save(tmp_path / "labels/005.png", np.zeros((96, 128), np.uint8))  # an image without an object
     with pytest.raises(UserError, match=r"hold 0 and 1 \(.*000\.png\), or 0 and 255 \(.*001"):
         write_config(tmp_path)
 

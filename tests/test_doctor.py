@@ -158,6 +158,7 @@ HISTORIES = {  # training loss, validation loss, mean IoU, config → start of t
     "jump": ([0.7, 0.2, 0.1, 0.5, 0.2, 0.1], FALLING, RISING, {}, "The learning", "0.5 / 0.06"),
     "worse than guessing": ([9.0] * 6, [9.0] * 6, LOW, {}, "The learning", "1.39"),
     "loss of one's own": (HIGH, HIGH, RISING, OWN_LOSS, "", ""),
+    "negative loss": ([-0.1, -0.5, -0.8, -0.79, -0.85, -0.9], FALLING, RISING, OWN_LOSS, "", ""),
     "weighted cross-entropy": (HIGH, HIGH, RISING, PER_CLASS, "", ""),  # guessing: 2 ln 4 = 2.77
     "own loss rises": ([*HIGH[:5], 2.6], HIGH, RISING, OWN_LOSS, "The learning", "2.6 / 1.5 in"),
     "still": (STILL, STILL, LOW, {}, "The training loss is not moving", "1.38"),

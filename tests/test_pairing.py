@@ -152,7 +152,7 @@ def test_names_that_look_alike_are_the_same(tmp_path: Path) -> None:
     """Macs write ä as an a and its dots."""
     pixels, values = draw(0, 24, 32)
     for i in range(N):
-        name = f"Bär{i}.png" if i % 2 else f"Hund{i}.png"
+        name = f"{('Bär', 'Mäuse', 'Hund')[i % 3]}{i}ü.png"
         save(tmp_path / "photos" / unicodedata.normalize("NFD", name), pixels)
         save(tmp_path / "labels" / unicodedata.normalize("NFC", name), values)
     config, _ = write_config(tmp_path)

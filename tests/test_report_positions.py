@@ -22,7 +22,7 @@ def test_striped_runs_are_shown_with_their_siblings(tmp_path: Path) -> None:
     runs[1].test["lost_positions"] = {"triangle": 2}
     study = make_study(runs, tmp_path)
     text = report_positions.details_seeds(study)
-    assert "1 of the 3 tested runs has striped masks. The table shows striped runs beside" in text
+    assert "Of all 3 tested runs, of every model, 1 has striped masks. The table shows" in text
     assert "| `tuned`, seed 1 | 0.8650 | triangle 2/4 |" in text
     assert "| `tuned`, seed 0 | 0.9850 | – |" in text and "| `initial`" not in text
     text = report_positions.answer_seeds(study).text
@@ -74,7 +74,7 @@ def test_lost_positions_are_counted_with_and_without_augmentation(
     assert (tmp_path / "lost-positions.png").exists()
     assert "in part" not in text
     assert "But 3 runs are not 3 separate tries." in text  # the others have another protocol
-    assert "Positions were lost in 0 of 2 with seed 0, 1 of 1 with seed 1." in text
+    assert "| 0 | 0 of 1 runs | 0 of 1 runs |\n| 1 | – | 1 of 1 runs |" in text
     assert "separate tries" not in report_positions.section_seeds(
         make_study([run for run in runs if run.seed == 0], tmp_path)
     )

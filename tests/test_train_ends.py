@@ -91,7 +91,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(
         ({"loss": "{}"}, "loss: names no loss"),
         ({"encoder": "[[8, 4]]"}, "encoder"),
         ({"blur": 0.1, "blur_kernel": 31, "crop": 8}, "blur_kernel: 31 is too large"),
-        ({"batch_size": 1, "crop": 4}, "batch_size: the last batch has one image"),
+        ({"batch_size": 1, "crop": 4}, "batch_size: a batch has one image"),
         ({"classes": "{a: [0, 0, 0], b: [1, 2, 300]}"}, "classes"),
     ],
 )

@@ -17,12 +17,20 @@ import numpy as np
 import yaml
 
 from common import SPLITS, UserError, write_atomically
-from data import evenly, padding_factor
+from data import padding_factor
 from figures import distinct_colours
-from images import likely_range, read_image
+from images import likely_range
 from patterns import find_files
 from tools.check import note_shared_groups
-from tools.examine import ExaminedPair, Masks, Value, collect, examine_all
+from tools.examine import (
+    GREY_MODES,
+    ExaminedPair,
+    Masks,
+    Value,
+    collect,
+    examine_all,
+    look_at_pixels,
+)
 from tools.meaning import (
     LARGEST_INDEX,
     Meaning,
@@ -235,7 +243,9 @@ def describe_images(examined: list[ExaminedPair], notes: list[str]) -> list[Line
     channels = 3
     is_grey, opacities = look_at_pixels(examined, value_range, LOOKED_AT)
     if is_grey:  # a few coloured ones would lose their colours
-        is_grey, opacities = look_at_pixels(examined, value_range, 0)
+        may_have_colours = [pair for pair in examined if pair.mode not in GREY_MODES]
+        is_grey, more_opacities = look_at_pixels(may_have_colours, value_range, 0)
+        opacities |= more_opacities
     if is_grey:
         channels = 1
         reason += "; without colours"
@@ -251,19 +261,6 @@ def describe_images(examined: list[ExaminedPair], notes: list[str]) -> list[Line
             text = f"are turned upright by their EXIF data, but not their {others}"
             notes.append(f"{turned} {kind}s {text}: see in the picture of make check if they fit")
     return lines
-
-
-def look_at_pixels(
-    examined: list[ExaminedPair], value_range: list[int], number: int
-) -> tuple[bool, set[int]]:
-    """Tell whether a number of images are grey, 0: all; also list the values of their alpha."""
-    is_grey = True
-    opacities = set()
-    for i in evenly(len(examined), number):
-        pixels = read_image(examined[i].image, 4, value_range)
-        is_grey = is_grey and bool((pixels[..., :3] == pixels[..., :1]).all())
-        opacities.update(np.unique(pixels[..., 3]).tolist())
-    return is_grey, opacities
 
 
 def describe_sizes(

@@ -248,15 +248,15 @@ def find_jump(losses: list[float], guess: float | None) -> int | None:
     """Find the first epoch, counted from 0, whose loss is over 1.5 times the loss before it.
 
     A rise by less than 5 % of `guess`, the loss of guessing, is noise of a loss that is almost
-    zero. A last loss that is much worse than guessing counts as well. If nobody knows the loss of
-    guessing, the first loss stands for it. None if there is no such epoch.
+    zero; if nobody knows that loss, the first loss stands for it. A last loss that is much worse
+    than guessing counts as well. None if there is no such epoch.
     """
     scale = abs(losses[0]) if guess is None else guess
     for epoch in range(1, len(losses)):
         rise = losses[epoch] - losses[epoch - 1]
-        if rise > losses[epoch - 1] / 2 and rise > scale / 20:
+        if rise > abs(losses[epoch - 1]) / 2 and rise > scale / 20:
             return epoch
-    if losses[-1] > 1.5 * scale:
+    if guess is not None and losses[-1] > 1.5 * guess:
         return len(losses) - 1
     return None
 

@@ -9,12 +9,13 @@ from tqdm import tqdm
 
 from common import UserError, reading
 from data import evenly, in_parallel
-from images import open_image, read_deep, read_size, read_values, turned_alone
+from images import open_image, read_deep, read_image, read_size, read_values, turned_alone
 from masks import number_pixels
 
 MOST_EXAMINED = 1000  # pairs, evenly spaced, that are read
-MOST_COLOURS = 40  # more values than that in one mask: JPEG may have changed them
+MOST_CLASSES = 40  # more values than that are numbers of objects, or smoothed
 LARGEST_COLOUR = 0xFFFFFF
+GREY_MODES = ("1", "L", "LA", "I", "I;16")  # Pillow's names for images without colours
 
 
 class ExaminedPair(NamedTuple):
@@ -122,7 +123,7 @@ def examine(pair: tuple[Path, Path]) -> ExaminedPair:
     values, places, pixels = count_values(numbers)
     thickness = measure_thickness(numbers)
     flatness = float(np.median(thickness))
-    if len(values) > MOST_COLOURS and values[-1] <= LARGEST_COLOUR:
+    if len(values) > MOST_CLASSES and values[-1] <= LARGEST_COLOUR:
         # What JPEG changes a little is one area.
         thickness = measure_thickness(coarse_colours(numbers))
     return ExaminedPair(
@@ -169,6 +170,22 @@ def examine_all(pairs: list[tuple[Path, Path]]) -> tuple[list[ExaminedPair], lis
         number = f"{len(misfits)} of {len(examined)} masks"
         problems.append(f"{number} differ in size from their image, as {text}")
     return examined, problems
+
+
+def look_at_pixels(
+    examined: list[ExaminedPair], value_range: list[int], number: int
+) -> tuple[bool, set[int]]:
+    """Tell whether a number of images are grey, 0: all; also list the values of their alpha."""
+    is_grey = True
+    opacities = set()
+    for i in evenly(len(examined), number):
+        try:
+            pixels = read_image(examined[i].image, 4, value_range)
+        except UserError:  # it is damaged: make check will say so
+            continue
+        is_grey = is_grey and bool((pixels[..., :3] == pixels[..., :1]).all())
+        opacities.update(np.unique(pixels[..., 3]).tolist())
+    return is_grey, opacities
 
 
 def collect(examined: list[ExaminedPair]) -> Masks:

@@ -7,7 +7,15 @@ from typing import NamedTuple
 import numpy as np
 
 from common import UserError, reading
-from tools.examine import ExaminedPair, Masks, Value, colour_number, split_colour
+from tools.examine import (
+    MOST_CLASSES,
+    ExaminedPair,
+    Masks,
+    Value,
+    collect,
+    colour_number,
+    split_colour,
+)
 
 NAME_FILES = ("class_names.txt", "classes.txt", "labels.txt")  # labelme writes the first
 VOC_BORDER = 0xE0E0C0  # the colour of index 255 in the palette of PASCAL VOC
@@ -15,13 +23,13 @@ ROUGH = 3  # pixels: values that reach less far, on average, are no mask's
 THIN = 4  # pixels: a value whose areas are thinner on average lies along edges
 OUTLINE = 12  # pixels: an outline that nobody labelled is thinner
 LARGEST_INDEX = 64  # 0, 128 and 255 are no indices
-MOST_CLASSES = 40  # more values than that are numbers of objects, or smoothed
 MOST_NUMBERS = 20  # more values than that, 1, 2, 3 … in each mask, are numbers of objects
 MOST_THIN_VALUES = 8  # more thin values in a mask than that come from smoothing or JPEG
 NEAR = 48  # colours that differ by less in each channel are one class, changed by JPEG
 SMALLEST_SHARE = 0.002  # of a class that smoothing or JPEG changed; what has less is beside edges
 LARGEST_TOLERANCE = 128
 SHARE_OF_ODD = 0.1  # of the masks: if no more of them were smoothed, they are left out
+MOST_NEW = 20  # values that a sound mask may have and no other
 
 
 class Meaning(NamedTuple):
@@ -60,21 +68,37 @@ def has_thin_values(pair: ExaminedPair) -> bool:
 
 
 def leave_out_odd(examined: list[ExaminedPair], notes: list[str]) -> list[ExaminedPair]:
-    """Leave out a few masks that were smoothed, where the others were not, and note it."""
+    """Leave out a few masks that were smoothed, where the others were not, and note it.
+
+    A smoothed mask has many values that no other mask has. So has one with many small objects, if
+    the values number objects: then all stay.
+    """
+    usual = [pair for pair in examined if not has_thin_values(pair)]
     odd = [pair for pair in examined if has_thin_values(pair)]
     if not odd or len(odd) > SHARE_OF_ODD * len(examined):
         return examined
+    all_masks = collect(examined)
+    usual_values = collect(usual).values
+    if all_masks.kind != "colours" and are_numbers_of_objects(examined, all_masks.values):
+        return examined
+    if len(usual_values) > MOST_CLASSES or len(all_masks.values) <= len(usual_values) + MOST_NEW:
+        return examined
     text = f"hold many values beside edges, unlike the others, as {odd[0].mask}"
     notes.append(f"masks: {len(odd)} {text}; save them again, or remove them")
-    return [pair for pair in examined if not has_thin_values(pair)]
+    return usual
 
 
 def check_white(examined: list[ExaminedPair]) -> None:
     """Raise UserError if white is 255 in some masks of two classes, and 1 in others."""
-    by_one = [pair for pair in examined if pair.kind == "grey" and set(pair.numbers) == {0, 1}]
-    by_255 = [pair for pair in examined if pair.kind == "grey" and set(pair.numbers) == {0, 255}]
-    if by_one and by_255 and len(by_one) + len(by_255) == len(examined):
-        text = f"hold 0 and 1 ({by_one[0].mask}), or 0 and 255 ({by_255[0].mask})"
+    first_with = {}  # white → the first mask that has it
+    for pair in examined:
+        foreground = set(pair.numbers.tolist()) - {0}
+        if pair.kind != "grey" or len(foreground) > 1:
+            return
+        for white in foreground:
+            first_with.setdefault(white, pair.mask)
+    if set(first_with) == {1, 255}:
+        text = f"hold 0 and 1 ({first_with[1]}), or 0 and 255 ({first_with[255]})"
         raise UserError(f"masks: {text}; save all with the same two values")
 
 
@@ -93,7 +117,8 @@ def find_meaning(examined: list[ExaminedPair], masks: Masks) -> Meaning:
     if len(masks.values) > MOST_CLASSES and np.median([p.flatness for p in examined]) < ROUGH:
         text = f"hold {len(masks.values)} values that change at every pixel, as photographs do"
         raise UserError(f"masks: {text}; exchange --images and --masks, or correct the masks")
-    if any(has_thin_values(pair) for pair in examined):
+    smoothed = [pair for pair in examined if has_thin_values(pair)]
+    if len(smoothed) > SHARE_OF_ODD * len(examined):
         return find_smoothed(masks)
     check_white(examined)
     if len(masks.values) > MOST_CLASSES and masks.kind == "colours":

@@ -30,7 +30,7 @@ GROUPS = {  # what may stand for one video or patient in a name, the likeliest f
 SAMPLES = 8  # masks whose images are looked for, to learn a rule
 MOST_CANDIDATES = 2000  # images that each of them is compared with
 LEAST_SHARE = 0.2  # of the files that a rule must pair: one folder may hold several kinds of masks
-LEAST_SHARE_APART = 0.5  # where images and masks have folders of their own
+LEAST_SHARE_APART = 0.3  # where images and masks have folders of their own
 SPLIT_WORDS = ("tr(ai)?n", "val|dev", "test")  # what the folders of the three splits begin with
 OTHER_SPLITS = ("val", "valid", "validation", "dev", "test", "testing")
 LAST_TRAIN = re.compile(r"train(ing)?(?!.*train)")
@@ -124,7 +124,8 @@ def split_paths(files: list[Path], base: Path, is_deep: bool) -> Files:
     """Split paths below a folder into parts; if they differ in depth, into folders and name."""
     paths = {}
     for path in files:
-        parts = path.relative_to(base).with_suffix("").parts
+        *folders, name = path.relative_to(base).with_suffix("").parts
+        parts = (*folders, unicodedata.normalize("NFC", name))  # as pairs.by_name has it
         if is_deep:
             parts = ("/".join(parts[:-1]), parts[-1])
         paths[parts] = path
@@ -195,8 +196,7 @@ def select(files: Files, around: Around) -> Files:
         for part, (before, after) in zip(parts, around, strict=True):
             has_both = len(part) >= len(before) + len(after)
             if has_both and part.startswith(before) and part.endswith(after):
-                text = part[len(before) : len(part) - len(after)]
-                shared.append(unicodedata.normalize("NFC", text))  # as patterns.find_files does
+                shared.append(part[len(before) : len(part) - len(after)])
         if len(shared) == len(parts) and any(shared):
             selected[tuple(shared)] = path
     return selected
