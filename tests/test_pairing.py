@@ -8,7 +8,7 @@ import pytest
 from made_photos import N, draw, read_masks, save, write_config, write_set
 
 from common import UserError
-from tools.pairing import propose_group
+from tools.layout import propose_group
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,18 @@ def test_split_folders_are_found(tmp_path: Path, folder: str) -> None:
     assert config["split_folders"] == ["train", "val", "test"]
     assert config["group"] == "^[^_]+" and "3 groups" in text
     assert "# To decide: group v0 has images in training and validation and testing, v1 " in text
+
+
+def test_images_alone_may_lie_in_folders_of_splits(tmp_path: Path) -> None:
+    pixels, values = draw(0, 24, 32)
+    for start, split in ((0, "train"), (10, "val"), (20, "test")):
+        for i in range(start, start + 6):
+            save(tmp_path / f"set/images/{split}/{i}.jpg", pixels)
+            save(tmp_path / f"set/masks/{i}_mask.png", values)
+    config, _ = write_config(tmp_path, "set/images", "set/masks")
+    assert (config["images"], config["masks"]) == ("images/{split}/*.jpg", "masks/*_mask.png")
+    assert config["split_folders"] == ["train", "val", "test"]
+    assert len(read_masks(config)) == 18
 
 
 def test_groups_of_one_split_each_are_no_doubt(tmp_path: Path) -> None:

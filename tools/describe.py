@@ -31,6 +31,7 @@ from tools.examine import (
     examine_all,
     look_at_pixels,
 )
+from tools.layout import Layout, find_layout, propose_group
 from tools.meaning import (
     LARGEST_INDEX,
     Meaning,
@@ -42,7 +43,6 @@ from tools.meaning import (
     object_side,
     read_class_names,
 )
-from tools.pairing import Layout, find_layout, propose_group
 
 LOOKED_AT = 12  # images, to see whether they are grey or transparent
 SMALLEST_CROP = 64

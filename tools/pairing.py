@@ -1,11 +1,10 @@
-"""Learn from the names of files which mask belongs to which image, and say it as patterns.
+"""Learn from the names of files which mask belongs to which image.
 
 A path below a folder is handled as its parts, the last without its ending: a/img_1.png becomes
 ("a", "img_1"). An image and its mask share some text of each part. What stands around that text is
 the same for all images, and the same for all masks: that is a rule.
 """
 
-import contextlib
 import difflib
 import os
 import re
@@ -20,18 +19,8 @@ from data import evenly
 from patterns import ENDINGS, find_files
 from tools.examine import read_numbers
 
-GROUPS = {  # what may stand for one video or patient in a name, the likeliest first
-    "^[^/]+": "first folder",
-    "^[^_]+": "text before the first _",
-    "^[^-]+": "text before the first -",
-    "^.*(?=_)": "text before the last _",
-    "^.*(?=-)": "text before the last -",
-}
 SAMPLES = 8  # masks whose images are looked for, to learn a rule
 MOST_CANDIDATES = 2000  # images that each of them is compared with
-LEAST_SHARE = 0.2  # of the files that a rule must pair: one folder may hold several kinds of masks
-LEAST_SHARE_APART = 0.3  # where images and masks have folders of their own
-SPLIT_WORDS = ("tr(ai)?n", "val|dev", "test")  # what the folders of the three splits begin with
 OTHER_SPLITS = ("val", "valid", "validation", "dev", "test", "testing")
 LAST_TRAIN = re.compile(r"train(ing)?(?!.*train)")
 
@@ -45,20 +34,6 @@ class Rule(NamedTuple):
 
     image: Around
     mask: Around
-
-
-class Layout(NamedTuple):
-    """Where the files lie, in the words of a config, and which belong together."""
-
-    root: Path
-    images: str
-    masks: str
-    split_folders: list[str]  # empty if there are none
-    names: list[str]  # of the pairs, without the folder of the split
-    pairs: list[tuple[Path, Path]]  # image, mask
-    alone: list[Path]  # files that fit a pattern and have no partner
-    unused: list[Path]  # files that fit no pattern
-    other_masks: list[Path]  # one of each other kind of mask that fits the images as well
 
 
 # ---- files
@@ -120,12 +95,16 @@ def common_folder(files: list[Path]) -> Path:
     return Path(os.path.commonpath([path.parent for path in files]))
 
 
+def normal_name(path: Path) -> str:
+    """Take the name of a file without its ending, in the form in which pairs.by_name compares."""
+    return unicodedata.normalize("NFC", path.stem)
+
+
 def split_paths(files: list[Path], base: Path, is_deep: bool) -> Files:
     """Split paths below a folder into parts; if they differ in depth, into folders and name."""
     paths = {}
     for path in files:
-        *folders, name = path.relative_to(base).with_suffix("").parts
-        parts = (*folders, unicodedata.normalize("NFC", name))  # as pairs.by_name has it
+        parts = (*path.relative_to(base).parts[:-1], normal_name(path))
         if is_deep:
             parts = ("/".join(parts[:-1]), parts[-1])
         paths[parts] = path
@@ -250,149 +229,3 @@ def find_other_masks(rules: dict[Rule, list[tuple[Path, Path]]]) -> list[Path]:
 def count_colours(path: Path) -> int:
     """Count the colours of a file: a mask has fewer than its image."""
     return len(np.unique(read_numbers(path)[0]))
-
-
-# ---- patterns
-
-
-def find_splits(texts: set[str]) -> list[str]:
-    """Order folders' names as training, validation, testing; empty if they are not two or three."""
-    folders = []
-    for word in SPLIT_WORDS:
-        folders += [text for text in sorted(texts) if re.match(word, text, re.IGNORECASE)]
-    if len(folders) not in (2, 3) or set(folders) != texts or len(set(folders)) != len(folders):
-        return []
-    return folders
-
-
-def write_pattern(folder: Path, around: Around, stars: list[str], files: list[Path]) -> str:
-    """Write a pattern: the folder, then each part with its star, then the endings of the files."""
-    parts = []
-    for (before, after), star in zip(around, stars, strict=True):
-        part = f"{before}{star}{after}"
-        if part:  # the folders are empty where all pairs lie at the top
-            parts.append(part)
-    endings = sorted({path.suffix.lower().removeprefix(".") for path in files})
-    ending = endings[0] if len(endings) == 1 else "{" + ",".join(endings) + "}"
-    return (folder / "/".join(parts)).as_posix() + f".{ending}"
-
-
-def choose_stars(shared: list[Parts]) -> tuple[list[str], list[str]]:
-    """Choose what a pattern has for each part of the shared texts; also list the split folders."""
-    stars = []
-    split_folders = []
-    for texts in zip(*shared, strict=True):
-        folders = find_splits(set(texts))
-        if folders and not split_folders:
-            split_folders = folders
-            stars.append("{split}")
-        elif len(set(texts)) == 1 and len(shared) > 1:
-            stars.append(texts[0])
-        else:
-            stars.append("*")
-    return stars, split_folders
-
-
-def propose_group(names: list[str]) -> tuple[str, str]:
-    """Propose an expression for `group` if parts of names repeat, else ""; and the reason."""
-    for expression, meaning in GROUPS.items():
-        matches = [re.search(expression, name) for name in names]
-        if not all(matches):
-            continue
-        groups = {match[0] for match in matches}
-        has_separator = not groups & set(names)
-        if has_separator and 3 <= len(groups) <= len(names) / 2:
-            return expression, f"{len(groups)} groups by the {meaning}, as {min(groups)}"
-    return "", "no part of the names repeats: each image stands for itself"
-
-
-def explain_nothing(images: str, masks: str, image_list: list[Path], mask_list: list[Path]) -> str:
-    """Say that no rule pairs images with masks."""
-    if image_list == mask_list:
-        advice = "give the folder of the images and the folder of the masks, or two patterns"
-        return f"{images}: no file has the name of another's mask; {advice}"
-    text = f"names do not fit, as {image_list[0].name} and {mask_list[0].name}"
-    return f"{images}, {masks}: {text}; give an image and its mask the same name"
-
-
-def name_of(key: tuple[str, ...], stars: list[str]) -> str:
-    """Join the parts of a path that stand for a star, which image and mask share."""
-    parts = []
-    for part, star in zip(key, stars, strict=True):
-        if "*" in star:
-            parts.append(part)
-    return "/".join(parts)
-
-
-def find_alone(image_files: dict[tuple, Path], mask_files: dict[tuple, Path]) -> list[Path]:
-    """List the images without a mask and the masks without an image."""
-    alone = []
-    for key in sorted(image_files.keys() ^ mask_files.keys()):
-        alone.append(image_files.get(key) or mask_files[key])
-    return alone
-
-
-def find_layout(images: str, masks: str) -> Layout:
-    """Pair the images and masks of two folders or patterns; UserError if nothing fits.
-
-    Folders of the training split bring the folders of the other splits with them, if their files
-    are named alike.
-    """
-    image_list, mask_list = list_both(images, masks)
-    other_images, other_masks = list_other_splits(images, masks)
-    if not other_images or not other_masks:
-        return pair_lists(images, masks, image_list, mask_list)
-    more_images, more_masks = separate(image_list + other_images, mask_list + other_masks)
-    with contextlib.suppress(UserError):  # nothing fits both
-        layout = pair_lists(images, masks, more_images, more_masks)
-        if layout.split_folders:
-            return layout
-    layout = pair_lists(images, masks, image_list, mask_list)
-    return layout._replace(unused=sorted(layout.unused + other_images + other_masks))
-
-
-def pair_lists(images: str, masks: str, image_list: list[Path], mask_list: list[Path]) -> Layout:
-    """Pair the images and masks of two lists, which `images` and `masks` name in messages."""
-    root = common_folder(image_list + mask_list)
-    if image_list == mask_list:
-        image_base = mask_base = root
-    else:
-        image_base = common_folder(image_list)
-        mask_base = common_folder(mask_list)
-    depths = {len(path.relative_to(image_base).parts) for path in image_list}
-    depths.update(len(path.relative_to(mask_base).parts) for path in mask_list)
-    is_deep = len(depths) > 1
-    image_paths = split_paths(image_list, image_base, is_deep)
-    mask_paths = split_paths(mask_list, mask_base, is_deep)
-    rules = find_rules(image_paths, mask_paths)
-    rule = next(iter(rules), None)
-    least = LEAST_SHARE if image_list == mask_list else LEAST_SHARE_APART
-    if rule is None or len(rules[rule]) < least * min(len(image_list), len(mask_list)):
-        raise UserError(explain_nothing(images, masks, image_list, mask_list))
-    image_files, mask_files = apply_rule(rule, image_paths, mask_paths)
-    shared = sorted(image_files.keys() & mask_files.keys())
-    first_image, first_mask = image_files[shared[0]], mask_files[shared[0]]
-    if image_list == mask_list and count_colours(first_image) < count_colours(first_mask):
-        image_files, mask_files = mask_files, image_files
-        rule = Rule(image=rule.mask, mask=rule.image)
-
-    stars, split_folders = choose_stars(shared)
-    if is_deep and stars[0] == "*":
-        stars[0] = "**"
-        if rule.image[0] != ("", "") or rule.mask[0] != ("", ""):
-            advice = "give the folder of the images and the folder of the masks"
-            raise UserError(f"{images}: has files at several depths; {advice}")
-    images_in_order = [image_files[key] for key in shared]
-    masks_in_order = [mask_files[key] for key in shared]
-    unused = set(image_list + mask_list) - set(image_files.values()) - set(mask_files.values())
-    return Layout(
-        root=root,
-        images=write_pattern(image_base.relative_to(root), rule.image, stars, images_in_order),
-        masks=write_pattern(mask_base.relative_to(root), rule.mask, stars, masks_in_order),
-        split_folders=split_folders,
-        names=[name_of(key, stars) for key in shared],
-        pairs=list(zip(images_in_order, masks_in_order, strict=True)),
-        alone=find_alone(image_files, mask_files),
-        unused=sorted(unused),
-        other_masks=find_other_masks(rules),
-    )
