@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 import data
+from common import UserError
+from images import read_image
 from tools.check import note_shared_groups
 
 
@@ -281,3 +283,9 @@ def test_splits_of_few_groups_are_named(dataset: Path, call) -> None:
     assert "note: validation: has 2 groups only" in out
     assert "note: testing: has 2 groups only" in out
     assert "note: training: has" not in out
+
+
+def test_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match=r"a\.png: stands for a file of Git LFS; fetch it"):
+        read_image(tmp_path / "a.png")

@@ -199,12 +199,6 @@ def test_values_below_0_are_scaled(tmp_path: Path) -> None:
     assert pixels[0, :, 0].tolist() == [0, 128, 255]
 
 
-def test_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with pytest.raises(UserError, match=r"a\.png: stands for a file of Git LFS; fetch it"):
-        read_image(tmp_path / "a.png")
-
-
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_a_turned_grey_tiff_is_not_scrambled(tmp_path: Path, dtype: type) -> None:
     stored = np.zeros((4, 6), dtype)
