@@ -2,8 +2,8 @@
 
 Images and masks move together under crops and flips. Blur and colour jitter change images only,
 unless `blur_masks` asks for the lab's way. Randomness is drawn anew for each image from torch's
-global generator. What decides how many images change is drawn on the CPU, since its value is needed
-at once, and a GPU would have to be waited for.
+global generator: the place of a crop where the split lies, all else on the CPU. How many images
+change must be known at once, and a GPU would have to be waited for.
 """
 
 import math
@@ -62,8 +62,8 @@ def choose_corners(masks: Tensor, crop: int, on_objects: float) -> tuple[Tensor,
     last_top = last_start(masks.amin(dim=2) != IGNORE, crop)
     last_left = last_start(masks.amin(dim=1) != IGNORE, crop)
     draw, which_pixel, share_y, share_x = torch.rand(4, len(masks), device=masks.device)
-    # Anywhere: a share of the possible places. On an object, the same share says where in the crop
-    # the chosen pixel lies.
+    # share_y and share_x place a crop anywhere in the image. For a crop on an object they say
+    # instead where in the crop the chosen pixel lies.
     top = (share_y * (last_top + 1)).long()
     left = (share_x * (last_left + 1)).long()
     if on_objects > 0:

@@ -54,14 +54,19 @@ def restore_model(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
     """
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint["config"])
-    misfit = find_misfit(checkpoint["model"], model.state_dict())
-    if misfit:
-        advice = "undo the change of model.py, or train again"
-        raise UserError(f"{path}: its weights do not fit the model ({misfit}); {advice}")
-    model.load_state_dict(checkpoint["model"])
+    load_state(model, checkpoint["model"], path)
     model.to(device, memory_format=torch.channels_last)
     model.eval()
     return model, checkpoint
+
+
+def load_state(model: nn.Module, state: dict, path: Path) -> None:
+    """Load the weights of a checkpoint at `path`; UserError if they are of another model."""
+    misfit = find_misfit(state, model.state_dict())
+    if misfit:
+        advice = "undo the change of model.py, or train again"
+        raise UserError(f"{path}: its weights do not fit the model ({misfit}); {advice}")
+    model.load_state_dict(state)
 
 
 def find_misfit(state: dict, expected: dict[str, Tensor]) -> str | None:
@@ -80,7 +85,7 @@ def find_misfit(state: dict, expected: dict[str, Tensor]) -> str | None:
 def load_weights(model: nn.Module, path: Path, classes: list[str]) -> str:
     """Load the layers of a checkpoint that fit a model, which may be of other classes or channels.
 
-    A layer fits if its tensors have the same names and shapes. The last layer, which is the
+    A layer fits if the file has all its tensors, in the same shapes. The last layer, which is the
     prediction of `classes`, also needs the same classes in the same order. All other layers keep
     their fresh weights. Returns a line that names the fresh layers. UserError if no layer fits.
     """
@@ -113,5 +118,8 @@ def load_weights(model: nn.Module, path: Path, classes: list[str]) -> str:
 
 
 def layer_of(name: str) -> str:
-    """Cut the name of a tensor to the name of its layer: up.4.weight to up.4."""
-    return name.rpartition(".")[0]
+    """Cut the name of a tensor to the name of its layer: up.4.weight to up.4.
+
+    A tensor that belongs to the model itself keeps its name.
+    """
+    return name.rpartition(".")[0] or name

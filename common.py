@@ -42,7 +42,8 @@ class UserError(Exception):
 def run(main: Callable[[], None]) -> None:
     """Call `main`; print a `UserError` or a full disk in one line and exit with code 2.
 
-    Every other exception is a mistake in the code and keeps its traceback.
+    Ctrl-C ends with code 130, a reader of stdout that has gone with 141, as shells expect. Every
+    other exception is a mistake in the code and keeps its traceback.
     """
     try:
         main()
@@ -111,7 +112,7 @@ def wait_for_lock(path: Path) -> Iterator[None]:
         yield
 
 
-def require(values: dict, kinds: dict[str, type]) -> None:
+def require(values: dict, kinds: dict[str, type | tuple[type, ...]]) -> None:
     """Raise KeyError or ValueError unless a mapping has these keys, with values of these types."""
     for key, kind in kinds.items():
         if not isinstance(values[key], kind):

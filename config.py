@@ -127,33 +127,33 @@ def load_config(paths: list[Path], overrides: list[str] = ()) -> dict:
     "key=value" strings and win over the files. UserError if a file cannot be read, or a key is
     unknown, of the wrong type or out of range.
     """
-    layers = []  # of (source for messages, its keys)
-    for path in paths:
-        layers.append((str(path), read_yaml(Path(path))))
-    for text in overrides:
-        layers.append((f"--set {text}", parse_override(text)))
+    files = [(str(path), read_yaml(Path(path))) for path in paths]  # of (source, its keys)
+    on_command_line = [(f"--set {text}", parse_override(text)) for text in overrides]
 
     default = read_yaml(DEFAULT)
     allowed = read_yaml(ALLOWED)
     config = dict(default)
-    for source, values in layers:
+    for source, values in files + on_command_line:
         for key, value in values.items():
             config[key] = check_value(source, key, value, default, allowed)
-    config["group"] = pick_group(config, layers)
+    given = {}  # on the command line, in whatever order
+    for _, values in on_command_line:
+        given.update(values)
+    config["group"] = pick_group(config, [values for _, values in files] + [given])
     if not config["name"]:
         config["name"] = Path(paths[0]).stem if paths else "default"
     return config
 
 
-def pick_group(config: dict, layers: list[tuple[str, dict]]) -> str:
-    """Pick the `group` that belongs to the `images` of a config.
+def pick_group(config: dict, layers: list[dict]) -> str:
+    """Pick the `group` that belongs to the `images` of a config; later `layers` of keys win.
 
     A file with `images` describes other data: a group that was given before it does not fit them.
     UserError if splits are drawn at random and nobody said what stays together: images of one video
     in two splits would make every score look better than it is.
     """
     fits_images = False
-    for _, values in layers:
+    for values in layers:
         if "images" in values:
             fits_images = False
         if "group" in values:
@@ -169,7 +169,7 @@ def pick_group(config: dict, layers: list[tuple[str, dict]]) -> str:
 def with_todays_keys(earlier: dict) -> dict:
     """Give the config of an earlier run today's keys, so that it can still be used.
 
-    KeyError or ValueError if it has a value of another type than today's.
+    ValueError if it has a value of another type than today's.
     """
     default = load_config([])
     config = {}

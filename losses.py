@@ -4,6 +4,8 @@ A loss is a function of logits and mask. Its name in `LOSSES` is what a config u
 `loss: {cross_entropy: 1.0, dice_per_class: 1.0}`.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,7 +36,7 @@ def cross_entropy_per_class(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def _one_hot(mask: Tensor, logits: Tensor) -> Tensor:
-    """Turn a mask into (N, C, H*W), 1 in the channel of the true class, as `logits` in dtype."""
+    """Turn a mask into (N, C, H*W), 1 in the channel of the true class, in the dtype of logits."""
     classes = torch.arange(logits.shape[1], device=mask.device)[:, None]  # (C, 1)
     return (mask.flatten(1)[:, None] == classes).to(logits.dtype)  # IGNORE is no class: all 0
 
@@ -94,7 +96,7 @@ def check_loss(weights: dict[str, float]) -> None:
     for name, weight in weights.items():
         if name not in LOSSES:
             raise UserError(f"loss: there is no loss '{name}'; known: {known}")
-        if not isinstance(weight, (int, float)):
+        if type(weight) not in (int, float) or not math.isfinite(weight):
             raise UserError(
                 f"loss: {name}: {weight!r} is no weight; give a number, as 1.0 or 0.001"
             )

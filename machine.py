@@ -114,7 +114,7 @@ def read_cpuinfo(key: str) -> str:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Tell whether the processor computes with bfloat16; every release of PyTorch agrees."""
+    """Tell whether the processor computes with bfloat16; not every release of PyTorch can say."""
     flags = f"{read_cpuinfo('flags')} {read_cpuinfo('Features')}".split()  # of x86, of Arm
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16", "svebf16"))
 

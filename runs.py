@@ -5,9 +5,7 @@ import fcntl
 import json
 import os
 import platform
-import resource
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -162,13 +160,7 @@ def start_run(run_dir: Path, config: dict, environment: dict, done: int) -> "Sum
     from torch.utils.tensorboard import SummaryWriter
 
     if done == 0:
-        for path in run_dir.iterdir():
-            is_known = path.name in FIRST_FILES | LATER_FILES or is_partial(path.name)
-            is_of_run = is_known or path.name.startswith(EVENTS)
-            if is_of_run and path.name != "config.yaml":
-                path.unlink()
-        # Removed last: if we are killed before, it still shows that this folder is a run's.
-        (run_dir / "config.yaml").unlink(missing_ok=True)
+        remove_run(run_dir)
     (run_dir / "summary.json").unlink(missing_ok=True)  # the run is not finished any more
     write_atomically(run_dir / "config.yaml", dump(config).encode())
     write_atomically(run_dir / "environment.json", json.dumps(environment, indent=2).encode())
@@ -181,6 +173,24 @@ def start_run(run_dir: Path, config: dict, environment: dict, done: int) -> "Sum
         layout[key] = ["Multiline", [f"{key}/training", f"{key}/validation"]]
     writer.add_custom_scalars({"training and validation": layout})
     return writer
+
+
+def remove_run(run_dir: Path) -> None:
+    """Remove the files of a run, in an order that a kill may interrupt.
+
+    Until last.pt is gone, the run is still whole enough to go on. Without last.pt and metrics.jsonl
+    it is taken for one that was killed in its first epoch. config.yaml is removed last, since it
+    shows that the folder is a run's.
+    """
+    for path in list(run_dir.iterdir()):
+        if path.name.startswith(EVENTS) or is_partial(path.name):
+            path.unlink()
+    in_order = sorted(LATER_FILES - {"last.pt"})
+    in_order += ["metrics.jsonl", "last.pt"]
+    in_order += sorted(FIRST_FILES - {"metrics.jsonl", "config.yaml"})
+    in_order += ["config.yaml"]
+    for name in in_order:
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def describe_environment(device: torch.device, dtype: torch.dtype, processes: int) -> dict:
@@ -259,13 +269,16 @@ def read_history(path: Path, advice: str) -> list[dict]:
 
 
 def print_epoch(config: dict, entry: dict, is_best: bool) -> None:
-    """Print the line of an epoch, and advice if a class is never predicted."""
+    """Print the line of an epoch; the first and the last have advice on classes never predicted."""
     epoch, epochs = entry["epoch"], config["epochs"]
     training, validation = entry["training"], entry["validation"]
+    training_iou = "–"  # no crop had a labelled pixel
+    if training["mean_iou"] is not None:
+        training_iou = f"{training['mean_iou']:.4f}"
     line = (
         f"{config['name']} epoch {epoch}/{epochs}  "
         f"loss {training['loss']:.4f} / {validation['loss']:.4f}  "
-        f"mean IoU {training['mean_iou'] or 0:.4f} / {validation['mean_iou']:.4f}  "
+        f"mean IoU {training_iou} / {validation['mean_iou']:.4f}  "
         f"(training / validation)  {entry['images_per_s']:.0f} images/s"
     )
     if is_best:
@@ -313,8 +326,6 @@ def write_summary(
     `training_digest`, of all training images, tells runs of other data apart.
     """
     best = best_of(history)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     summary = {
         "name": config["name"],
         "seed": config["seed"],
@@ -324,7 +335,6 @@ def write_summary(
         "best_epoch": best["epoch"],
         "parameters": count_parameters(model),
         "code": code,
-        "peak_memory_mib": peak / unit,
         "digest": training_digest,
         "training": best["training"],
         "validation": best["validation"],

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import processes
 import runs
 from augment import check_sizes, get_batch
-from checkpoints import load_weights, save_checkpoint
+from checkpoints import load_state, load_weights, save_checkpoint
 from common import UserError, code_digest, run
 from config import add_arguments, data_override, load_config
 from data import load_data
@@ -76,14 +76,15 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
     model = build_model(config).to(device, memory_format=torch.channels_last)
     smallest_batch = images_per_epoch % batch_size or batch_size
     check_sizes(config, images.shape[2], images.shape[3], model.stride, smallest_batch // world)
-    try_batch(model, images, masks, device, config)
+    try_batch(model, images, masks, device, dtype, config)
     if config["upsampling_init"] == "bilinear" and not bilinear_start_applies(model):
         needs = "skip: pooled and a last decoder stage of `classes` channels"
         print(f"note: upsampling_init: bilinear needs {needs}; here it has no effect")
 
     # ---- 3. optimizer and schedule of the learning rate
-    # Another optimizer goes here. last.pt holds its state and cannot go on with another one: train
-    # into a new folder. one_cycle also moves Adam's first beta, or the momentum of SGD.
+    # Another optimizer goes here; train into a new folder then. last.pt holds the state of the old
+    # one and its settings, which would replace yours. one_cycle also moves Adam's first beta, or
+    # the momentum of SGD.
     betas = (0.9, config["adam_beta2"])
     optimizer = torch.optim.Adam(model.parameters(), config["learning_rate"], betas, fused=True)
     steps = steps_per_epoch * config["epochs"]
@@ -97,7 +98,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
     history = []  # an entry for each epoch
     if resumed is not None:
         history = resumed["history"]
-        model.load_state_dict(resumed["model"])
+        load_state(model, resumed["model"], run_dir / "last.pt")
         optimizer.load_state_dict(resumed["optimizer"])
         scheduler.load_state_dict(resumed["scheduler"])
     elif config["init"]:
@@ -110,7 +111,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
         code = "mixed"
     net = model
     if world > 1:
-        if device.type == "cuda":  # there is none for CPUs
+        if device.type == "cuda":  # CPUs have no SyncBatchNorm
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         net = DistributedDataParallel(model)
     if is_first:
@@ -131,17 +132,18 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
         bar = tqdm(order.split(batch_size), title, disable=hide_bar)
         for step, index in enumerate(bar, start=epoch * steps_per_epoch):
             torch.manual_seed(derive_seed(seed, stream, step))
-            index = index[rank::world]  # the share of this process
-            batch, mask = get_batch(images, masks, index, device, config)
+            share = index[rank::world]  # of this process
+            batch, mask = get_batch(images, masks, share, device, config)
             with autocast(device, dtype):
                 logits = net(batch)
+            predicted = logits.argmax(dim=1)  # first: a loss of your own may change the logits
             loss = weighted_loss(logits, mask, config["loss"])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             scheduler.step()
-            loss_sum += loss.detach() * len(index)
-            matrix += confusion_matrices(logits.argmax(dim=1), mask, len(classes)).sum(dim=0)
+            loss_sum += loss.detach() * len(share)
+            matrix += confusion_matrices(predicted, mask, len(classes)).sum(dim=0)
         matrix = processes.total(matrix)
         loss_sum = processes.total(loss_sum)
         train_loss = loss_sum.item() / images_per_epoch  # waits for the device: the clock is right
@@ -202,11 +204,17 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
 
 
 def try_batch(
-    model: nn.Module, images: Tensor, masks: Tensor, device: torch.device, config: dict
+    model: nn.Module,
+    images: Tensor,
+    masks: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    config: dict,
 ) -> None:
-    """Try a step on a copy of the model: most mistakes show before an old run is discarded.
+    """Try a batch on a copy of the model: most mistakes show before an old run is discarded.
 
-    ValueError if the model gives logits of another shape than the loss needs.
+    As in the loop, but for the optimizer. ValueError if the logits have another shape than the
+    loss needs, or the loss is not a single number.
     """
     always = dict(config)
     for key in ("blur", "jitter"):
@@ -214,11 +222,16 @@ def try_batch(
             always[key] = 1.0
     index = torch.zeros(2, dtype=torch.int64, device=images.device)
     batch, mask = get_batch(images, masks, index, device, always)
-    logits = copy.deepcopy(model).train()(batch)
+    copied = copy.deepcopy(model).train()
+    with autocast(device, dtype):
+        logits = copied(batch)
     needed = (len(mask), len(config["classes"]), *mask.shape[1:])
     if logits.shape != needed:
         raise ValueError(f"the model gives logits of shape {tuple(logits.shape)}, not {needed}")
-    weighted_loss(logits, mask, config["loss"]).backward()
+    loss = weighted_loss(logits, mask, config["loss"])
+    loss.backward()  # refuses a loss of several numbers
+    if loss.shape != ():
+        raise ValueError(f"the loss has shape {tuple(loss.shape)}, not () as a single number")
 
 
 def main() -> None:

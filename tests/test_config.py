@@ -97,6 +97,9 @@ def test_group_of_flights_does_not_hold_for_other_data(tmp_path: Path) -> None:
     mine.write_text(mine.read_text() + "group: '^[^_]+'\n")
     assert load_config([mine])["group"] == "^[^_]+"
     assert load_config([ROOT / "configs/tuned.yaml", mine])["group"] == "^[^_]+"
+    of_others = ["group=^a", "images='{split}/a/*.png'"]
+    for overrides in (of_others, of_others[::-1]):
+        assert load_config([ROOT / "configs/tuned.yaml"], overrides)["group"] == "^a"
 
 
 def test_lab_protocol_flips_in_three_models_only() -> None:

@@ -66,6 +66,7 @@ def test_training_scores_are_of_every_image_once(
         loss = weighted_loss(logits, mask, weights)
         if sizes:  # the first call tries two images
             matrix.add_(confusion_matrices(logits.argmax(dim=1), mask, 4).sum(dim=0))
+            logits.data[:, 0] = -1000.0  # as a loss may do: the scores were taken before
         losses.append(loss.item())
         sizes.append(len(mask))
         return loss

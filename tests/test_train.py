@@ -45,7 +45,7 @@ RANDOM = {  # everything that draws random numbers
     "blur": 0.5,
     "jitter": 0.5,
 }
-CLOCK = ("train_seconds", "images_per_s", "peak_memory_mib")
+CLOCK = ("train_seconds", "images_per_s")
 
 
 def load(path: Path) -> dict:

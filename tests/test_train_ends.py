@@ -22,7 +22,7 @@ from common import ROOT, UserError
 from config import is_finished
 from data import limit, load_split
 from metrics import confusion_matrices, scores
-from model import build_model
+from model import UNet, build_model
 from schedule import epoch_order
 
 
@@ -88,6 +88,8 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(
     [
         ({"loss": "{dice: 1}"}, "loss: there is no loss 'dice'; known: cross_entropy"),
         ({"loss": "{cross_entropy: much}"}, "cross_entropy: 'much' is no weight"),
+        ({"loss": "{cross_entropy: .nan}"}, "cross_entropy: nan is no weight"),
+        ({"loss": "{cross_entropy: true}"}, "cross_entropy: True is no weight"),
         ({"loss": "{}"}, "loss: names no loss"),
         ({"encoder": "[[8, 4]]"}, "encoder"),
         ({"blur": 0.1, "blur_kernel": 31, "crop": 8}, "blur_kernel: 31 is too large"),
@@ -141,7 +143,62 @@ def test_mistake_in_a_loss_or_model_shows_before_the_old_run_goes(
         patch.setattr(script_module, "build_model", with_five_classes)
         with pytest.raises(ValueError, match=r"logits of shape \(2, 5, 32, 32\), not \(2, 4, 32"):
             train_tiny(dataset, run, resume=True, seed=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script_module, "weighted_loss", lambda logits, *_: logits.mean().view(1))
+        with pytest.raises(ValueError, match=r"the loss has shape \(1,\), not \(\)"):
+            train_tiny(dataset, run, resume=True, seed=1)
+
+    forward = UNet.forward
+
+    def fails_in_autocast(model: UNet, images: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("not in bfloat16")
+        return forward(model, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UNet, "forward", fails_in_autocast)
+        with pytest.raises(RuntimeError, match="not in bfloat16"):
+            train_tiny(dataset, run, resume=True, seed=1, precision="bfloat16")
     assert (run / "best.pt").read_bytes() == before
+
+
+def test_run_of_another_model_does_not_go_on(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    train_tiny(dataset, run, epochs=1)
+    before = (run / "last.pt").read_bytes()
+
+    def edited(config: dict) -> nn.Module:
+        return build_model(dict(config, encoder=[[4, 3], [6, 3]]))
+
+    monkeypatch.setattr(script_module, "build_model", edited)
+    with pytest.raises(UserError, match=r"last\.pt: its weights do not fit the model \("):
+        train_tiny(dataset, run, resume=True, epochs=2)
+    assert (run / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("killed_at", ["summary.json", "metrics.jsonl", "last.pt", "config.yaml"])
+def test_run_killed_while_it_is_discarded_is_still_one(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
+) -> None:
+    run = tmp_path / "run"
+    train_tiny(dataset, run, epochs=2)
+    unlink = Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if path.name == killed_at:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_tiny(dataset, run, resume=True, epochs=1, seed=1)
+    train_tiny(dataset, run, resume=True, epochs=1, seed=1)
+    assert len(lines(run)) == 1
+    assert (run / "best.pt").exists() and (run / "summary.json").exists()
 
 
 def test_classes_never_predicted_are_named_with_advice(
@@ -168,7 +225,7 @@ def test_bilinear_start_of_another_head_is_noted(
 
 
 def test_epoch_without_a_labelled_pixel_in_training_is_logged(
-    dataset: Path, tmp_path: Path
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     data = shutil.copytree(dataset, tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
     for mask in sorted((data / "training/gt_image").iterdir())[1:]:
@@ -177,6 +234,7 @@ def test_epoch_without_a_labelled_pixel_in_training_is_logged(
     values["limit_images"] = 1000  # all; with a limit, classes may be absent
     train_tiny(data, tmp_path / "run", **values)
     assert None in [entry["training"]["mean_iou"] for entry in lines(tmp_path / "run")]
+    assert "mean IoU – / 0." in capsys.readouterr().out
 
 
 def test_two_processes_train_one_model_on_hosts_of_which_one_has_the_files(
