@@ -22,7 +22,7 @@ SPEEDRUN := $(foreach seed,0 1 2 3 4,runs/speedrun/seed$(seed)/on-afo.json)
 
 # DATA=my.yaml: a config that says where your data lie. It wins over those of the experiments.
 OWN       := $(filter %.yaml,$(DATA))
-DATA_NAME := $(subst /,-,$(basename $(DATA)))
+DATA_NAME := $(subst /,-,$(basename $(patsubst ./%,%,$(DATA))))
 DATA_DIR  := $(or $(OWN),data/$(DATA))
 RUNS      ?= runs/$(DATA_NAME)/$(PROFILE)
 KNOWN     := $(filter generated afo,$(DATA)) $(wildcard $(filter-out generated.yaml afo.yaml,$(OWN)))
@@ -72,7 +72,7 @@ data/afo: | .venv/installed
 describe: | .venv/installed  ## look at the folders IMAGES and MASKS and write a config of them to OUT=my.yaml
 	@$(PY) data.py describe --images '$(call quoted,$(IMAGES))' --masks '$(call quoted,$(MASKS))' $(if $(filter file,$(origin OUT)),,--out $(OUT))
 check: | $(DATA_DIR) .venv/installed  ## list all problems of the data, and show samples with their masks
-	$(PY) data.py check $(if $(OWN),--config $(OWN),$(DATA_DIR)) --picture report/check-$(DATA_NAME).png
+	$(PY) data.py check $(if $(OWN),--config $(OWN),$(DATA_DIR)) --picture report/check-$(DATA_NAME).png $(if $(SET),--set $(SET))
 
 # Written anew when a file of the data is added, removed or changed; then all runs look again.
 STAMP := $(RUNS)/data.stamp
@@ -128,7 +128,7 @@ weights: | data/afo data/scenes  ## train the shipped weights again: 21,600 gene
 	  $(foreach seed,$(SEEDS),runs/weights/seed$(seed)/on-afo.json runs/weights/seed$(seed)/on-scenes.json)
 	@$(PY) evaluate.py $(foreach seed,$(SEEDS),runs/weights/seed$(seed)/on-afo.json)
 
-publish: | $(filter-out publish results,$(MAKECMDGOALS))  ## add the finished runs below RUNS to results/runs.jsonl, which git keeps
+publish: | .venv/installed $(filter-out publish results,$(MAKECMDGOALS))  ## add the finished runs below RUNS to results/runs.jsonl, which git keeps
 	@$(PY) -m tools.publish --runs $(RUNS)
 results: | .venv/installed $(filter-out results,$(MAKECMDGOALS))  ## write RESULTS.md and the tables of README.md from results/ alone
 	@$(PY) report.py --published
@@ -141,6 +141,7 @@ doctor: | .venv/installed  ## say what is wrong with the run RUN=runs/... and wh
 	@$(PY) -m tools.doctor $(or $(RUN),$(error RUN is missing: make doctor RUN=runs/generated/quick/tuned/seed0)) --device $(DEVICE)
 
 bench: | $(DATA_DIR) .venv/installed  ## measure training speed beside a textbook loop, in one run
+	$(if $(OWN),$(error make bench: takes DATA=generated or DATA=afo))
 	$(PY) -m tools.bench --data $(DATA_DIR) --device $(DEVICE)
 speedrun: | data/afo data/scenes  ## train on generated flights to a mean IoU of 0.995 on the real test split, five seeds
 	@$(MAKE) --no-print-directory DATA=configs/data/scenes.yaml RUNS=runs $(SPEEDRUN)

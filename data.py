@@ -211,6 +211,10 @@ def digest_settings(config: dict) -> str:
     values = {"root": str(data_root(config).resolve())}  # however the folder is spelled
     for key in DATA_KEYS:
         values[key] = config[key]
+    # Of the classes, names decide nothing: their values do, and which of them is other_values.
+    classes = config["classes"]
+    values["classes"] = list(classes.values())
+    values["other_values"] = [name == config["other_values"] for name in classes]
     return sha256(json.dumps(values).encode()).hexdigest()[:12]
 
 

@@ -201,7 +201,7 @@ def likely_range(lowest: int, highest: int) -> list[int]:
     if lowest < 0:
         return [lowest, max(highest, lowest + 1)]
     bits = max(8, highest.bit_length() + highest.bit_length() % 2)
-    return [0, 2**bits - 1]
+    return [0, min(2**bits - 1, 2**31)]  # the largest that pairs.check_data_keys takes
 
 
 def scale_to_8_bits(
@@ -319,6 +319,9 @@ def read_pair(image_path: Path, mask_path: Path, config: dict) -> tuple[Tensor, 
         if turned_alone(image_path, mask_path) == "image":
             text += ", turned upright by its EXIF data"
             advice = "turn the mask upright too, or save the image without EXIF data"
+        elif turned_alone(image_path, mask_path) == "mask":
+            text += f"; {mask_path.name} is turned upright by its EXIF data"
+            advice = "save the mask without EXIF data"
         raise UserError(f"{mask_path}: {text}; {advice}")
     if config["resize"]:
         size = config["resize"]

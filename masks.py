@@ -51,12 +51,12 @@ def listed_values(config: dict) -> list[tuple[list[int], int]]:
     """List (value, class): what pixels hold in a mask, and the index of its class, or IGNORE."""
     ignored = ignored_values(config)
     listed = [(value, IGNORE) for value in ignored]
+    if config["mask_format"] == "colours":
+        for target, colours in enumerate(config["classes"].values()):
+            listed += [(colour, target) for colour in list_colours(colours)]
+        return listed
     index = 0
-    for target, colours in enumerate(config["classes"].values()):
-        if config["mask_format"] == "colours":
-            for colour in list_colours(colours):
-                listed.append((colour, target))
-            continue
+    for target in range(len(config["classes"])):
         while [index] in ignored:  # the classes of masks with ignore: [0] are 1, 2, …
             index += 1
         listed.append(([index], target))

@@ -59,8 +59,12 @@ def check_data_keys(config: dict) -> None:
     if "{split}" in config["masks"] and "{split}" not in config["images"]:
         advice = "write it in both, or in neither"
         raise UserError(f"masks: has {{split}}, but images: {config['images']!r} has not; {advice}")
-    if len(config["split_folders"]) not in (2, 3):
-        raise UserError(f"split_folders: is {config['split_folders']}; give two or three folders")
+    folders = config["split_folders"]
+    if len(folders) not in (2, 3):
+        raise UserError(f"split_folders: is {folders}; give two or three folders")
+    if folders[0] in folders[1:]:
+        text = "would train and be scored on the same images"
+        raise UserError(f"split_folders: is {folders}: a model {text}; give each split its folder")
     check_pair_of_numbers("resize", config["resize"], 8, 16384, "[height, width] in pixels")
     value_range = config["value_range"]
     check_pair_of_numbers("value_range", value_range, -(2**31), 2**31, "[lowest, highest]")
@@ -158,7 +162,7 @@ def pair_files(config: dict, split: str) -> tuple[list[Pair], list[str]]:
             image = images[name]
             group = group_of(image.name, config["group"])
             if not group:
-                text = f"group: {config['group']!r} finds nothing in its name"
+                text = f"group: {config['group']!r} finds nothing in its name; correct it"
                 problems.append(f"{image.path}: {text}")
                 continue
             pairs.append(Pair(image.name, group, image.path, masks[name].path))

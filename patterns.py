@@ -62,11 +62,18 @@ def expression_of(part: str) -> str:
 
 
 def file_expression(name: str) -> re.Pattern:
-    """Translate the last part of a pattern, the name of a file, to a regular expression."""
-    stem, dot, ending = name.rpartition(".")
-    if not dot:
+    """Translate the last part of a pattern, the name of a file, to a regular expression.
+
+    Capitals in the ending do not matter.
+    """
+    start = name.rfind(".")
+    if start < 0:
         return re.compile(expression_of(name))
-    return re.compile(expression_of(stem) + "(?i:" + expression_of(dot + ending) + ")")
+    brace = name.rfind("{", 0, start)
+    if brace > name.rfind("}", 0, start):  # the dot is between braces, as in *{.jpg,_x.png}
+        start = brace
+    ending = expression_of(name[start:])
+    return re.compile(f"{expression_of(name[:start])}(?i:{ending})")
 
 
 def count_stars(pattern: str) -> int:
@@ -84,8 +91,10 @@ def fill(pattern: str, matches: tuple[str, ...]) -> str:
 
 
 def specificity(pattern: str) -> int:
-    """Count the characters of a pattern that are no wildcards."""
-    return len(WILDCARD.sub("", pattern))
+    """Count the characters of a pattern that are no wildcards, without the ending of the files."""
+    text = WILDCARD.sub("", "/".join(parts_of(pattern)))
+    stem, dot, _ = text.rpartition(".")
+    return len(stem) if dot else len(text)
 
 
 # ---- files

@@ -267,8 +267,10 @@ def draw_sheet(path: Path, results: dict[Path, Result], colours: dict[str, list[
     save(grid(rows, legend), path)
 
 
-def predict_files(model: nn.Module, config: dict, given: list[Path], out: Path, keep: bool) -> None:
-    """Predict files and folders one after the other; `keep` writes probabilities as well.
+def predict_files(
+    model: nn.Module, config: dict, given: list[Path], out: Path, with_probabilities: bool
+) -> None:
+    """Predict files and folders one after the other.
 
     UserError if any cannot be read, after all the others.
     """
@@ -285,7 +287,7 @@ def predict_files(model: nn.Module, config: dict, given: list[Path], out: Path, 
             print(f"problem: {error}")
             failed += 1
             continue
-        if keep:
+        if with_probabilities:
             probabilities = predict(model, config, image[None])[0]
             mask = probabilities.argmax(dim=0).to(torch.uint8)
         else:

@@ -290,7 +290,8 @@ def table_of_tests(
     lines_of.update(experiments)
     columns = dict(columns)
     for name in first["per_class_iou"]:
-        columns[name] = iou_of(name)
+        title = f"IoU of {name}" if name in COLUMNS else name
+        columns[title] = iou_of(name)
     title = (
         f"{first['data']}, {first['split']} split, {first['images']} images, "
         f"{first['profile']} profile. IoU by class at the right."

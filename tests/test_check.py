@@ -122,6 +122,16 @@ def test_masks_that_are_turned_alone_are_told(cells: Path, call) -> None:
     assert re.search(r"EXIF data turn \d masks upright, as .*masks.*, but not their images", out)
 
 
+def test_a_turned_mask_is_named_where_sizes_differ(cells: Path, call) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # by a quarter
+    Image.new("RGB", (9, 7)).save(cells.parent / "images/3.png")
+    Image.new("L", (9, 7)).save(cells.parent / "masks/3.png", exif=exif)
+    code, out, _ = call(data.main, "check", "--config", cells)
+    text = r"3\.png: is 7×9 pixels but its image is 9×7; .* EXIF data; save the mask without EXIF"
+    assert code == 2 and re.search(text, out)
+
+
 def test_notes_are_no_problems(cells: Path, call) -> None:
     folder = cells.parent
     exif = Image.Exif()

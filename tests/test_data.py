@@ -203,6 +203,13 @@ def test_configs_of_one_folder_keep_their_caches(pond: dict) -> None:
     assert all(path.stat().st_mtime_ns == time for path, time in caches.items())
 
 
+def test_names_of_classes_decide_no_cache(pond: dict) -> None:
+    d.load_split(pond, "training")
+    renamed = {f"my {name}": colour for name, colour in pond["classes"].items()}
+    d.load_split(dict(pond, classes=renamed), "training")
+    assert len(list(Path(pond["data"]).glob(".cache/training-*"))) == 1
+
+
 def test_spellings_of_a_folder_share_a_cache(root: Path, tmp_path: Path, monkeypatch) -> None:
     d.load_split(config_for(root), "testing")
     [cache] = root.glob(".cache/testing-*")
@@ -283,6 +290,7 @@ def test_data_in_a_read_only_folder(root: Path, tmp_path: Path, monkeypatch) -> 
         ({"mask_format": "indices", "mask_tolerance": 9}, "mask_tolerance: fits colours alone"),
         ({"other_values": "cat"}, "other_values: is 'cat'; give a class of background, square"),
         ({"split_folders": ["a"]}, "split_folders: is .*; give two or three folders"),
+        ({"split_folders": ["a", "a"]}, "split_folders: is .* scored on the same images"),
         ({"value_range": [4095, 0]}, "value_range: is .*; give the lower value first"),
         ({"value_range": [0, 1.5]}, r"value_range: is .*; give \[\], or \[lowest, highest\]"),
         ({"resize": [4]}, "resize"),

@@ -151,6 +151,27 @@ def test_exchanged_images_and_masks_are_refused(tmp_path: Path) -> None:
         write_config(tmp_path, "labels", "photos")
 
 
+def test_a_palette_with_gaps_and_equal_colours_is_refused(tmp_path: Path) -> None:
+    image, mask = draw(0)
+    numbers = Image.fromarray(np.array([0, 7, 26], np.uint8)[mask])
+    numbers.putpalette([9] * 768)
+    save(tmp_path / "photos/0.png", image)
+    save(tmp_path / "labels/0.png", numbers)
+    with pytest.raises(
+        UserError, match=r"0 and 7 have the same colour in the palette, \[9, 9, 9\]"
+    ):
+        write_config(tmp_path)
+
+
+def test_a_list_of_too_few_names_of_classes_is_left_out(tmp_path: Path) -> None:
+    write_set(tmp_path, np.array([0, 1, 2], np.uint8))
+    (tmp_path / "classes.txt").write_text("class_2\nclass_1\n")
+    assert list(write_config(tmp_path)[0]["classes"]) == ["background", "class_1", "class_2"]
+    (tmp_path / "classes.txt").write_bytes("\ufeffsky\r\ndisc\r\nbar\r\n".encode())  # of Windows
+    (tmp_path / "own.yaml").unlink()
+    assert list(write_config(tmp_path)[0]["classes"]) == ["sky", "disc", "bar"]
+
+
 def test_labelmes_names_of_classes_are_taken(tmp_path: Path) -> None:
     write_set(tmp_path, np.array([0, 1, 2], np.uint8))
     (tmp_path / "class_names.txt").write_text("__ignore__\n_background_\nyes\nbar: 2\n")

@@ -229,6 +229,15 @@ def test_clean_keeps_runs(project: Path) -> None:
     assert not (project / "runs").exists()
 
 
+def test_check_and_bench_of_own_data(project: Path) -> None:
+    (project / "my.yaml").write_text("data: photos\n")
+    done = make(project, "check", "-n", "DATA=./my.yaml", "SET=crop=32")
+    line = "data.py check --config ./my.yaml --picture report/check-my.png --set crop=32"
+    assert line in done.stdout
+    done = make(project, "bench", "DATA=my.yaml")
+    assert done.returncode == 2 and "make bench: takes DATA=generated or DATA=afo" in done.stderr
+
+
 def test_doctor_without_a_run_says_so(project: Path) -> None:
     done = make(project, "doctor")
     assert done.returncode == 2 and "make doctor RUN=" in done.stderr

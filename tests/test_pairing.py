@@ -8,7 +8,7 @@ import pytest
 from made_photos import N, draw, read_masks, save, write_config, write_set
 
 from common import UserError
-from tools.layout import propose_group
+from tools.layout import find_layout, propose_group
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,33 @@ def test_endings_are_mixed_and_folders_of_any_depth(tmp_path: Path) -> None:
     assert config["images"] == "photos/**/*.{jpeg,jpg,png}"
     assert config["masks"] == "labels/**/*.png"
     assert len(read_masks(config)) == 4
+
+
+@pytest.mark.parametrize("path", ["{}", "~/{}"])
+@pytest.mark.parametrize("train", ["train", "Train"])
+def test_other_splits_lie_beside_any_path_of_the_training_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, train: str
+) -> None:
+    pixels, values = draw(0, 24, 32)
+    val = "Val" if train == "Train" else "val"
+    for start, split in ((0, train), (10, val)):
+        for i in range(6):
+            save(tmp_path / f"set/{split}/{start + i}.png", pixels)
+            save(tmp_path / f"set/{split}annot/{start + i}.png", values)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    layout = find_layout(path.format(f"set/{train}"), path.format(f"set/{train}annot"))
+    assert layout.split_folders == [train, val] and len(layout.pairs) == 12
+
+
+@pytest.mark.parametrize("name", ["test{}/1.png", "test_{}.png"])
+def test_numbered_tests_are_no_splits(tmp_path: Path, name: str) -> None:
+    pixels, values = draw(0, 24, 32)
+    for i in range(3):
+        save(tmp_path / "photos" / name.format(i), pixels)
+        save(tmp_path / "labels" / name.format(i), values)
+    config, _ = write_config(tmp_path)
+    assert "{split}" not in config["images"] and len(read_masks(config)) == 3
 
 
 @pytest.mark.parametrize("folder", ["", "train"])  # given the root, or the training folder alone

@@ -29,6 +29,8 @@ def touch(root: Path, *names: str) -> None:
         (["a/b/1.tif", "a/b/1_m.tif", "2.tif", "2_m.tif"], "**/*.tif", "**/*_m.tif"),
         (["a/image.png", "a/mask.png", "b/image.png", "b/mask.png"], "*/image.png", "*/mask.png"),
         (["my [v1]/é (x).jpg", "m/é (x).png"], "my [v1]/*.jpg", "m/*.png"),
+        (["p/1.png", "p/1_m.png", "p/2.png", "p/2_m.tif"], "p/*.png", "p/*_m.*"),
+        (["i/1.JPG", "i/2_x.png", "m/1.png", "m/2.png"], "i/*{.jpg,_x.png}", "m/*.png"),
     ],
 )
 def test_patterns_find_pairs(tmp_path: Path, files: list, images: str, masks: str) -> None:
@@ -36,7 +38,7 @@ def test_patterns_find_pairs(tmp_path: Path, files: list, images: str, masks: st
         tmp_path, *files, "i/Thumbs.db", "i/.1.jpg", "i/folder.jpg/x", ".cache/1.tif", "i/.DS_Store"
     )
     config = config_for(tmp_path, images="{split}/" + images, masks="{split}/" + masks)
-    config["split_folders"] = [".", ".", "."]
+    config["split_folders"] = [".", "none"]
     pairs, problems = find_pairs(config, "training")
     assert problems == []
     paired = {path.relative_to(tmp_path).as_posix() for p in pairs for path in (p.image, p.mask)}

@@ -205,6 +205,14 @@ def test_printed_table() -> None:
     assert cells["background only"]["images seen"] == "–"
 
 
+def test_a_class_may_be_named_as_a_column() -> None:
+    rows = [make_row(seed=0), make_row(seed=1)]
+    for row in rows:
+        row["per_class_iou"]["n"] = row["per_class_iou"].pop("circle")
+    cells = read_table(comparison_table(rows))["small"]
+    assert cells["n"] == "2" and cells["IoU of n"].startswith("0.")
+
+
 def test_star_marks_other_code_in_the_printed_table_only() -> None:
     rows = [make_row(), make_row("tuned", code="of another day"), make_row("best", code=None)]
     text = comparison_table(rows)

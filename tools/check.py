@@ -44,7 +44,7 @@ class CheckedPair(NamedTuple):
     """What is known of a pair that was read."""
 
     counts: Tensor  # (256,) int64: pixels by their value in the mask
-    size: tuple[int, int]  # height and width of the files
+    size: tuple[int, int]  # height and width of the files, turned upright
     digest: str  # of the image's pixels
     is_plain: bool  # the image is of a single colour
     turned_alone: str  # "image" or "mask" if EXIF data turn one of them upright alone, else ""
@@ -68,7 +68,7 @@ class Checked(NamedTuple):
 # ---- reading
 
 
-def examine(pair: Pair, config: dict) -> CheckedPair:
+def check_pair(pair: Pair, config: dict) -> CheckedPair:
     """Read a pair in its own size."""
     image, mask = read_pair(pair.image, pair.mask, dict(config, resize=[]))
     pixels = image.flatten(1)
@@ -101,7 +101,7 @@ def check_split(
     readable = []
     examined_pairs = []
     unusable = []
-    results = in_parallel(partial(examine, config=config), pairs)
+    results = in_parallel(partial(check_pair, config=config), pairs)
     for pair, future in tqdm(results, f"checking {split}", len(pairs), disable=None):
         try:
             examined = future.result()

@@ -33,7 +33,7 @@ from tools.examine import (
 )
 from tools.layout import Layout, find_layout, propose_group
 from tools.meaning import (
-    LARGEST_INDEX,
+    LIKELY_INDEX,
     Meaning,
     are_photographs,
     colour_of,
@@ -49,7 +49,7 @@ SMALLEST_CROP = 64
 LARGEST_CROP = 256
 CROP_OF_PHOTOGRAPHS = 224  # where everything is an object
 LARGE_IMAGE = 1024
-MOST_PADDING = 2  # times their pixels; images whose sizes differ more are resized
+WORTH_PADDING = 2  # times their pixels; images whose sizes differ more are resized
 COLUMN = 44  # where comments begin
 
 
@@ -165,9 +165,10 @@ def describe_classes(meaning: Meaning, masks: Masks, names: list[str]) -> list[L
     pictured = distinct_colours(len(meaning.classes))
     has_background = meaning.numbers_objects or not are_photographs(meaning, masks)
     unlabelled = find_unlabelled(meaning, masks)
+    all_have_names = masks.kind != "colours" and max(meaning.classes) < len(names)
     for index, number in enumerate(meaning.classes):
         name = "background" if index == 0 and has_background else f"class_{index}"
-        if masks.kind != "colours" and number < len(names):
+        if all_have_names and not meaning.numbers_objects:
             name = names[number]
         colour = colour_of(masks, number)
         if meaning.mask_format == "indices" and masks.kind != "palette":
@@ -199,7 +200,7 @@ def note_doubts(meaning: Meaning, masks: Masks, is_drawn: bool, notes: list[str]
         text = "if they are classes, list each of them, without other_values"
         notes.append(f"classes: {len(values) - 1} values are taken for numbers of objects; {text}")
     others = [number for number in meaning.classes if number != 255]
-    are_indices = masks.kind == "grey" and len(others) > 2 and max(others) <= LARGEST_INDEX
+    are_indices = masks.kind == "grey" and len(others) > 2 and max(others) <= LIKELY_INDEX
     if are_indices and 255 in meaning.classes:
         text = "if 255 marks pixels without a label, set ignore: [255, 255, 255]"
         notes.append(f"classes: {text} and remove its class")
@@ -306,7 +307,7 @@ def describe_sizes(
 def crops_fit(sizes: list[tuple[int, int]], crop: int) -> bool:
     """Tell whether a crop fits into all images, and their sizes are near enough for padding."""
     smallest = min(min(size) for size in sizes)
-    return crop < smallest and padding_factor(sizes) <= MOST_PADDING
+    return crop < smallest and padding_factor(sizes) <= WORTH_PADDING
 
 
 def range_of_sizes(sizes: list[tuple[int, int]]) -> str:

@@ -55,8 +55,11 @@ def find_splits(texts: set[str]) -> list[str]:
     """Order folders' names as training, validation, testing; empty if they are not two or three."""
     folders = []
     for word in SPLIT_WORDS:
-        folders += [text for text in sorted(texts) if re.match(word, text, re.IGNORECASE)]
-    if len(folders) not in (2, 3) or set(folders) != texts or len(set(folders)) != len(folders):
+        fitting = [text for text in texts if re.match(word, text, re.IGNORECASE)]
+        if len(fitting) > 1:  # as test1 and test2, which are no splits
+            return []
+        folders += fitting
+    if len(folders) < 2 or set(folders) != texts:
         return []
     return folders
 
@@ -77,9 +80,12 @@ def choose_stars(shared: list[Parts]) -> tuple[list[str], list[str]]:
     """Choose what a pattern has for each part of the shared texts; also list the split folders."""
     stars = []
     split_folders = []
-    for texts in zip(*shared, strict=True):
-        folders = find_splits(set(texts))
-        if folders and not split_folders:
+    n_parts = len(shared[0])
+    for number, texts in enumerate(zip(*shared, strict=True), start=1):
+        folders = []
+        if number < n_parts and not split_folders:  # the last part names files
+            folders = find_splits(set(texts))
+        if folders:
             split_folders = folders
             stars.append("{split}")
         elif len(set(texts)) == 1 and len(shared) > 1:

@@ -22,7 +22,7 @@ VOC_BORDER = 0xE0E0C0  # the colour of index 255 in the palette of PASCAL VOC
 ROUGH = 3  # pixels: values that reach less far, on average, are no mask's
 THIN = 4  # pixels: a value whose areas are thinner on average lies along edges
 OUTLINE = 12  # pixels: an outline that nobody labelled is thinner
-LARGEST_INDEX = 64  # 0, 128 and 255 are no indices
+LIKELY_INDEX = 64  # the largest; 0, 128 and 255 are no indices
 MOST_NUMBERS = 20  # more values than that, 1, 2, 3 … in each mask, are numbers of objects
 MOST_THIN_VALUES = 8  # more thin values in a mask than that come from smoothing or JPEG
 NEAR = 48  # colours that differ by less in each channel are one class, changed by JPEG
@@ -50,7 +50,9 @@ def read_class_names(folder: Path) -> list[str]:
         path = folder / name
         if path.is_file():
             with reading(path):
-                names = [line.strip().strip("_") for line in path.read_text("utf-8").splitlines()]
+                names = [
+                    line.strip().strip("_") for line in path.read_text("utf-8-sig").splitlines()
+                ]
             names = [name for name in names if name]
             if names and names[0] == "ignore":
                 names = names[1:]
@@ -140,9 +142,22 @@ def find_meaning(examined: list[ExaminedPair], masks: Masks) -> Meaning:
         "colours": f"{len(masks.values)} colours",
     }
     reason = what[masks.kind]
+    if masks.kind == "palette":
+        check_palette(masks, listed)
     if listed == [0, 255]:
         reason = "0 and 255: black and white"
     return Meaning("colours", reason, order_colours(masks, listed), ignored, ignore_reason)
+
+
+def check_palette(masks: Masks, numbers: list[int]) -> None:
+    """Raise UserError if two numbers of a palette have one colour, which cannot be two classes."""
+    numbers_of = {}  # colour → the first number that has it
+    for number in numbers:
+        colour = colour_of(masks, number)
+        first = numbers_of.setdefault(tuple(colour), number)
+        if first != number:
+            text = f"{first} and {number} have the same colour in the palette, {colour}"
+            raise UserError(f"masks: {text}; save the numbers as grey files")
 
 
 def are_numbers_of_objects(examined: list[ExaminedPair], values: dict[int, Value]) -> bool:
@@ -196,7 +211,7 @@ def find_border(masks: Masks) -> tuple[list[int], str]:
         return [], ""
     if VOC_BORDER in (border, masks.palette.get(border)):
         return [border], "the colour that PASCAL VOC gives to pixels without a label"
-    if value.thickness <= OUTLINE and others[-1] <= LARGEST_INDEX:
+    if value.thickness <= OUTLINE and others[-1] <= LIKELY_INDEX:
         return [border], f"outlines, {value.thickness:.0f} pixels wide on average"
     if others[0] <= 1 and others[-1] - others[0] == len(others) - 1:
         return [border], "the other values have no gap, so it marks pixels without a label"

@@ -16,13 +16,13 @@ import numpy as np
 
 from common import UserError
 from data import evenly
-from patterns import ENDINGS, find_files
+from patterns import ENDINGS, WILDCARD, find_files
 from tools.examine import read_numbers
 
 SAMPLES = 8  # masks whose images are looked for, to learn a rule
 MOST_CANDIDATES = 2000  # images that each of them is compared with
 OTHER_SPLITS = ("val", "valid", "validation", "dev", "test", "testing")
-LAST_TRAIN = re.compile(r"train(ing)?(?!.*train)")
+LAST_TRAIN = re.compile(r"train(ing)?(?!.*train)", re.IGNORECASE)
 
 Parts = tuple[str, ...]
 Files = dict[Parts, Path]
@@ -56,6 +56,8 @@ def list_files(text: str) -> list[Path]:
             return files
     kinds = ", ".join(ENDINGS)
     advice = f"give a folder with images ({kinds}), or a pattern in quotes, as in 'photos/*.jpg'"
+    if WILDCARD.search(text) is None and not Path(text).expanduser().exists():
+        raise UserError(f"{text}: there is no such folder; {advice}")
     raise UserError(f"{text}: has no images; {advice}")
 
 
@@ -66,11 +68,13 @@ def list_both(images: str, masks: str) -> tuple[list[Path], list[Path]]:
 
 def list_other_splits(images: str, masks: str) -> tuple[list[Path], list[Path]]:
     """List the files in the folders of the other splits, beside those of the training split."""
+    images = str(Path(images).expanduser().absolute())  # paths as list_files gives them
+    masks = str(Path(masks).expanduser().absolute())
     image_files = []
     mask_files = []
     for word in OTHER_SPLITS:  # CamVid/train and CamVid/trainannot → CamVid/val and CamVid/valannot
-        other_images = LAST_TRAIN.sub(word, images)
-        other_masks = LAST_TRAIN.sub(word, masks)
+        other_images = folder_of_split(images, word)
+        other_masks = folder_of_split(masks, word)
         is_other = images != other_images and masks != other_masks
         if is_other and os.path.isdir(other_images) and os.path.isdir(other_masks):
             more_images = [file.path for file in find_files(Path(other_images), "**/*")]
@@ -79,6 +83,16 @@ def list_other_splits(images: str, masks: str) -> tuple[list[Path], list[Path]]:
                 image_files += more_images
                 mask_files += more_masks
     return image_files, mask_files
+
+
+def folder_of_split(text: str, word: str) -> str:
+    """Put the word for another split in the place of "train", in capitals as there."""
+    match = LAST_TRAIN.search(text)
+    if match is None:
+        return text
+    if match[0][0].isupper():
+        word = word.title()
+    return text[: match.start()] + word + text[match.end() :]
 
 
 def separate(image_files: list[Path], mask_files: list[Path]) -> tuple[list[Path], list[Path]]:
