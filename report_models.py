@@ -379,9 +379,8 @@ def details_other_runs(study: Study) -> str | None:
         parts.append(table_of(rows_of(others, "test"), headings))
     if study.earlier:
         parts.append(
-            "These earlier runs had no horizontal flips. They were scored on the validation split"
-            " only, and so stand apart from later runs of the same name. `modified-no-flip` stopped"
-            " after 6 of 15 epochs."
+            "These runs are from before the whole test split was there. They were scored on the"
+            " validation split only, and so stand apart from later runs of the same name."
         )
         headings = ["mean IoU", "n", "never predicted", "images seen"]
         parts.append(table_of(rank(rows_of(study.earlier, "validation")), headings))
