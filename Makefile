@@ -21,8 +21,8 @@ AUGMENT  := $(filter-out $(OF_TUNED),$(call names,augment))
 SPEEDRUN := $(foreach seed,0 1 2 3 4,runs/speedrun/seed$(seed)/on-afo.json)
 
 # DATA=my.yaml: a config that says where your data lie. It wins over those of the experiments.
-OWN       := $(filter %.yaml,$(DATA))
-DATA_NAME := $(subst /,-,$(basename $(patsubst ./%,%,$(DATA))))
+OWN       := $(patsubst ./%,%,$(filter %.yaml,$(DATA)))
+DATA_NAME := $(subst /,-,$(basename $(or $(OWN),$(DATA))))
 DATA_DIR  := $(or $(OWN),data/$(DATA))
 RUNS      ?= runs/$(DATA_NAME)/$(PROFILE)
 KNOWN     := $(filter generated afo,$(DATA)) $(wildcard $(filter-out generated.yaml afo.yaml,$(OWN)))
@@ -141,7 +141,7 @@ doctor: | .venv/installed  ## say what is wrong with the run RUN=runs/... and wh
 	@$(PY) -m tools.doctor $(or $(RUN),$(error RUN is missing: make doctor RUN=runs/generated/quick/tuned/seed0)) --device $(DEVICE)
 
 bench: | $(DATA_DIR) .venv/installed  ## measure training speed beside a textbook loop, in one run
-	$(if $(OWN),$(error make bench: takes DATA=generated or DATA=afo))
+	$(if $(OWN),$(error DATA=$(DATA): make bench takes generated or afo))
 	$(PY) -m tools.bench --data $(DATA_DIR) --device $(DEVICE)
 speedrun: | data/afo data/scenes  ## train on generated flights to a mean IoU of 0.995 on the real test split, five seeds
 	@$(MAKE) --no-print-directory DATA=configs/data/scenes.yaml RUNS=runs $(SPEEDRUN)

@@ -2,8 +2,8 @@
 
 Images and masks move together under crops and flips. Blur and colour jitter change images only,
 unless `blur_masks` asks for the lab's way. Randomness is drawn anew for each image from torch's
-global generator: the place of a crop where the split lies, all else on the CPU. How many images
-change must be known at once, and a GPU would have to be waited for.
+global generator. Places of crops are drawn on the device of the split, all else on the CPU: how
+many images change must be known at once, and a GPU would have to be waited for.
 """
 
 import math

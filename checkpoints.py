@@ -54,17 +54,17 @@ def restore_model(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
     """
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint["config"])
-    load_state(model, checkpoint["model"], path)
+    load_state(model, checkpoint["model"], path, "train again")
     model.to(device, memory_format=torch.channels_last)
     model.eval()
     return model, checkpoint
 
 
-def load_state(model: nn.Module, state: dict, path: Path) -> None:
+def load_state(model: nn.Module, state: dict, path: Path, remedy: str) -> None:
     """Load the weights of a checkpoint at `path`; UserError if they are of another model."""
     misfit = find_misfit(state, model.state_dict())
     if misfit:
-        advice = "undo the change of model.py, or train again"
+        advice = f"undo the change of model.py, or {remedy}"
         raise UserError(f"{path}: its weights do not fit the model ({misfit}); {advice}")
     model.load_state_dict(state)
 

@@ -42,7 +42,7 @@ class UserError(Exception):
 def run(main: Callable[[], None]) -> None:
     """Call `main`; print a `UserError` or a full disk in one line and exit with code 2.
 
-    Ctrl-C ends with code 130, a reader of stdout that has gone with 141, as shells expect. Every
+    As shells expect, the code is 130 after Ctrl-C, and 141 if nobody reads stdout any more. Every
     other exception is a mistake in the code and keeps its traceback.
     """
     try:

@@ -89,7 +89,7 @@ LOSSES = {
 
 
 def check_loss(weights: dict[str, float]) -> None:
-    """Raise UserError unless each key of a config's `loss` is in `LOSSES`, its value a number."""
+    """Raise UserError unless each key of a config's `loss` is in `LOSSES`, its value finite."""
     known = ", ".join(LOSSES)
     if not weights:
         raise UserError(f"loss: names no loss; give at least one of {known}, with its weight")

@@ -220,7 +220,7 @@ def build_model(config: dict) -> nn.Module:
         forward(images): images (N, in_channels, H, W) in [0, 1] → logits (N, C, H, W), of the same
             height and width, for the C classes of the config
         stride: pixels along one side of the image that one of its deepest features stands for, a
-            power of two; 1 if nothing is pooled. If you are unsure, give a larger one
+            power of two; 1 if nothing is pooled. Rather too large than too small
         receptive_radius: how many pixels a logit sees on each side of its own, rounded up to a
             multiple of the stride. predict.py adds this margin around each tile of a large image;
             too small a margin leaves seams.

@@ -61,19 +61,24 @@ def expression_of(part: str) -> str:
     return expression + re.escape(part[end:])
 
 
+def split_ending(name: str) -> tuple[str, str]:
+    """Split the last part of a pattern before the ending of the files, which may be ""."""
+    start = name.rfind(".")
+    if start < 0:
+        return name, ""
+    brace = name.rfind("{", 0, start)
+    if brace > name.rfind("}", 0, start):  # the dot is between braces, as in *{.jpg,_x.png}
+        start = brace
+    return name[:start], name[start:]
+
+
 def file_expression(name: str) -> re.Pattern:
     """Translate the last part of a pattern, the name of a file, to a regular expression.
 
     Capitals in the ending do not matter.
     """
-    start = name.rfind(".")
-    if start < 0:
-        return re.compile(expression_of(name))
-    brace = name.rfind("{", 0, start)
-    if brace > name.rfind("}", 0, start):  # the dot is between braces, as in *{.jpg,_x.png}
-        start = brace
-    ending = expression_of(name[start:])
-    return re.compile(f"{expression_of(name[:start])}(?i:{ending})")
+    stem, ending = split_ending(name)
+    return re.compile(f"{expression_of(stem)}(?i:{expression_of(ending)})")
 
 
 def count_stars(pattern: str) -> int:
@@ -90,11 +95,15 @@ def fill(pattern: str, matches: tuple[str, ...]) -> str:
     return os.path.normpath(filled)  # **/ may stand for no folder
 
 
-def specificity(pattern: str) -> int:
-    """Count the characters of a pattern that are no wildcards, without the ending of the files."""
-    text = WILDCARD.sub("", "/".join(parts_of(pattern)))
-    stem, dot, _ = text.rpartition(".")
-    return len(stem) if dot else len(text)
+def specificity(pattern: str) -> tuple[int, int]:
+    """Count the characters of a pattern that are no wildcards: before the ending, and in it.
+
+    The ending counts only if all else is equal: *.png is less specific than *_mask.{png,tif}.
+    """
+    *folders, name = parts_of(pattern)
+    stem, ending = split_ending(name)
+    before = "/".join([*folders, stem])
+    return len(WILDCARD.sub("", before)), len(WILDCARD.sub("", ending))
 
 
 # ---- files

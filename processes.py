@@ -26,8 +26,13 @@ def join(device: torch.device) -> None:
 
 
 def leave() -> None:
-    """Leave the processes that `join` joined."""
+    """Leave the processes that `join` joined, all at one time.
+
+    The first of them still writes files when the others have nothing left to do. If they left
+    then, it could end with their broken connections.
+    """
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

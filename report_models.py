@@ -379,8 +379,8 @@ def details_other_runs(study: Study) -> str | None:
         parts.append(table_of(rows_of(others, "test"), headings))
     if study.earlier:
         parts.append(
-            "These runs are from before the whole test split was there. They were scored on the"
-            " validation split only, and so stand apart from later runs of the same name."
+            "These runs were made by earlier code. They were scored on the validation split only,"
+            " and so stand apart from later runs of the same name."
         )
         headings = ["mean IoU", "n", "never predicted", "images seen"]
         parts.append(table_of(rank(rows_of(study.earlier, "validation")), headings))

@@ -10,7 +10,7 @@ import figures
 from report_lost import count_never_predicted
 from report_models import Answer, picture, score, scores_of
 from report_runs import Run, Study, by_experiment
-from table import COLUMNS, LAB, NONE, iou_of, markdown, tabulate
+from table import COLUMNS, LAB, NONE, add_ious, markdown, tabulate
 
 N_POSITIONS = 4  # of each 2×2 pixels: the last up-sampling computes each with its own weights
 RANGE_OF_SEEDS = 0.05  # mean IoU: runs that differ more do so by more than usual luck
@@ -328,8 +328,7 @@ def details_seeds(study: Study) -> str | None:
         parts.append(f"None of the {total} tested runs has striped masks.")
     else:
         columns = {"mean IoU": COLUMNS["mean IoU"], "striped": COLUMNS["striped"]}
-        for name in next(iter(rows.values()))[0]["per_class_iou"]:
-            columns[name] = iou_of(name)
+        columns = add_ious(columns, list(next(iter(rows.values()))[0]["per_class_iou"]))
         verb = "have" if striped > 1 else "has"
         parts.append(
             f"Of all {total} tested runs, of every model, {striped} {verb} striped masks. The table"

@@ -178,19 +178,19 @@ def start_run(run_dir: Path, config: dict, environment: dict, done: int) -> "Sum
 def remove_run(run_dir: Path) -> None:
     """Remove the files of a run, in an order that a kill may interrupt.
 
-    Until last.pt is gone, the run is still whole enough to go on. Without last.pt and metrics.jsonl
-    it is taken for one that was killed in its first epoch. config.yaml is removed last, since it
-    shows that the folder is a run's.
+    As long as last.pt is there, the run can go on. Without last.pt and metrics.jsonl it is taken
+    for one that was killed in its first epoch. config.yaml is removed last, since it shows that the
+    folder is a run's.
     """
-    for path in list(run_dir.iterdir()):
-        if path.name.startswith(EVENTS) or is_partial(path.name):
-            path.unlink()
     in_order = sorted(LATER_FILES - {"last.pt"})
     in_order += ["metrics.jsonl", "last.pt"]
     in_order += sorted(FIRST_FILES - {"metrics.jsonl", "config.yaml"})
-    in_order += ["config.yaml"]
     for name in in_order:
         (run_dir / name).unlink(missing_ok=True)
+    for path in list(run_dir.iterdir()):
+        if path.name.startswith(EVENTS) or is_partial(path.name):
+            path.unlink()
+    (run_dir / "config.yaml").unlink(missing_ok=True)
 
 
 def describe_environment(device: torch.device, dtype: torch.dtype, processes: int) -> dict:
@@ -305,6 +305,7 @@ def finish(
     """End a run that has nothing left to train: write its summary if it is missing."""
     # Fewer epochs may be asked for than when the run was begun: make compares with this file.
     write_atomically(run_dir / "config.yaml", dump(config).encode())
+    write_history(run_dir, history)  # a kill in `remove_run` leaves none
     print(f"{run_dir}: all {len(history)} epochs are trained")
     path = run_dir / "summary.json"
     if path.exists():

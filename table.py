@@ -96,6 +96,15 @@ def iou_of(name: str) -> Column:
     return column
 
 
+def add_ious(columns: dict[str, Column], classes: list[str]) -> dict[str, Column]:
+    """Add a column of the IoU of each class, whose name no other column has."""
+    added = dict(columns)
+    for name in classes:
+        title = f"IoU of {name}" if name in columns else name
+        added[title] = iou_of(name)
+    return added
+
+
 def never_predicted(rows: list[dict]) -> str:
     """Name the classes that a run of the experiment never predicts."""
     names = []
@@ -288,10 +297,7 @@ def table_of_tests(
     nothing = background_only(first)
     lines_of = {nothing["name"]: [nothing]}
     lines_of.update(experiments)
-    columns = dict(columns)
-    for name in first["per_class_iou"]:
-        title = f"IoU of {name}" if name in COLUMNS else name
-        columns[title] = iou_of(name)
+    columns = add_ious(columns, list(first["per_class_iou"]))
     title = (
         f"{first['data']}, {first['split']} split, {first['images']} images, "
         f"{first['profile']} profile. IoU by class at the right."

@@ -98,7 +98,8 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
     history = []  # an entry for each epoch
     if resumed is not None:
         history = resumed["history"]
-        load_state(model, resumed["model"], run_dir / "last.pt")
+        remedy = "discard this run: make … OVERWRITE=1 (--overwrite)"
+        load_state(model, resumed["model"], run_dir / "last.pt", remedy)
         optimizer.load_state_dict(resumed["optimizer"])
         scheduler.load_state_dict(resumed["scheduler"])
     elif config["init"]:
@@ -213,8 +214,9 @@ def try_batch(
 ) -> None:
     """Try a batch on a copy of the model: most mistakes show before an old run is discarded.
 
-    As in the loop, but for the optimizer. ValueError if the logits have another shape than the
-    loss needs, or the loss is not a single number.
+    It computes what a step of the loop computes up to the gradients, with blur and jitter in every
+    image if the config has them. ValueError if the logits have another shape than the loss needs,
+    or the loss is not a single number.
     """
     always = dict(config)
     for key in ("blur", "jitter"):
@@ -229,9 +231,9 @@ def try_batch(
     if logits.shape != needed:
         raise ValueError(f"the model gives logits of shape {tuple(logits.shape)}, not {needed}")
     loss = weighted_loss(logits, mask, config["loss"])
-    loss.backward()  # refuses a loss of several numbers
     if loss.shape != ():
         raise ValueError(f"the loss has shape {tuple(loss.shape)}, not () as a single number")
+    loss.backward()
 
 
 def main() -> None:

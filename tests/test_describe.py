@@ -166,7 +166,9 @@ def test_a_palette_with_gaps_and_equal_colours_is_refused(tmp_path: Path) -> Non
 def test_a_list_of_too_few_names_of_classes_is_left_out(tmp_path: Path) -> None:
     write_set(tmp_path, np.array([0, 1, 2], np.uint8))
     (tmp_path / "classes.txt").write_text("class_2\nclass_1\n")
-    assert list(write_config(tmp_path)[0]["classes"]) == ["background", "class_1", "class_2"]
+    config, text = write_config(tmp_path)
+    assert list(config["classes"]) == ["background", "class_1", "class_2"]
+    assert "a list beside the data" not in text
     (tmp_path / "classes.txt").write_bytes("\ufeffsky\r\ndisc\r\nbar\r\n".encode())  # of Windows
     (tmp_path / "own.yaml").unlink()
     assert list(write_config(tmp_path)[0]["classes"]) == ["sky", "disc", "bar"]

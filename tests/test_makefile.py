@@ -58,9 +58,15 @@ def test_help_lists_every_target(project: Path) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "says"),
-    [("DATA=cats", "generated"), ("DATA=no.yaml", "a file NAME.yaml"), ("PROFILE=x", "quick")],
+    [
+        ("DATA=cats", "generated"),
+        ("DATA=no.yaml", "a file NAME.yaml"),
+        ("DATA=./afo.yaml", "another name"),
+        ("PROFILE=x", "quick"),
+    ],
 )
 def test_unknown_setting_is_refused(project: Path, setting: str, says: str) -> None:
+    (project / "afo.yaml").touch()
     done = make(project, "report", setting)
     assert done.returncode == 2 and setting in done.stderr and says in done.stderr
 
@@ -232,10 +238,10 @@ def test_clean_keeps_runs(project: Path) -> None:
 def test_check_and_bench_of_own_data(project: Path) -> None:
     (project / "my.yaml").write_text("data: photos\n")
     done = make(project, "check", "-n", "DATA=./my.yaml", "SET=crop=32")
-    line = "data.py check --config ./my.yaml --picture report/check-my.png --set crop=32"
+    line = "data.py check --config my.yaml --picture report/check-my.png --set crop=32"
     assert line in done.stdout
     done = make(project, "bench", "DATA=my.yaml")
-    assert done.returncode == 2 and "make bench: takes DATA=generated or DATA=afo" in done.stderr
+    assert done.returncode == 2 and "DATA=my.yaml: make bench takes generated or afo" in done.stderr
 
 
 def test_doctor_without_a_run_says_so(project: Path) -> None:

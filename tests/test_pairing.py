@@ -64,12 +64,11 @@ def test_endings_are_mixed_and_folders_of_any_depth(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["{}", "~/{}"])
-@pytest.mark.parametrize("train", ["train", "Train"])
+@pytest.mark.parametrize(("train", "val"), [("train", "val"), ("Train", "Val"), ("TRAIN", "VAL")])
 def test_other_splits_lie_beside_any_path_of_the_training_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, train: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, train: str, val: str
 ) -> None:
     pixels, values = draw(0, 24, 32)
-    val = "Val" if train == "Train" else "val"
     for start, split in ((0, train), (10, val)):
         for i in range(6):
             save(tmp_path / f"set/{split}/{start + i}.png", pixels)
@@ -173,6 +172,14 @@ def test_other_splits_with_other_names_are_left_out(tmp_path: Path) -> None:
     assert config["images"] == "images/*_training.tif"
     assert f"{2 * N} files are in no pair, as {tmp_path}/test/" in text
     assert len(read_masks(config)) == N
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UserError, match="nowhere: there is no such folder; give a folder"):
+        write_config(tmp_path, "nowhere", "photos")
+    with pytest.raises(UserError, match=r"photos/\{split\}: has no images; give a folder"):
+        write_config(tmp_path, "photos/{split}", "photos")
 
 
 def test_names_that_fit_by_chance_are_refused(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ def touch(root: Path, *names: str) -> None:
         (["a/image.png", "a/mask.png", "b/image.png", "b/mask.png"], "*/image.png", "*/mask.png"),
         (["my [v1]/é (x).jpg", "m/é (x).png"], "my [v1]/*.jpg", "m/*.png"),
         (["p/1.png", "p/1_m.png", "p/2.png", "p/2_m.tif"], "p/*.png", "p/*_m.*"),
+        (["v.2/1.png", "v.2/1_m.png"], "v.2/*.png", "v.2/*_m{.png,.tif}"),
+        (["p/1.jpg", "p/1.png", "p/2.jpg", "p/2.png"], "p/*.jpg", "p/*"),
         (["i/1.JPG", "i/2_x.png", "m/1.png", "m/2.png"], "i/*{.jpg,_x.png}", "m/*.png"),
     ],
 )

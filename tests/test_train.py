@@ -209,26 +209,6 @@ def test_run_killed_in_its_first_epoch_starts_over(
     assert (folder / "summary.json").exists()
 
 
-def test_run_killed_while_an_older_one_is_discarded_starts_over(
-    dataset: Path, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever is still there, config.yaml is too: the folder is known to be a run's."""
-    folder = shutil.copytree(run, tmp_path / "run")
-    removed = []
-    unlink = Path.unlink
-
-    def note(path: Path, missing_ok: bool = False) -> None:
-        removed.append(path.name)
-        unlink(path, missing_ok)
-
-    iterdir = Path.iterdir  # in the order of names: config.yaml would be one of the first
-    monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(iterdir(path))))
-    monkeypatch.setattr(Path, "unlink", note)
-    train_tiny(dataset, folder, resume=True, epochs=1)  # of another config
-    first = removed[: removed.index("config.yaml")]
-    assert {"best.pt", "last.pt", "metrics.jsonl", "summary.json"} <= set(first)
-
-
 # ---- going on
 
 

@@ -133,7 +133,7 @@ def test_mistake_in_a_loss_or_model_shows_before_the_old_run_goes(
 
     with monkeypatch.context() as patch:
         patch.setattr(script_module, "weighted_loss", without_mean)
-        with pytest.raises(RuntimeError, match="scalar outputs"):
+        with pytest.raises(ValueError, match=r"the loss has shape \(2, 32, 32\), not \(\)"):
             train_tiny(dataset, run, resume=True, seed=1)
 
     def with_five_classes(config: dict) -> nn.Module:
@@ -174,7 +174,7 @@ def test_run_of_another_model_does_not_go_on(
         return build_model(dict(config, encoder=[[4, 3], [6, 3]]))
 
     monkeypatch.setattr(script_module, "build_model", edited)
-    with pytest.raises(UserError, match=r"last\.pt: its weights do not fit the model \("):
+    with pytest.raises(UserError, match=r"last\.pt: its weights do not fit .* OVERWRITE=1"):
         train_tiny(dataset, run, resume=True, epochs=2)
     assert (run / "last.pt").read_bytes() == before
 
@@ -196,9 +196,11 @@ def test_run_killed_while_it_is_discarded_is_still_one(
         patch.setattr(Path, "unlink", killed)
         with pytest.raises(KeyboardInterrupt):
             train_tiny(dataset, run, resume=True, epochs=1, seed=1)
-    train_tiny(dataset, run, resume=True, epochs=1, seed=1)
-    assert len(lines(run)) == 1
-    assert (run / "best.pt").exists() and (run / "summary.json").exists()
+    for values in ({"epochs": 2}, {"epochs": 1, "seed": 1}):  # the old run again, or the new one
+        again = shutil.copytree(run, tmp_path / f"again{len(values)}")
+        train_tiny(dataset, again, resume=True, **values)
+        assert len(lines(again)) == values["epochs"]
+        assert (again / "best.pt").exists() and (again / "summary.json").exists()
 
 
 def test_classes_never_predicted_are_named_with_advice(

@@ -99,30 +99,30 @@ def check_split(
             text = f"is the mask of {first.image} and of {pair.image}"
             problems.append(f"{pair.mask}: {text}; give each image a mask of its own")
     readable = []
-    examined_pairs = []
+    checked_pairs = []
     unusable = []
     results = in_parallel(partial(check_pair, config=config), pairs)
     for pair, future in tqdm(results, f"checking {split}", len(pairs), disable=None):
         try:
-            examined = future.result()
+            checked_pair = future.result()
         except UserError as error:
             unusable.append(str(error))
             continue
         readable.append(pair)
-        examined_pairs.append(examined)
-        first_path, first_split = seen.setdefault(examined.digest, (pair.image, split))
-        if first_split != split and not examined.is_plain:
+        checked_pairs.append(checked_pair)
+        first_path, first_split = seen.setdefault(checked_pair.digest, (pair.image, split))
+        if first_split != split and not checked_pair.is_plain:
             problems.append(f"{pair.image}: is also in {first_split} ({first_path}); keep one")
     counts = torch.zeros(256, dtype=torch.int64)
-    for examined in examined_pairs:
-        counts += examined.counts
+    for checked_pair in checked_pairs:
+        counts += checked_pair.counts
     notes = find_unread(data_root(config), patterns_of(config, split))
-    sizes = [examined.size for examined in examined_pairs]
+    sizes = [checked_pair.size for checked_pair in checked_pairs]
     size_problems, size_notes = look_at_sizes(split, sizes, config)
     problems += size_problems
     notes += size_notes
-    notes += describe_exceptions(split, readable, examined_pairs)
-    notes += note_palettes(split, readable, examined_pairs)
+    notes += describe_exceptions(split, readable, checked_pairs)
+    notes += note_palettes(split, readable, checked_pairs)
     if readable:
         missing = [name for i, name in enumerate(config["classes"]) if counts[i] == 0]
         if missing and split == "training":
@@ -154,7 +154,7 @@ def look_at_sizes(
 
 
 def describe_exceptions(
-    split: str, pairs: list[Pair], examined_pairs: list[CheckedPair]
+    split: str, pairs: list[Pair], checked_pairs: list[CheckedPair]
 ) -> list[str]:
     """Write notes on images of a single colour, turned images and masks with a tolerance."""
     plain = []
@@ -162,17 +162,17 @@ def describe_exceptions(
     n_near = 0
     n_pixels = 0
     cut_off: dict[Path, float] = {}  # image → the share of its values
-    for pair, examined in zip(pairs, examined_pairs, strict=True):
-        if examined.is_plain:
+    for pair, checked_pair in zip(pairs, checked_pairs, strict=True):
+        if checked_pair.is_plain:
             plain.append(pair.image)
-        if examined.turned_alone == "image":
+        if checked_pair.turned_alone == "image":
             turned["image"].append(pair.image)
-        elif examined.turned_alone == "mask":
+        elif checked_pair.turned_alone == "mask":
             turned["mask"].append(pair.mask)
-        n_near += examined.n_near
-        n_pixels += int(examined.counts.sum())
-        if examined.cut_off > 0:
-            cut_off[pair.image] = examined.cut_off
+        n_near += checked_pair.n_near
+        n_pixels += int(checked_pair.counts.sum())
+        if checked_pair.cut_off > 0:
+            cut_off[pair.image] = checked_pair.cut_off
     notes = []
     if plain:
         text = f"{len(plain)} images are of a single colour (empty slices?), as {plain[0]} is"
@@ -194,14 +194,14 @@ def describe_exceptions(
     return notes
 
 
-def note_palettes(split: str, pairs: list[Pair], examined_pairs: list[CheckedPair]) -> list[str]:
+def note_palettes(split: str, pairs: list[Pair], checked_pairs: list[CheckedPair]) -> list[str]:
     """Write the note that a number has several colours in masks of indices; [] if none has.
 
     Programs that save space renumber the colours of each file by themselves.
     """
     first_use = {}  # number → its colour, and the first mask that has it
-    for pair, examined in zip(pairs, examined_pairs, strict=True):
-        for number, colour in examined.palette.items():
+    for pair, checked_pair in zip(pairs, checked_pairs, strict=True):
+        for number, colour in checked_pair.palette.items():
             first_colour, first_path = first_use.setdefault(number, (colour, pair.mask))
             if colour != first_colour:
                 text = f"{number} is {first_colour} in {first_path} and {colour} in {pair.mask}"

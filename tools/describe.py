@@ -39,6 +39,7 @@ from tools.meaning import (
     colour_of,
     find_meaning,
     find_unlabelled,
+    fitting_names,
     leave_out_odd,
     object_side,
     read_class_names,
@@ -165,10 +166,9 @@ def describe_classes(meaning: Meaning, masks: Masks, names: list[str]) -> list[L
     pictured = distinct_colours(len(meaning.classes))
     has_background = meaning.numbers_objects or not are_photographs(meaning, masks)
     unlabelled = find_unlabelled(meaning, masks)
-    all_have_names = masks.kind != "colours" and max(meaning.classes) < len(names)
     for index, number in enumerate(meaning.classes):
         name = "background" if index == 0 and has_background else f"class_{index}"
-        if all_have_names and not meaning.numbers_objects:
+        if names:
             name = names[number]
         colour = colour_of(masks, number)
         if meaning.mask_format == "indices" and masks.kind != "palette":
@@ -372,7 +372,7 @@ def main(args: argparse.Namespace) -> None:
     usual = leave_out_odd(examined, notes)
     masks = collect(usual)
     meaning = find_meaning(usual, masks)
-    names = read_class_names(layout.root)
+    names = fitting_names(read_class_names(layout.root), meaning, masks)
     lines = describe_files(layout, notes)
     lines += describe_group(layout, notes)
     lines += describe_format(meaning, masks)
@@ -380,7 +380,7 @@ def main(args: argparse.Namespace) -> None:
     lines += describe_images(examined, notes)
     lines += describe_sizes(examined, meaning, masks, notes)
     note_doubts(meaning, masks, not layout.split_folders, notes)
-    if names and masks.kind != "colours":
+    if names:
         text = "are those of a list beside the data: its first for 0, its second for 1 …"
         notes.append(f"classes: their names {text}; see by their shares if that is right")
     text = write_config(lines, notes, args)

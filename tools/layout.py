@@ -55,11 +55,11 @@ def find_splits(texts: set[str]) -> list[str]:
     """Order folders' names as training, validation, testing; empty if they are not two or three."""
     folders = []
     for word in SPLIT_WORDS:
-        fitting = [text for text in texts if re.match(word, text, re.IGNORECASE)]
-        if len(fitting) > 1:  # as test1 and test2, which are no splits
+        fitting = [text for text in sorted(texts) if re.match(word, text, re.IGNORECASE)]
+        if word == SPLIT_WORDS[0] and len(fitting) != 1:  # test1, test2 and test3 are no splits
             return []
         folders += fitting
-    if len(folders) < 2 or set(folders) != texts:
+    if len(folders) not in (2, 3) or set(folders) != texts:
         return []
     return folders
 

@@ -60,6 +60,13 @@ def read_class_names(folder: Path) -> list[str]:
     return []
 
 
+def fitting_names(names: list[str], meaning: Meaning, masks: Masks) -> list[str]:
+    """Return the names of classes if every class has one by its index, else []."""
+    if masks.kind == "colours" or meaning.numbers_objects or max(meaning.classes) >= len(names):
+        return []
+    return names
+
+
 # ---- what values mean
 
 
@@ -143,7 +150,7 @@ def find_meaning(examined: list[ExaminedPair], masks: Masks) -> Meaning:
     }
     reason = what[masks.kind]
     if masks.kind == "palette":
-        check_palette(masks, listed)
+        check_palette(masks, [*listed, *ignored])
     if listed == [0, 255]:
         reason = "0 and 255: black and white"
     return Meaning("colours", reason, order_colours(masks, listed), ignored, ignore_reason)
@@ -151,10 +158,10 @@ def find_meaning(examined: list[ExaminedPair], masks: Masks) -> Meaning:
 
 def check_palette(masks: Masks, numbers: list[int]) -> None:
     """Raise UserError if two numbers of a palette have one colour, which cannot be two classes."""
-    numbers_of = {}  # colour → the first number that has it
+    first_with = {}  # colour → the first number that has it
     for number in numbers:
         colour = colour_of(masks, number)
-        first = numbers_of.setdefault(tuple(colour), number)
+        first = first_with.setdefault(tuple(colour), number)
         if first != number:
             text = f"{first} and {number} have the same colour in the palette, {colour}"
             raise UserError(f"masks: {text}; save the numbers as grey files")

@@ -41,7 +41,9 @@ class Rule(NamedTuple):
 
 def list_files(text: str) -> list[Path]:
     """List the images in a folder, at any depth, or those of a pattern; UserError if none."""
-    folder = Path(text.replace("{split}", "*")).expanduser().absolute()
+    pattern = text.replace("{split}", "*")
+    folder = Path(pattern).expanduser().absolute()
+    is_missing = WILDCARD.search(pattern) is None and not folder.exists()
     patterns = ["**/*"]
     if not folder.is_dir():
         pattern = folder.name
@@ -56,7 +58,7 @@ def list_files(text: str) -> list[Path]:
             return files
     kinds = ", ".join(ENDINGS)
     advice = f"give a folder with images ({kinds}), or a pattern in quotes, as in 'photos/*.jpg'"
-    if WILDCARD.search(text) is None and not Path(text).expanduser().exists():
+    if is_missing:
         raise UserError(f"{text}: there is no such folder; {advice}")
     raise UserError(f"{text}: has no images; {advice}")
 
@@ -90,7 +92,9 @@ def folder_of_split(text: str, word: str) -> str:
     match = LAST_TRAIN.search(text)
     if match is None:
         return text
-    if match[0][0].isupper():
+    if match[0].isupper():
+        word = word.upper()
+    elif match[0][0].isupper():
         word = word.title()
     return text[: match.start()] + word + text[match.end() :]
 
