@@ -238,6 +238,13 @@ def section_seeds(study: Study) -> str | None:
         f" {most:.3f}. The lab's own logs lie near the values computed in this way.",
         lost_table(counts),
     ]
+    for run in ours:
+        lost = lost_in_masks(run)
+        if lost > MOST_LOST:
+            parts.append(
+                f"{run.label} lost {lost:g} positions, more than any run of the lab. It lies beyond"
+                " the crosses."
+            )
     for experiment, runs in study.runs.items():
         lost = [lost_in_masks(run) for run in runs]
         if all(run.test and has_lab_protocol(run) for run in runs) and len(set(lost)) > 1:

@@ -70,6 +70,7 @@ def test_lost_positions_are_counted_with_and_without_augmentation(
         "0 of 1 runs without any augmentation lost positions. With augmentation 1 of 2 runs" in text
     )
     assert "lowest run was `flip-0.3`, 0.8008. Our run of it scores 0.9900." in text
+    assert "`tuned`, seed 1 lost 9 positions, more than any run of the lab." in text
     assert "The 2 runs of `tuned` differ in their seed only. They lost 0, 9 positions" in text
     assert (tmp_path / "lost-positions.png").exists()
     assert "in part" not in text
