@@ -50,9 +50,8 @@ def read_class_names(folder: Path) -> list[str]:
         path = folder / name
         if path.is_file():
             with reading(path):
-                names = [
-                    line.strip().strip("_") for line in path.read_text("utf-8-sig").splitlines()
-                ]
+                lines = path.read_text("utf-8-sig").splitlines()
+            names = [line.strip().strip("_") for line in lines]
             names = [name for name in names if name]
             if names and names[0] == "ignore":
                 names = names[1:]
