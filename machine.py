@@ -6,6 +6,7 @@ environment variables only once, when torch is imported.
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import sys
@@ -27,7 +28,13 @@ on_gpu = Path("/dev/nvidia0").exists()
 if script in ("train.py", "evaluate.py") and "OMP_NUM_THREADS" not in os.environ and not on_gpu:
     os.environ.setdefault("OMP_PROC_BIND", "true")
 
+# Importing torch makes a million objects, and all of them are needed. By default Python would look
+# for garbage among them again and again, here and at the end of the script (see `common.run`).
+gc.disable()
 import torch  # noqa: E402 (after the variables, see above)
+
+gc.freeze()
+gc.enable()
 
 
 def unpin_thread() -> None:

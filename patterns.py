@@ -186,6 +186,7 @@ def find_files(root: Path, pattern: str) -> list[File]:
             if match:
                 texts = (*matches, *match.groups())
                 name = "/".join(text for text in texts if text)
-                check_name(folder / file_name)
-                found.append(File(folder / file_name, texts, name))
+                path = folder / file_name
+                check_name(path)
+                found.append(File(path, texts, name))
     return found
