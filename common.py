@@ -67,8 +67,8 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
-        # The system takes back all memory of a process at once. Python, which would look for
-        # garbage first, needs most of a second for that, and finds none in frozen objects.
+        # At its end Python looks for garbage once more, which takes most of a second after the
+        # import of torch. It does not look at frozen objects; the system frees their memory.
         gc.freeze()
 
 

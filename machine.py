@@ -28,8 +28,8 @@ on_gpu = Path("/dev/nvidia0").exists()
 if script in ("train.py", "evaluate.py") and "OMP_NUM_THREADS" not in os.environ and not on_gpu:
     os.environ.setdefault("OMP_PROC_BIND", "true")
 
-# Importing torch makes a million objects, and all of them are needed. By default Python would look
-# for garbage among them again and again, here and at the end of the script (see `common.run`).
+# Importing torch makes hundreds of thousands of objects, and nearly all of them are needed. Python
+# would look for garbage among them again and again, now and later. It does not look at frozen ones.
 gc.disable()
 import torch  # noqa: E402 (after the variables, see above)
 
