@@ -161,7 +161,9 @@ def start_run(run_dir: Path, config: dict, environment: dict, done: int) -> "Sum
 
     if done == 0:
         remove_run(run_dir)
-    (run_dir / "summary.json").unlink(missing_ok=True)  # the run is not finished any more
+    # The run is not finished any more, and its tests were of weights that training may replace.
+    for name in ("summary.json", "testing.json", "testing.npz", "on-afo.json", "on-scenes.json"):
+        (run_dir / name).unlink(missing_ok=True)
     write_atomically(run_dir / "config.yaml", dump(config).encode())
     write_atomically(run_dir / "environment.json", json.dumps(environment, indent=2).encode())
     resuming = f", resuming after epoch {done}" if done > 0 else ""

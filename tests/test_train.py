@@ -242,6 +242,7 @@ def test_run_that_goes_on_is_unfinished_until_its_end(
     run = tmp_path / "run"
     train_tiny(dataset, run, epochs=1, **values)
     assert (run / "summary.json").exists()
+    (run / "testing.json").write_text("{}")  # a test of the weights so far
 
     def interrupt(*_arguments: object) -> None:
         raise KeyboardInterrupt
@@ -251,6 +252,7 @@ def test_run_that_goes_on_is_unfinished_until_its_end(
         patch.setattr(script_module, "try_batch", lambda *arguments: None)
         train_tiny(dataset, run, resume=True, epochs=2, **values)
     assert len(lines(run)) == 1 and not (run / "summary.json").exists()
+    assert not (run / "testing.json").exists()
 
 
 def test_provenance_is_of_the_code_that_trained(
