@@ -49,6 +49,7 @@ overlay     = $(if $(filter quick,$(PROFILE)),$(call quick_file,$(1)))
 
 help:  ## list the targets
 	@echo "make TARGET [DATA=generated|afo|my.yaml] [AFO_ARCHIVE=file.zip] [PROFILE=quick|full] [SEEDS=\"0 1 2\"] [DEVICE=auto|cpu|cuda|mps] [SET=\"key=value ...\"]"
+	@echo "            [RUNS=folder of the runs] [OVERWRITE=1 to train finished runs again]"
 	@awk -F ':.*## ' '/^[a-z][a-z -]*:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  train-NAME      train and test configs/NAME.yaml: $(NAMED)"
 
