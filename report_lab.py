@@ -10,7 +10,7 @@ import numpy as np
 
 import figures
 from report_models import Answer, Rows, compare, panel, picture, rows_of, score, scores_of
-from report_runs import Run, Runs, Study
+from report_runs import UNTESTED, Run, Runs, Study
 from table import COLUMNS, LAB, NONE, markdown, tabulate
 
 LOW_SCORE = 0.95  # five runs of the lab have a lower mean IoU, the others one above 0.97
@@ -140,7 +140,7 @@ def ends_with_one_image(run: Run) -> bool:
 
 def runs_with_jumps(study: Study) -> list[Run]:
     """List the runs whose validation losses are compared: not those of too few epochs or images."""
-    return [run for run in study.all_runs if run.folder_name not in ("tune", "heads", "overfit")]
+    return [run for run in study.all_runs if run.folder_name not in UNTESTED]
 
 
 def shared_jump(runs: list[Run]) -> str | None:

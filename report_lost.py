@@ -50,13 +50,13 @@ def count_never_predicted(study: Study) -> str:
         if missing:
             names.append(f"`{experiment}`")
     text = (
-        f"In {at_some_epoch} of {total} runs some class was never predicted at the end of an epoch"
+        f"In {at_some_epoch} of {total} runs some class was never predicted at the end of an epoch."
     )
     if not names:
-        return f"{text}."
+        return text
     return (
-        f"{text}, in {at_the_last} of these {at_some_epoch} at the end of the last. The"
-        f" {at_some_epoch} are runs of {', '.join(names)}."
+        f"{text} At the end of the last epoch it was so in {at_the_last}. These are runs"
+        f" of {', '.join(names)}."
     )
 
 
@@ -95,15 +95,18 @@ def section_heads(study: Study) -> str | None:
         shares[members[0].name] = [[count / len(members) for count in counts]]
         if count_poor(members) == 0:
             healthy.append(f"`{members[0].name}`")
-    panels = {"share of runs that never predict a class": shares}
+    panels = {"share of runs in which a class is in no prediction": shares}
     figures.curves(study.figures / "heads.png", panels, f"epoch of {steps_by_epoch(first)[0]}")
+    images = "whole images" if first.config["crop"] == 0 else "crops"
+    if not first.is_augmented:
+        images += " without augmentation"
     parts = [
-        "A step of these runs takes"
-        f" {first.config['batch_size']} whole images without augmentation. Each of the lab's models"
-        " keeps its own start, loss and learning rate. The others are `tuned` with one change each:"
-        " `tuned-wide` a wider last stage, `tuned-loss-per-class` another loss, `tuned-bilinear`"
-        " another start of the last up-sampling, `tuned-warm-up` a learning rate that rises first.",
-        picture(study, "heads.png", "Share of the runs that never predict some class."),
+        f"A step of these runs takes {first.config['batch_size']} {images}. Each of the lab's"
+        " models keeps its own start, loss and learning rate. The others are `tuned` with one"
+        " change each: `tuned-wide` a wider last stage, `tuned-loss-per-class` another loss,"
+        " `tuned-bilinear` another start of the last up-sampling, `tuned-warm-up` a learning rate"
+        " that rises first.",
+        picture(study, "heads.png", "A class is in no prediction if no validation image shows it."),
     ]
     if healthy:
         parts.append(f"No run of {', '.join(healthy)} ends with a class below {LOW_IOU}.")
@@ -122,8 +125,8 @@ def details_heads(study: Study) -> str | None:
         cells.append(str(count_poor(members)))
         lines.append(cells)
     return (
-        "The number of runs that predict some class nowhere in the validation images after so many"
-        f" steps:\n\n{markdown(lines)}"
+        "The number of runs that predict some class in no validation image, by the steps made:"
+        f"\n\n{markdown(lines)}"
     )
 
 

@@ -215,10 +215,12 @@ def section_models(study: Study) -> str | None:
         caption = "Mean IoU and loss by epoch."
         if any(len(members) > 1 for members in study.models.values()):
             caption += " Lines are means, bands reach from the lowest to the highest seed."
-        caption += (
-            " The models minimise different losses: compare the shapes of those curves, not their"
-            " heights."
-        )
+        losses = [members[0].config["loss"] for members in study.models.values()]
+        if any(loss != losses[0] for loss in losses):
+            caption += (
+                " The models minimise different losses: compare the shapes of those curves, not"
+                " their heights."
+            )
         text += f"\n\n{picture(study, 'curves.png', caption)}"
     return text
 
@@ -282,17 +284,19 @@ def section_pictures(study: Study) -> str | None:
     judged = list(arrays)[-1]
     shown = list(arrays[judged]["shown"])
     even = min(SHOWN, len(arrays[judged]["names"]))  # evenly spaced ones, then the worst
-    classes = figures.class_colours(study.models[judged][0].config)
+    config = study.models[judged][0].config
+    classes = figures.class_colours(config)
     if len(classes) <= len(PICTURE_COLOURS):
         classes = dict(zip(classes, PICTURE_COLOURS, strict=False))
-    legend = dict(classes)
-    legend["wrong pixel"] = [0, 0, 0]
+    legend = figures.legend_of(config)
+    legend.update(classes)
     rows = [pictures_of(arrays, judged, k, classes) for k in range(len(shown))]
     figures.save(figures.grid(rows[:even], legend), study.figures / "frames.png")
     figures.save(figures.grid(rows[even:], legend), study.figures / "worst.png")
+    even_caption = "Evenly spaced test images. Beside each prediction its wrong pixels in black."
     worst = f"The worst test images of {judged}: lowest mean IoU, one image of each {study.group}."
     parts = [
-        picture(study, "frames.png", "Evenly spaced test images, the same for every model."),
+        picture(study, "frames.png", even_caption),
         picture(study, "worst.png", worst),
     ]
     return "\n\n".join(parts)
@@ -356,6 +360,8 @@ def answer_longer(study: Study) -> Answer | None:
     half = study.runs.get("augment/flip-0.5")
     if not final or not half:
         return None
+    if final[0].validation["images_seen"] != 2 * half[0].validation["images_seen"]:
+        return None  # another number of epochs was given
     answer = compare("`final`", scores_of(final, "test"), "`flip-0.5`", scores_of(half, "test"))
     return answer.begin_with(YES_OR_NO[answer.comparison.verdict])
 
@@ -369,19 +375,11 @@ def section_longer(study: Study) -> str | None:
 
 
 def details_other_runs(study: Study) -> str | None:
-    """Tabulate the tested runs that share no table with the models, and the earlier runs."""
-    parts = []
+    """Tabulate the tested runs that share no table with the models."""
     others = dict(study.others)
     if answer_longer(study) is not None:
         others.pop("final", None)  # it has a section of its own
-    if others:
-        headings = ["mean IoU", "n", "never predicted", "striped", "lab IoU", "images seen"]
-        parts.append(table_of(rows_of(others, "test"), headings))
-    if study.earlier:
-        parts.append(
-            "These runs were made by earlier code. They were scored on the validation split only,"
-            " and so stand apart from later runs of the same name."
-        )
-        headings = ["mean IoU", "n", "never predicted", "images seen"]
-        parts.append(table_of(rank(rows_of(study.earlier, "validation")), headings))
-    return "\n\n".join(parts) or None
+    if not others:
+        return None
+    headings = ["mean IoU", "n", "never predicted", "striped", "lab IoU", "images seen"]
+    return table_of(rows_of(others, "test"), headings)

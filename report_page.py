@@ -113,10 +113,11 @@ SECTIONS = [
     Section(
         "Does augmentation help?",
         "augment",
-        "The number in a name is the probability of the flip or the blur. In `flip-blur` it is the"
-        " blur's, and half of the images are flipped. The lab's blurs differ in strength as well"
-        " (`configs/augment/`), and go over the masks, as the lab's did. The lab's `tuned` was"
-        " trained with horizontal flips, so the lab compared one augmentation with another.",
+        "The number in a name is the probability of the flip or the blur. In `flip-blur` it is"
+        " the blur's, and half of the images are flipped. A blur has the strength that it had in"
+        " the lab (`configs/augment/`), and blurs the masks too, as the lab did. The lab's"
+        " `tuned` was trained with horizontal flips, so the lab compared one augmentation with"
+        " another.",
         report_sweeps.section_augmentation,
         report_sweeps.answer_augmentation,
         report_sweeps.details_augmentation,
@@ -164,8 +165,8 @@ SECTIONS = [
     Section(
         "Force the network to overfit: how bad can it get?",
         "overfit",
-        "`one-batch` trains on two whole images, `few-frames` on 32, without augmentation. The"
-        " networks are the lab's; the loss is cross-entropy and a Dice of each class.",
+        "`one-batch` trains on two images, `few-frames` on 32. The networks are the lab's; the loss"
+        " is cross-entropy and a Dice of each class.",
         report_sweeps.section_overfitting,
         report_sweeps.answer_overfitting,
         report_sweeps.details_overfitting,

@@ -9,7 +9,7 @@ from statistics import median
 import figures
 from report_lost import count_never_predicted
 from report_models import Answer, picture, score, scores_of
-from report_runs import Run, Study, by_experiment
+from report_runs import UNTESTED, Run, Study, by_experiment
 from table import COLUMNS, LAB, NONE, add_ious, markdown, tabulate
 
 N_POSITIONS = 4  # of each 2×2 pixels: the last up-sampling computes each with its own weights
@@ -46,7 +46,7 @@ def has_lab_protocol(run: Run) -> bool:
     """Tell whether a run followed the lab's protocol to its end, with its pooled Dice."""
     if run.data != "afo" or run.profile != "full" or len(run.history) < EPOCHS:
         return False
-    if run.folder_name in ("tune", "heads", "overfit"):
+    if run.folder_name in UNTESTED:
         return False
     return all(run.config.get(key) == value for key, value in PROTOCOL.items())
 
@@ -56,19 +56,8 @@ def runs_by_protocol(study: Study) -> list[Run]:
 
 
 def lost_in_masks(run: Run) -> float:
-    """Count the positions that a run lost: as its test counted, or else by its validation.
-
-    Validation stores the IoU of each shape alone. A shape that is missing at one of the four
-    positions of each 2×2 pixels lacks a quarter of its pixels, and so of its IoU. As for the loss,
-    the median of the last epochs counts.
-    """
-    if run.test is not None:
-        return sum(run.test.get("lost_positions", {}).values())
-    lost = 0
-    for shape in LAB["classes"][1:]:  # without the background
-        ious = [entry["validation"]["per_class_iou"][shape] or 0 for entry in run.history[-LAST:]]
-        lost += round(N_POSITIONS * (1 - median(ious)))
-    return lost
+    """Count the positions of all shapes that a tested run lost."""
+    return sum(run.test.get("lost_positions", {}).values())
 
 
 def lost_in_loss(loss: float) -> int:
@@ -131,7 +120,8 @@ def draw_lost(study: Study, runs: list[Run]) -> str:
     labels = ("validation loss at the end", "mean IoU")
     figures.scatter(study.figures / "lost-positions.png", groups, *labels)
     caption = (
-        "Crosses: where a run should lie that lost 0, 1, 2 or 3 positions (from the top), computed"
+        "Each dot is a run. Crosses: where a run should lie that lost 0, 1, 2 or 3 positions (from"
+        " the top), computed"
         " from the share of the pixels that each shape covers. There are several for each number,"
         " since they may be positions of one shape or of several. The lab's runs: its logged"
         " validation loss and its published test IoU. Our runs by its protocol:"
@@ -150,9 +140,9 @@ def count_lost(study: Study) -> dict[str, list[float]]:
 
 
 def lost_table(counts: dict[str, list[float]]) -> str:
-    """Tabulate how many runs lost no position, up to one, two, three or more."""
+    """Tabulate how many runs lost no position, at most one, between one and two, and so on."""
     limits = range(1, MOST_LOST + 1)
-    headings = [f"up to {limit}" for limit in limits]
+    headings = ["up to 1"] + [f"{limit - 1} to {limit}" for limit in limits[1:]]
     lines = [["lost positions", "runs", "none", *headings, "more"]]
     for title, lost in counts.items():
         cells = [title, str(len(lost)), str(lost.count(0))]
@@ -166,8 +156,7 @@ def lost_in_part(runs: list[Run]) -> str | None:
     """Name the runs that lost a part of a position: some of the 16 positions of each 4×4 pixels."""
     texts = []
     for run in runs:
-        lost = run.test.get("lost_positions", {}) if run.test else {}
-        for shape, number in lost.items():
+        for shape, number in run.test.get("lost_positions", {}).items():
             if number % 1 > 0:
                 texts.append(f"{run.label} lost the {shape} at {4 * number:g} of 16")
     if not texts:
@@ -189,9 +178,9 @@ def answer_seeds(study: Study) -> Answer | None:
         lost = [run for run in ours if lost_in_masks(run) > 0]
         labs = [number for number in lab_runs().values() if number > 0]
         text = (
-            "Probably by luck: some runs never learn a shape at some pixel positions. That would"
-            f" explain the {len(labs)} low scores among the lab's {len(lab_runs())} runs with a"
-            f" Dice loss. {len(lost)} of our {len(ours)} such runs lost positions."
+            "Probably because some runs, by chance, never learn a shape at some pixel positions."
+            f" That would explain the {len(labs)} low scores among the lab's {len(lab_runs())}"
+            f" runs with a Dice loss. {len(lost)} of our {len(ours)} such runs lost positions."
         )
         return Answer(text, "likely")
     return widest_range(study)
@@ -246,8 +235,10 @@ def section_seeds(study: Study) -> str | None:
                 " the crosses."
             )
     for experiment, runs in study.runs.items():
+        if not all(has_lab_protocol(run) for run in runs):
+            continue
         lost = [lost_in_masks(run) for run in runs]
-        if all(run.test and has_lab_protocol(run) for run in runs) and len(set(lost)) > 1:
+        if len(set(lost)) > 1:
             numbers = ", ".join(f"{number:g}" for number in lost)
             scores = ", ".join(f"{run.test['mean_iou']:.4f}" for run in runs)
             parts.append(
@@ -258,7 +249,7 @@ def section_seeds(study: Study) -> str | None:
     if in_part is not None:
         parts.append(in_part)
     lowest = min(LAB["test_iou"], key=LAB["test_iou"].get)
-    again = [run for run in study.runs.get(f"augment/{lowest}", []) if run.test]
+    again = study.runs.get(f"augment/{lowest}")
     if again:
         parts.append(
             f"The lab's lowest run was `{lowest}`, {LAB['test_iou'][lowest]:.4f}. Our run of it"
@@ -316,23 +307,27 @@ def our_flips_with_blur(study: Study) -> str:
     return f"Ours score {', '.join(texts)}. "
 
 
+def count_striped(study: Study) -> tuple[int, int]:
+    """Count the tested runs of a study that have striped masks, and all tested runs."""
+    tested = [run for run in study.all_runs if run.test]
+    striped = [run for run in tested if run.test.get("lost_positions")]
+    return len(striped), len(tested)
+
+
 def details_seeds(study: Study) -> str | None:
     """Tabulate the tested runs of the experiments in which a run has striped masks."""
-    total, striped = 0, 0
+    striped, total = count_striped(study)
+    if total == 0:
+        return None
     rows = {}
     for members in by_experiment(study.all_runs).values():
         tested = [run for run in members if run.test]
-        stripes = [run for run in tested if run.test.get("lost_positions")]
-        total += len(tested)
-        striped += len(stripes)
-        if stripes:
+        if any(run.test.get("lost_positions") for run in tested):
             for run in tested:
                 rows[run.label] = [run.test]
-    if total == 0:
-        return None
     parts = []
     if striped == 0:
-        parts.append(f"None of the {total} tested runs has striped masks.")
+        parts.append(f"Of all {total} tested runs none has striped masks.")
     else:
         columns = {"mean IoU": COLUMNS["mean IoU"], "striped": COLUMNS["striped"]}
         columns = add_ious(columns, list(next(iter(rows.values()))[0]["per_class_iou"]))
@@ -342,14 +337,5 @@ def details_seeds(study: Study) -> str | None:
             " shows striped runs beside runs of the same experiment with other seeds."
         )
         parts.append(markdown(tabulate(rows, columns)))
-    untested = []
-    for run in runs_by_protocol(study):
-        if run.test is None and lost_in_masks(run) > 0:
-            untested.append(run.label)
-    if untested:
-        parts.append(
-            f"Other runs lost positions by their validation, but were not tested:"
-            f" {'; '.join(untested)}."
-        )
     parts.append(count_never_predicted(study))
     return "\n\n".join(parts)

@@ -14,13 +14,12 @@ from table import LAB, ROW, read_results
 PUBLISHED = ROOT / "results/runs.jsonl"  # a run a line; tools/publish.py writes it
 LAB_MODELS = ("initial", "modified", "tuned")
 MODELS = (*LAB_MODELS, "best")
-# These look at validation, and never at the test split. "earlier" are published runs from before
-# the whole test split was there.
-UNTESTED = ("tune", "overfit", "heads", "earlier")
+UNTESTED = ("tune", "overfit", "heads")  # they look at validation, and never at the test split
 SWEEPS = ("augment", *UNTESTED)  # folders of experiments that have a section of their own
 KEPT = ("data", "profile", "experiment", "seed", "config", "machine")  # of a published run
 KEPT += ("validation", "test", "on_afo", "on_scenes", "history")
-OF_ONE_RUN = ("seed", "data", "precision")  # keys of a config in which seeds may differ
+# Keys of a config in which the runs of an experiment may differ: they say on which machine it ran.
+OF_ONE_RUN = ("seed", "data", "precision")
 TESTS = {"test": "testing.json", "on_afo": "on-afo.json", "on_scenes": "on-scenes.json"}
 
 MACHINE = {"commit": str, "device": str, "precision": str, "threads": int, "torch": str}
@@ -207,7 +206,6 @@ class Study:
     tune: Runs  # tuned, and tune/*
     heads: Runs
     overfit: Runs
-    earlier: Runs
     others: Runs  # tested runs that are not in the tables above
     left_out: list[str]  # a sentence for each run in no table
     variables: str | None = None  # that make was called with; None: those of data and profile
@@ -237,8 +235,9 @@ class Study:
     @property
     def group(self) -> str:
         """Name what images that belong together are: a flight in the lab's data."""
-        first = next(iter(self.runs.values()))[0]
-        return "flight" if list(first.config["classes"]) == LAB["classes"] else "group"
+        config = next(iter(self.runs.values()))[0].config
+        has_flights = list(config["classes"]) == LAB["classes"] and config["group"] != ""
+        return "flight" if has_flights else "group"
 
 
 def by_experiment(runs: list[Run]) -> Runs:
@@ -311,7 +310,7 @@ def share_page(runs: list[Run]) -> tuple[list[Run], list[str]]:
 
 
 def share_config(runs: list[Run]) -> tuple[list[Run], list[str]]:
-    """Keep the runs that differ from most of their experiment in nothing but their seed.
+    """Keep the runs that differ from most of their experiment only in the keys OF_ONE_RUN.
 
     Also writes a sentence on each of the others.
     """
@@ -393,7 +392,6 @@ def sort_runs(runs: list[Run], figures: Path, link: str, variables: str | None =
         tune=by_experiment(tuned + sweeps["tune"]) if sweeps["tune"] else {},
         heads=by_experiment(sweeps["heads"]),
         overfit=by_experiment(sweeps["overfit"]),
-        earlier=by_experiment(sweeps["earlier"]),
         others=by_experiment(others),
         left_out=left_out,
         variables=variables,

@@ -25,6 +25,7 @@ from table import LAB, markdown, rank
 
 PERFECT = 0.9995  # rounds to 1.000
 PLAIN_TUNED = "no augmentation (tuned)"
+WITHOUT = ("no-augmentation", PLAIN_TUNED)  # names of the runs without any augmentation
 
 
 def draw_ranking(study: Study, name: str, ranked: Rows, split: str, what: str) -> str:
@@ -60,7 +61,7 @@ def augmentations(study: Study) -> tuple[Runs, str | None]:
             name = f"tuned (horizontal flip {flip:g})"
         elif experiment == "tuned" and not members[0].is_augmented:
             name = PLAIN_TUNED
-        if name in ("no-augmentation", PLAIN_TUNED) and not members[0].is_augmented:
+        if name in WITHOUT and not members[0].is_augmented:
             without = name
         runs[name] = members
     return runs, without
@@ -73,7 +74,7 @@ def answer_augmentation(study: Study) -> Answer | None:
     seen = []  # a blur too weak to change a mask makes the same runs as one that leaves masks alone
     for name in rank(rows_of(runs, "validation")):
         losses = [[entry["training"]["loss"] for entry in run.history] for run in runs[name]]
-        if name != without and losses not in seen:
+        if name not in WITHOUT and losses not in seen:
             tried.append(name)
             seen.append(losses)
     if without is None or not tried:
@@ -251,7 +252,7 @@ def answer_tuning(study: Study) -> Answer | None:
     for factor in factors:
         if factor.answer.certainty == "sure":
             # Only likely: the two settings were picked as the extremes of several.
-            words = f"Of what is beyond luck of the seed, the {factor.name} (on validation): "
+            words = f"The {factor.name}: its gap on validation is the widest that is not luck. "
             answer = factor.answer.begin_with(words)
             return answer._replace(certainty="likely")
     widest = factors[0]
@@ -340,7 +341,7 @@ def answer_overfitting(study: Study) -> Answer | None:
     )
     if perfect:
         on_new_images = fmean(run.history[-1]["validation"]["mean_iou"] for run in perfect)
-        text += f" On new images they score {on_new_images:.4f} on average."
+        text += f" On new images these {len(perfect)} score {on_new_images:.4f} on average."
         how_bad = "Very bad" if on_new_images < LOW_IOU else "Not that bad"
         return Answer(f"{how_bad}, with another loss than the lab's. {text}", "sure")
     return Answer(f"Not here. {text}", "sure")

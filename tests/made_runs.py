@@ -16,6 +16,8 @@ CONFIG = {
     "images_per_epoch": 50,
     "limit_images": 0,
     "limit_validation": 0,
+    "group": "^.{1,6}",
+    "loss": {"dice_pooled": 1.0},
     "horizontal_flip": 0.0,
     "blur": 0.0,
 }

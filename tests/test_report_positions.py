@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from made_runs import make_run, make_study, scores
+from made_runs import make_run, make_study
 
 import report_positions
 from report_runs import Run
@@ -86,26 +86,3 @@ def test_lost_positions_are_counted_with_and_without_augmentation(
     runs.append(make_run("augment/flip-blur-0.3", 0, 0.97))
     text = report_positions.section_seeds(make_study(runs, tmp_path))
     assert "one position each. Ours score `flip-blur-0.3` 0.9700. These are too few" in text
-
-
-def test_lost_positions_of_a_run_without_a_test_come_from_its_validation() -> None:
-    run = make_run("earlier/tuned", 0, 0.98)
-    make_long(run)
-    run.test = None
-    ious = {"background": 0.98, "square": 0.49, "triangle": 0.24, "circle": None}
-    run.history[-2:] = [{"validation": dict(scores(0.5), per_class_iou=ious)}] * 2
-    assert report_positions.lost_in_masks(run) == 2 + 3 + 4
-    run.history[-2] = run.history[1]
-    ious = {"background": 0.98, "square": 0.1, "triangle": 0.1, "circle": 0.1}
-    run.history[-1] = {"validation": dict(scores(0.3), per_class_iou=ious)}  # a jump
-    assert report_positions.lost_in_masks(run) == 0
-
-
-def test_lost_positions_of_untested_runs_are_named(tmp_path: Path) -> None:
-    run = make_run("earlier/tuned", 3, 0.74)
-    make_long(run)
-    run.test = None
-    text = report_positions.details_seeds(make_study([run, make_run("tuned", 0, 0.9)], tmp_path))
-    assert (
-        "lost positions by their validation, but were not tested: `earlier/tuned`, seed 3" in text
-    )

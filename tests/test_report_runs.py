@@ -97,6 +97,6 @@ def test_every_published_run_is_in_a_table(tmp_path: Path) -> None:
         study = make_study(runs, tmp_path)
         shown = []
         tables = [study.models, study.augment, study.tune, study.heads, study.overfit]
-        for table in (*tables, study.earlier, study.others):
+        for table in (*tables, study.others):
             shown += [id(run) for members in table.values() for run in members]
         assert study.left_out == [] and set(shown) == {id(run) for run in runs}

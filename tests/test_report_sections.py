@@ -64,6 +64,12 @@ def test_flipped_tuned_is_no_run_without_augmentation(tmp_path: Path, no_drawing
     study = make_study(runs, tmp_path)
     answer = report_sweeps.answer_augmentation(study)
     assert "beats no augmentation (0.9000 ± 0.0000 against 0.7050" in answer.text
+    for run in runs[:2]:
+        run.config["horizontal_flip"] = 0.0  # now tuned and no-augmentation are the same
+    answer = report_sweeps.answer_augmentation(make_study(runs, tmp_path))
+    assert "tuned" not in answer.text and "`flip-0.3` beats no augmentation" in answer.text
+    for run in runs[:2]:
+        run.config["horizontal_flip"] = 0.7
     text = report_sweeps.details_augmentation(study)
     assert "| tuned (horizontal flip 0.7) | 0.8000 ± 0.0000 | 2 | none | 0.9878 |" in text
     choices = report_lab.section_choices(study)
@@ -136,8 +142,8 @@ def test_jitter_is_compared_with_no_augmentation(tmp_path: Path) -> None:
 
 
 def test_heads_are_counted_by_step(tmp_path: Path, no_drawing: None) -> None:
-    runs = [make_run("heads/tuned", 0, 0.4), make_run("heads/tuned", 1, 0.9)]
-    runs.append(make_run("heads/tuned-wide", 0, 0.9))
+    runs = [make_run("heads/tuned", 0, 0.4, crop=0), make_run("heads/tuned", 1, 0.9, crop=0)]
+    runs.append(make_run("heads/tuned-wide", 0, 0.9, crop=0))
     runs[0].history[-1]["validation"]["dead_classes"] = ["square"]
     study = make_study(runs, tmp_path)
     text = report_lost.details_heads(study)
@@ -173,7 +179,7 @@ def test_runs_that_never_predicted_a_class_are_counted(tmp_path: Path) -> None:
     runs[1].history[0]["validation"]["dead_classes"] = []
     text = report_lost.count_never_predicted(make_study(runs, tmp_path))
     assert text.startswith("In 1 of 2 runs some class was never predicted")
-    assert "in 0 of these 1 at the end of the last" in text
+    assert "At the end of the last epoch it was so in 0." in text
     assert text.endswith("runs of `tuned`.")
 
 
@@ -299,6 +305,9 @@ def test_longer_training_is_compared_with_half_of_it(tmp_path: Path) -> None:
     assert text.startswith("Yes. `final` beats `flip-0.5` (0.9550 ± 0.0071 against 0.8050")
     assert "| final | 0.9550 ± 0.0071 | 2 | 0.9950 | 200 |" in report_models.section_longer(study)
     assert "final" not in (report_models.details_other_runs(study) or "")
+    for run in runs:
+        run.validation["images_seen"] = 100  # as by SET="epochs=3": now both have one length
+    assert report_models.answer_longer(make_study(runs, tmp_path)) is None
 
 
 def test_runs_of_their_own_length_are_called_so(tmp_path: Path, no_drawing: None) -> None:

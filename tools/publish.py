@@ -51,7 +51,7 @@ def publish(root: Path, path: Path) -> tuple[list[Run], list[str]]:
 
 
 def check_configs(runs: list[Run]) -> None:
-    """Raise UserError if runs of one experiment differ in another key of the config than `seed`."""
+    """Raise UserError if runs of one experiment have other configs (see report_runs.OF_ONE_RUN)."""
     pages: dict[tuple, list[Run]] = {}
     for member in runs:
         pages.setdefault((member.data, member.profile), []).append(member)
