@@ -30,11 +30,13 @@ if script in ("train.py", "evaluate.py") and "OMP_NUM_THREADS" not in os.environ
 
 # Importing torch makes hundreds of thousands of objects, and nearly all of them are needed. Python
 # would look for garbage among them again and again, now and later. It does not look at frozen ones.
+was_collecting = gc.isenabled()
 gc.disable()
 import torch  # noqa: E402 (after the variables, see above)
 
 gc.freeze()
-gc.enable()
+if was_collecting:
+    gc.enable()
 
 
 def unpin_thread() -> None:

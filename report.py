@@ -225,19 +225,19 @@ def page_of_published(runs: list[Run], studies: list[Study]) -> str:
         ' RUNS=runs/random SEEDS="0 3" SET="upsampling_init=random background_bias=0"`). With seed'
         " 3, each of the four positions in a block of 2×2 pixels can answer with one of the two"
         " shapes only: some always say square, the others triangle. These two runs were made for"
-        " this picture, and are in no table. Our other short runs start in a safer way: of"
-        f" {tested} that were tested, {striped} show such patterns.",
+        " this picture, and are in no table. Our other short runs start in a safer way, or have"
+        f" a wider last stage (`best`): of {tested} tested ones, {striped} show such patterns.",
         "A student lab of 2021 asked what makes a small U-Net good. We asked again, with its own"
         f" data: *Artificial Flying Objects*, tested on {test['images']:,} images from"
         f" {test['groups']} flights. A flight is a scene in motion: its images are nearly copies.",
-        "Three models are the lab's: `initial`, `modified` (a stage deeper) and `tuned`"
-        " (`modified` with half of its channels). In long runs they have the lab's horizontal"
-        " flips, in short runs none. `best` is ours. It changes several things at once, so a win"
-        " does not show which one helped. Its skip connections start at full resolution. Its"
-        " decoder is wider than in `tuned`, its last stage wider than the number of classes. In"
-        " half of its loss each class has the same weight. In long runs it alone trains on crops"
-        " around shapes, by a learning rate that rises and falls. In short runs all models train"
-        " so, but `best` has a higher rate and sees 1.5 times as many crops.",
+        "Three models are the lab's: `initial`, `modified` (a stage deeper) and `tuned` (half of"
+        " the channels of `modified`, and a smaller first kernel). In long runs they have the"
+        " lab's horizontal flips, in short runs none. `best` is ours. It changes several things"
+        " at once, so a win does not show which one helped. Its skip connections start at full"
+        " resolution. Its decoder is wider than in `tuned`, its last stage wider than the number"
+        " of classes. In half of its loss each class has the same weight. In long runs it alone"
+        " trains on crops around shapes, by a learning rate that rises and falls. In short runs"
+        " all models train so, but `best` has a higher rate and sees 1.5 times as many crops.",
         in_short(studies),
         write_section(WHY_SECTION, studies),
     ]

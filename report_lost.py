@@ -55,8 +55,8 @@ def count_never_predicted(study: Study) -> str:
     if not names:
         return text
     return (
-        f"{text} At the end of the last epoch it was so in {at_the_last}. These are runs"
-        f" of {', '.join(names)}."
+        f"{text} At the end of the last epoch it was so in {at_the_last}. The"
+        f" {at_some_epoch} are runs of {', '.join(names)}."
     )
 
 
@@ -106,7 +106,7 @@ def section_heads(study: Study) -> str | None:
         " change each: `tuned-wide` a wider last stage, `tuned-loss-per-class` another loss,"
         " `tuned-bilinear` another start of the last up-sampling, `tuned-warm-up` a learning rate"
         " that rises first.",
-        picture(study, "heads.png", "A class is in no prediction if no validation image shows it."),
+        picture(study, "heads.png", "In no prediction: predicted in no validation image."),
     ]
     if healthy:
         parts.append(f"No run of {', '.join(healthy)} ends with a class below {LOW_IOU}.")

@@ -16,9 +16,8 @@ def definitions(group: str) -> str:
         "**Never predicted**: a class that is in the masks but in no prediction.",
         "**Striped**: `square 2/4` is a class that is missing at two of the four positions of each"
         " 2×2 pixels, `square 0.5/4` at two of the 16 positions of each 4×4 pixels.",
-        "**n** is the number of seeds: runs of one config with other random numbers, some of them"
-        " on other machines (below). Scores are the mean ± the sample standard deviation over"
-        " them.",
+        "**n** is the number of seeds: runs of one config with other random numbers, perhaps on"
+        " other machines. Scores are the mean ± the sample standard deviation over them.",
         "**Luck of the seed**: the difference of two means is too small for Welch's t test over the"
         " seeds (two-sided, 95 %). **Difference** stands with half of its 95 % interval.",
         "**Sure** is what was counted in enough runs, or a difference beyond luck of the seed."

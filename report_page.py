@@ -115,9 +115,9 @@ SECTIONS = [
         "augment",
         "The number in a name is the probability of the flip or the blur. In `flip-blur` it is"
         " the blur's, and half of the images are flipped. A blur has the strength that it had in"
-        " the lab (`configs/augment/`), and blurs the masks too, as the lab did. The lab's"
-        " `tuned` was trained with horizontal flips, so the lab compared one augmentation with"
-        " another.",
+        " the lab (`configs/augment/`), and blurs the masks too, as the lab did, except in"
+        " `blur-0.8-clean-masks`. The lab's `tuned` was trained with horizontal flips, so the lab"
+        " compared one augmentation with another.",
         report_sweeps.section_augmentation,
         report_sweeps.answer_augmentation,
         report_sweeps.details_augmentation,
@@ -147,7 +147,8 @@ SECTIONS = [
         "What had the greatest impact?",
         "report tune augment",
         "Most settings change one thing in `tuned`. Those named `grid` change learning rate and"
-        " width, and `skip-wide` changes skips and last stage. Settings are compared on the"
+        " width, and `skip-wide` changes skips and last stage: these are shown, but not compared."
+        " Settings are compared on the"
         " validation split, because the test split must not be used for choosing.",
         report_sweeps.section_tuning,
         report_sweeps.answer_tuning,
@@ -308,8 +309,9 @@ def in_short(studies: list[Study]) -> str | None:
         return None
     headings = ["question", "the lab said", "we found", "how sure"]
     text = (
-        "## In short\n\nScores are mean IoU. ± after a score is the standard deviation over seeds,"
-        " after a difference half of its 95 % interval."
+        "## In short\n\nScores are mean IoU. ± after a score is the standard deviation over seeds."
+        " After a difference it is half of a 95 % interval: if it is larger than the difference,"
+        " that may be luck of the seed."
     )
     if len(studies) > 1:
         headings.append("runs")

@@ -120,12 +120,11 @@ def draw_lost(study: Study, runs: list[Run]) -> str:
     labels = ("validation loss at the end", "mean IoU")
     figures.scatter(study.figures / "lost-positions.png", groups, *labels)
     caption = (
-        "Each dot is a run. Crosses: where a run should lie that lost 0, 1, 2 or 3 positions (from"
-        " the top), computed"
-        " from the share of the pixels that each shape covers. There are several for each number,"
-        " since they may be positions of one shape or of several. The lab's runs: its logged"
-        " validation loss and its published test IoU. Our runs by its protocol:"
-        f" validation, medians of the last {LAST} epochs."
+        "Each dot is a run. Crosses: where a run should lie that lost no position (top), one, two"
+        " or three (bottom), computed from the share of the pixels that each shape covers. There"
+        " are several for each number, since they may be positions of one shape or of several. The"
+        " lab's runs: its logged validation loss and its published test IoU. Our runs by its"
+        f" protocol: validation, medians of the last {LAST} epochs."
     )
     return picture(study, "lost-positions.png", caption)
 
@@ -197,7 +196,7 @@ def widest_range(study: Study) -> Answer | None:
             continue
         widest = max(ious) - min(ious)
         text = (
-            f"{len(ious)} runs of `{experiment}` that only differ in their seed score from"
+            f"{len(ious)} runs of `{experiment}`, of one config but for the seed, score from"
             f" {min(ious):.4f} to {max(ious):.4f}."
         )
         worst = min(tests, key=lambda test: test["mean_iou"])
@@ -242,8 +241,8 @@ def section_seeds(study: Study) -> str | None:
             numbers = ", ".join(f"{number:g}" for number in lost)
             scores = ", ".join(f"{run.test['mean_iou']:.4f}" for run in runs)
             parts.append(
-                f"The {len(runs)} runs of `{experiment}` differ in their seed only. They lost"
-                f" {numbers} positions, and score {scores} on the test split."
+                f"The {len(runs)} runs of `{experiment}` have one config but for the seed. They"
+                f" lost {numbers} positions, and score {scores} on the test split."
             )
     in_part = lost_in_part(ours)
     if in_part is not None:

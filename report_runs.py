@@ -18,7 +18,7 @@ UNTESTED = ("tune", "overfit", "heads")  # they look at validation, and never at
 SWEEPS = ("augment", *UNTESTED)  # folders of experiments that have a section of their own
 KEPT = ("data", "profile", "experiment", "seed", "config", "machine")  # of a published run
 KEPT += ("validation", "test", "on_afo", "on_scenes", "history")
-# Keys of a config in which the runs of an experiment may differ: they say on which machine it ran.
+# In these keys the runs of an experiment may differ: the seed, and what depends on the machine.
 OF_ONE_RUN = ("seed", "data", "precision")
 TESTS = {"test": "testing.json", "on_afo": "on-afo.json", "on_scenes": "on-scenes.json"}
 

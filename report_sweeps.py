@@ -71,12 +71,17 @@ def answer_augmentation(study: Study) -> Answer | None:
     """Say whether the augmentation that is best on validation helps on the test split."""
     runs, without = augmentations(study)
     tried = []
-    seen = []  # a blur too weak to change a mask makes the same runs as one that leaves masks alone
+    seen = []
+    repeated = ""  # a blur too weak to change a mask makes the same runs as one that spares masks
     for name in rank(rows_of(runs, "validation")):
         losses = [[entry["training"]["loss"] for entry in run.history] for run in runs[name]]
-        if name not in WITHOUT and losses not in seen:
-            tried.append(name)
-            seen.append(losses)
+        if name in WITHOUT:
+            continue
+        if losses in seen:
+            repeated += f" `{name}` made the same runs as another, and counts once."
+            continue
+        tried.append(name)
+        seen.append(losses)
     if without is None or not tried:
         return None
     best = tried[0]
@@ -89,7 +94,7 @@ def answer_augmentation(study: Study) -> Answer | None:
     if len(tried) > 1:
         choice = (
             f" The validation split chose `{best}` from {len(tried)} tried. On the test split"
-            f" {number} of them scored lower than no augmentation."
+            f" {number} of them scored lower than no augmentation.{repeated}"
         )
         return answer._replace(text=answer.text + choice)
     return answer
@@ -214,7 +219,7 @@ def settings_by_factor(study: Study) -> dict[str, Runs]:
     learning rate.
     """
     labs_models = {name: study.models[name] for name in LAB_MODELS if name in study.models}
-    settings: dict[str, Runs] = {"the lab's model": labs_models, "augmentation": study.augment}
+    settings: dict[str, Runs] = {"lab's model": labs_models, "augmentation": study.augment}
     for experiment, members in study.tune.items():
         name = members[0].name
         # A cell of the grid and skip-wide differ from tuned in two factors.
@@ -252,7 +257,7 @@ def answer_tuning(study: Study) -> Answer | None:
     for factor in factors:
         if factor.answer.certainty == "sure":
             # Only likely: the two settings were picked as the extremes of several.
-            words = f"The {factor.name}: its gap on validation is the widest that is not luck. "
+            words = f"The {factor.name}, whose gap on validation is the widest beyond luck. "
             answer = factor.answer.begin_with(words)
             return answer._replace(certainty="likely")
     widest = factors[0]

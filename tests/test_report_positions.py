@@ -30,7 +30,7 @@ def test_striped_runs_are_shown_with_their_siblings(tmp_path: Path) -> None:
     runs[1].test["lost_positions"] = {}
     runs[0].test["lost_positions"] = {"square": 1}  # the better run lost one: not the cause
     text = report_positions.answer_seeds(make_study(runs, tmp_path)).text
-    assert text.startswith("2 runs of `tuned` that only differ in their seed score from 0.8650")
+    assert text.startswith("2 runs of `tuned`, of one config but for the seed, score from 0.8650")
 
 
 def test_the_labs_low_scores_are_lost_positions() -> None:
@@ -71,7 +71,7 @@ def test_lost_positions_are_counted_with_and_without_augmentation(
     )
     assert "lowest run was `flip-0.3`, 0.8008. Our run of it scores 0.9900." in text
     assert "`tuned`, seed 1 lost 9 positions, more than any run of the lab." in text
-    assert "The 2 runs of `tuned` differ in their seed only. They lost 0, 9 positions" in text
+    assert "2 runs of `tuned` have one config but for the seed. They lost 0, 9 positions" in text
     assert (tmp_path / "lost-positions.png").exists()
     assert "in part" not in text
     assert "But 3 runs are not 3 separate tries." in text  # the others have another protocol
