@@ -120,11 +120,11 @@ def draw_lost(study: Study, runs: list[Run]) -> str:
     labels = ("validation loss at the end", "mean IoU")
     figures.scatter(study.figures / "lost-positions.png", groups, *labels)
     caption = (
-        "Each dot is a run. Crosses: where a run should lie that lost no position (top), one, two"
-        " or three (bottom), computed from the share of the pixels that each shape covers. There"
-        " are several for each number, since they may be positions of one shape or of several. The"
-        " lab's runs: its logged validation loss and its published test IoU. Our runs by its"
-        f" protocol: validation, medians of the last {LAST} epochs."
+        "Each dot or square is a run. Crosses: where a run should lie that lost no position (top),"
+        " one, two or three (bottom), computed from the share of the pixels that each shape covers."
+        " There are several for each number, since they may be positions of one shape or of"
+        " several. The lab's runs: its logged validation loss and its published test IoU. Our runs"
+        f" by its protocol: validation, medians of the last {LAST} epochs."
     )
     return picture(study, "lost-positions.png", caption)
 
