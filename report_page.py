@@ -318,6 +318,6 @@ def in_short(studies: list[Study]) -> str | None:
         text += (
             " Long runs follow the lab's protocol, short runs train for minutes, two questions have"
             " runs of their own length ([more on them](#the-kinds-of-runs)). The other words are"
-            " [defined below](#definitions)."
+            " [defined below](#definitions). **The first three rows are our main findings.**"
         )
     return f"{text}\n\n{markdown([headings, *lines]).replace('---:', '---')}"
