@@ -26,6 +26,7 @@ DATA_NAME := $(subst /,-,$(basename $(or $(OWN),$(DATA))))
 DATA_DIR  := $(or $(OWN),data/$(DATA))
 RUNS      ?= runs/$(DATA_NAME)/$(PROFILE)
 KNOWN     := $(filter generated afo,$(DATA)) $(wildcard $(filter-out generated.yaml afo.yaml,$(OWN)))
+$(if $(filter 1,$(words $(DATA))),,$(error DATA=$(DATA): must be one name without spaces))
 $(if $(strip $(KNOWN)),,\
   $(error DATA=$(DATA): must be generated, afo, or a file NAME.yaml that exists and has another name than these))
 $(if $(filter quick full,$(PROFILE)),,$(error PROFILE=$(PROFILE): must be quick or full))

@@ -153,7 +153,7 @@ def load_split(config: dict, split: str) -> Split:
     if problems:
         others = ""
         if len(problems) > 1:
-            others = f" (and {len(problems) - 1} more: `make check` lists them)"
+            others = f" (and {len(problems) - 1} more: see `make check`)"
         raise UserError(problems[0] + others)
     note = stand_in_note(config)
     if note and split == "testing":

@@ -33,7 +33,7 @@ from data import evenly
 from evaluate import predict_batches
 from export import export, slim
 from figures import class_colours, grid, overlay, save, thumbnail, write_image, write_png
-from images import read_image
+from images import read_image, share_cut_off
 from masks import file_values
 from pairs import find_unread
 from patterns import ENDINGS, check_name, find_files
@@ -279,6 +279,7 @@ def predict_files(
     targets = list(images)
     on_sheet = {targets[i] for i in evenly(len(targets), SHEET)}
     shown = {}
+    cut_off = {}  # path → the share of its values that value_range cuts off
     failed = 0
     for target, path in images.items():
         try:
@@ -287,6 +288,8 @@ def predict_files(
             print(f"problem: {error}")
             failed += 1
             continue
+        if config["value_range"]:
+            cut_off[path] = share_cut_off(path, config["value_range"])
         if with_probabilities:
             probabilities = predict(model, config, image[None])[0]
             mask = probabilities.argmax(dim=0).to(torch.uint8)
@@ -300,6 +303,10 @@ def predict_files(
     if shown:
         draw_sheet(out / "contact_sheet.png", shown, colours)
         print(f"masks, overlays and contact_sheet.png in {out}/")
+    worst = max(cut_off, key=cut_off.get, default=None)
+    if worst is not None and cut_off[worst] > 0:
+        text = f"cuts off values, most in {worst} ({cut_off[worst]:.2%})"
+        print(f"note: value_range {config['value_range']} of the model {text}")
     if failed:
         raise UserError(f"{failed} of {len(images)} images could not be read, listed above")
 

@@ -36,8 +36,8 @@ YES_OR_NO = {
 }
 Rows = dict[str, list[dict]]  # experiment → the rows of its runs
 
-# For pictures of up to five classes: colours that the colour-blind can tell apart.
-PICTURE_COLOURS = [[242, 242, 242], [213, 94, 0], [0, 158, 115], [0, 114, 178], [240, 228, 66]]
+# For pictures of the lab's classes: colours that the colour-blind can tell apart.
+PICTURE_COLOURS = [[242, 242, 242], [213, 94, 0], [0, 158, 115], [0, 114, 178]]
 
 
 class Answer(NamedTuple):
@@ -286,10 +286,11 @@ def section_pictures(study: Study) -> str | None:
     even = min(SHOWN, len(arrays[judged]["names"]))  # evenly spaced ones, then the worst
     config = study.models[judged][0].config
     classes = figures.class_colours(config)
-    if len(classes) <= len(PICTURE_COLOURS):
-        classes = dict(zip(classes, PICTURE_COLOURS, strict=False))
-    legend = figures.legend_of(config)
-    legend.update(classes)
+    if list(classes) == LAB["classes"]:  # of own images, the config chooses the colours
+        classes = dict(zip(classes, PICTURE_COLOURS, strict=True))
+    legend = dict(classes)
+    if (arrays[judged]["masks"] == IGNORE).any():
+        legend["ignored, or added to fit the size"] = figures.GREY
     rows = [pictures_of(arrays, judged, k, classes) for k in range(len(shown))]
     figures.save(figures.grid(rows[:even], legend), study.figures / "frames.png")
     figures.save(figures.grid(rows[even:], legend), study.figures / "worst.png")

@@ -61,6 +61,7 @@ def test_help_lists_every_target(project: Path) -> None:
     [
         ("DATA=cats", "generated"),
         ("DATA=no.yaml", "a file NAME.yaml"),
+        ("DATA=my afo.yaml", "without spaces"),
         ("DATA=./afo.yaml", "another name"),
         ("PROFILE=x", "quick"),
     ],

@@ -127,6 +127,16 @@ def test_groups_of_one_split_each_are_no_doubt(tmp_path: Path) -> None:
     assert "has images in" not in text
 
 
+def test_the_name_of_a_split_is_no_group(tmp_path: Path) -> None:
+    pixels, values = draw(0, 24, 32)
+    for split in ("train", "valid", "test"):
+        for i in range(4):
+            save(tmp_path / f"set/{split}/{split}_{i}.png", pixels)
+            save(tmp_path / f"set/{split}annot/{split}_{i}.png", values)
+    config, _ = write_config(tmp_path, "set", "set")
+    assert config["split_folders"] == ["train", "valid", "test"] and config["group"] == ""
+
+
 def test_names_that_share_a_part_are_proposed_as_groups() -> None:
     frames = [f"{video}/{i}" for video in "abc" for i in range(4)]
     assert propose_group(frames)[0] == "^[^/]+"

@@ -124,6 +124,19 @@ def test_images_of_16_bits_are_scaled_as_in_training(tmp_path: Path) -> None:
     assert torch.equal(seen[0], seen[1])
 
 
+def test_values_that_are_cut_off_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    overrides = ("in_channels=1", "value_range=[0, 4095]")
+    model, config = predict.load_model(make_checkpoint(tmp_path / "a.pt", *overrides), "cpu")
+    values = np.full((8, 8), 4000, np.uint16)
+    Image.fromarray(values).save(tmp_path / "fits.png")
+    predict.predict_files(model, config, [tmp_path / "fits.png"], tmp_path / "out", False)
+    assert "cuts off" not in capsys.readouterr().out
+    values[:2] = 5000
+    Image.fromarray(values).save(tmp_path / "high.png")
+    predict.predict_files(model, config, [tmp_path / "high.png"], tmp_path / "out", False)
+    assert f"cuts off values, most in {tmp_path}/high.png (25.00%)" in capsys.readouterr().out
+
+
 def test_masks_of_indices_get_the_numbers_of_the_training_masks(tmp_path: Path) -> None:
     """With ignore: [0, 2] the classes are 1, 3 and 4, in training masks and in predicted ones."""
     config = load_config([], ["mask_format=indices", "ignore=[0, 2]"])

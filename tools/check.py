@@ -264,7 +264,9 @@ def shorten_alike(errors: list[str]) -> list[str]:
     for group in alike.values():
         kept += group[:MOST_ALIKE]
         if len(group) > MOST_ALIKE:
-            kept[-1] += f" (and {len(group) - MOST_ALIKE} more files like this)"
+            number = len(group) - MOST_ALIKE
+            files = "file" if number == 1 else "files"
+            kept[-1] += f" (and {number} more {files} like this)"
     return kept
 
 
@@ -282,13 +284,15 @@ def format_line(
 
 
 def format_split(split: str, checked: Checked, names: list[str]) -> str:
-    """Write the line of a split: numbers, up to two sizes, shares of the pixels."""
+    """Write the line of a split: numbers, sizes if there are few, shares of the pixels."""
     groups = {pair.group for pair in checked.pairs}
     values = list(range(len(names) - 1))
     values.append(IGNORE)
     pixels = checked.counts.sum().clamp(min=1)
     shares = [f"{checked.counts[value] / pixels:.4f}" for value in values]
     sizes = ", ".join(checked.sizes[:2])
+    if len(checked.sizes) > 2:
+        sizes = f"{len(checked.sizes)} sizes"
     return format_line(split, len(checked.pairs), len(groups), sizes, shares, names)
 
 

@@ -7,7 +7,6 @@ stands above the lines.
 """
 
 import argparse
-import re
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -20,7 +19,6 @@ from common import SPLITS, UserError, write_atomically
 from data import padding_factor
 from figures import distinct_colours
 from images import likely_range
-from patterns import find_files
 from tools.check import note_shared_groups
 from tools.examine import (
     GREY_MODES,
@@ -31,7 +29,7 @@ from tools.examine import (
     examine_all,
     look_at_pixels,
 )
-from tools.layout import Layout, find_layout, propose_group
+from tools.layout import Layout, find_layout, has_one_group_each, list_groups, propose_group
 from tools.meaning import (
     LIKELY_INDEX,
     Meaning,
@@ -110,6 +108,8 @@ def describe_files(layout: Layout, notes: list[str]) -> list[Line]:
 def describe_group(layout: Layout, notes: list[str]) -> list[Line]:
     """Propose what stays together when splits are drawn: the images of a video or a patient."""
     expression, reason = propose_group(layout.names)
+    if expression and layout.split_folders and has_one_group_each(list_groups(layout, expression)):
+        expression, reason = "", "what repeats in the names is the split: each image stands alone"
     if expression:
         notes.append(f"group: {reason}; set '' if such images are independent")
         notes += note_shared_groups(list_groups(layout, expression))
@@ -120,20 +120,6 @@ def describe_group(layout: Layout, notes: list[str]) -> list[Line]:
         name = layout.names[0]
         notes.append(f"group: which images, as {name}, are of one video or patient is not known")
     return [Line('group: ""', reason)]
-
-
-def list_groups(layout: Layout, expression: str) -> dict[str, list[tuple[str, str]]]:
-    """List (group, name) of the images in the folder of each split, if splits have folders."""
-    groups = {}
-    images = [image for image, _ in layout.pairs]
-    names = dict(zip(images, layout.names, strict=True))
-    for split, folder in zip(SPLITS, layout.split_folders, strict=False):  # two folders or three
-        groups[split] = []
-        for file in find_files(layout.root, layout.images.replace("{split}", folder)):
-            if file.path in names:
-                name = names[file.path]
-                groups[split].append((re.search(expression, name)[0], name))
-    return groups
 
 
 def describe_format(meaning: Meaning, masks: Masks) -> list[Line]:
@@ -204,8 +190,10 @@ def note_doubts(meaning: Meaning, masks: Masks, is_drawn: bool, notes: list[str]
     if are_indices and 255 in meaning.classes:
         text = "if 255 marks pixels without a label, set ignore: [255, 255, 255]"
         notes.append(f"classes: {text} and remove its class")
+    n_scattered = sum(values[number].n_masks < masks.n_masks / 2 for number in meaning.classes[1:])
+    may_number_objects = masks.kind == "grey" and n_scattered > 2
     unlabelled = find_unlabelled(meaning, masks)
-    if unlabelled is not None:
+    if unlabelled is not None and not may_number_objects:
         ignored = sorted([*meaning.ignored, unlabelled])
         text = f"if {unlabelled} marks pixels without a label, set ignore: {ignored}"
         notes.append(f"classes: {text} and remove its class")
@@ -215,8 +203,7 @@ def note_doubts(meaning: Meaning, masks: Masks, is_drawn: bool, notes: list[str]
     if rare and is_drawn:
         text = f"{len(rare)} of {len(shares)} are in one or two masks"
         notes.append(f"classes: {text}; the training split may get none of them")
-    n_scattered = sum(values[number].n_masks < masks.n_masks / 2 for number in meaning.classes[1:])
-    if masks.kind == "grey" and n_scattered > 2:
+    if may_number_objects:
         text = "if the values number objects, keep two classes"
         notes.append(f"classes: {text} and set other_values to the second")
     for number in meaning.ignored:
@@ -362,8 +349,9 @@ def main(args: argparse.Namespace) -> None:
     if args.out and args.out.exists():
         raise UserError(f"{args.out}: exists already; give another --out, or remove it")
     is_taken = str(args.out) in ("afo.yaml", "generated.yaml")
-    if args.out and (args.out.suffix != ".yaml" or is_taken):
-        text = "make takes DATA=NAME.yaml, and afo and generated are taken"
+    has_space = " " in str(args.out)
+    if args.out and (args.out.suffix != ".yaml" or is_taken or has_space):
+        text = "make takes DATA=NAME.yaml without spaces, and afo and generated are taken"
         raise UserError(f"{args.out}: {text}; give another name")
     if not args.images or not args.masks:
         raise UserError("give both folders: make describe IMAGES=photos MASKS=labels")
