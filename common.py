@@ -94,7 +94,8 @@ def reading(source: object, advice: str = "replace it") -> Iterator[None]:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; make its folder if need be."""
-    partial = path.with_name(path.name + ".partial")
+    # Two processes may write the same file at once: each has a partial file of its own.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,11 +41,6 @@ SCORES = {  # what every epoch has of either split, and of which type
     "per_class_iou": dict,
     "dead_classes": list,
 }
-ADVICE_NEVER_PREDICTED = (
-    "what brings a class back that is never predicted, the surest first: "
-    "a last decoder stage wider than `classes`, upsampling_init: bilinear, "
-    "loss: {cross_entropy: 1, dice_per_class: 1}, a lower learning_rate"
-)
 
 
 def default_folder(config: dict) -> Path:
@@ -129,7 +125,8 @@ def list_files(run_dir: Path) -> set[str]:
 
 def is_partial(name: str) -> bool:
     """Tell whether a file of a run was being written when its process was killed."""
-    return name.endswith(".partial") and name.removesuffix(".partial") in FIRST_FILES | LATER_FILES
+    match = re.fullmatch(r"(.*?)(\.\d+)?\.partial", name)  # the number is that of a process
+    return match is not None and match[1] in FIRST_FILES | LATER_FILES
 
 
 def count_epochs(run_dir: Path) -> int:
@@ -164,6 +161,9 @@ def start_run(run_dir: Path, config: dict, environment: dict, done: int) -> "Sum
     # The run is not finished any more, and its tests were of weights that training may replace.
     for name in ("summary.json", "testing.json", "testing.npz", "on-afo.json", "on-scenes.json"):
         (run_dir / name).unlink(missing_ok=True)
+    for path in run_dir.glob("*.partial"):
+        if is_partial(path.name):
+            path.unlink()
     write_atomically(run_dir / "config.yaml", dump(config).encode())
     write_atomically(run_dir / "environment.json", json.dumps(environment, indent=2).encode())
     resuming = f", resuming after epoch {done}" if done > 0 else ""
@@ -270,6 +270,23 @@ def read_history(path: Path, advice: str) -> list[dict]:
     return history
 
 
+def advise_on_classes(config: dict) -> str:
+    """Say what brings back a class that is never predicted, the surest first.
+
+    What the config has already is left out.
+    """
+    advice = []
+    width = config["decoder"][-1][0]  # of the last stage: a number, or "classes"
+    if width == "classes" or width <= len(config["classes"]):
+        advice.append("a last decoder stage wider than `classes`")
+        if config["upsampling_init"] != "bilinear":
+            advice.append("upsampling_init: bilinear")
+    if "dice_per_class" not in config["loss"]:
+        advice.append("loss: {cross_entropy: 1, dice_per_class: 1}")
+    advice += ["more steps", "a lower learning_rate"]
+    return ", ".join(advice)
+
+
 def print_epoch(config: dict, entry: dict, is_best: bool) -> None:
     """Print the line of an epoch; the first and the last have advice on classes never predicted."""
     epoch, epochs = entry["epoch"], config["epochs"]
@@ -290,7 +307,8 @@ def print_epoch(config: dict, entry: dict, is_best: bool) -> None:
         line += f"  never predicted: {never}"
     print(line, flush=True)
     if never and epoch in (1, epochs):
-        print(ADVICE_NEVER_PREDICTED, flush=True)
+        advice = advise_on_classes(config)
+        print(f"what brings a class back that is never predicted, the surest first: {advice}")
 
 
 # ---- what is written at the end

@@ -216,7 +216,7 @@ def try_batch(
 
     It computes what a step of the loop computes up to the gradients, with blur and jitter in every
     image if the config has them. ValueError if the logits have another shape than the loss needs,
-    or the loss is not a single number.
+    or the loss is not a single finite number.
     """
     always = dict(config)
     for key in ("blur", "jitter"):
@@ -231,8 +231,14 @@ def try_batch(
     if logits.shape != needed:
         raise ValueError(f"the model gives logits of shape {tuple(logits.shape)}, not {needed}")
     loss = weighted_loss(logits, mask, config["loss"])
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"the loss is {loss!r}, not a tensor")
     if loss.shape != ():
         raise ValueError(f"the loss has shape {tuple(loss.shape)}, not () as a single number")
+    if not loss.isfinite():
+        raise ValueError(
+            f"the loss of a first batch is {loss.item()}; look for log(0) or 0/0 in it"
+        )
     loss.backward()
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from config import dump, load_config
 from data import Split
 from metrics import confusion_matrices
-from runs import locked
+from runs import advise_on_classes, locked
 from tools import doctor
 from train import train
 
@@ -206,7 +206,24 @@ def test_poor_class_is_named(run: Path, findings: Callable) -> None:
     entry["validation"]["per_class_iou"]["circle"] = 0.002
     (run / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(entry)]))
     [(title, _, advice)] = findings(run)
-    assert title == "The model has hardly learnt: circle" and "wider" in advice
+    assert title == "The model has hardly learnt: circle"
+    assert "dice_per_class" in advice and "wider" not in advice  # 8 channels are wide already
+
+
+def test_advice_leaves_out_what_the_config_has() -> None:
+    narrow = {"decoder": [[8, 3], ["classes", 3]], "classes": CLASSES, "loss": {"dice_pooled": 1}}
+    advice = advise_on_classes(dict(narrow, upsampling_init="random"))
+    assert advice.startswith("a last decoder stage wider than `classes`, upsampling_init: bilinear")
+    assert "bilinear" not in advise_on_classes(dict(narrow, upsampling_init="bilinear"))
+    wide = dict(narrow, decoder=[[8, 3], [8, 3]], loss={"dice_per_class": 1})
+    assert advise_on_classes(wide) == "more steps, a lower learning_rate"
+
+
+def test_too_few_steps_come_before_the_class_that_they_cost(run: Path, findings: Callable) -> None:
+    write_history(run, [1.3], [1.3], [0.3], {0: ["circle"]})
+    configure(run, batch_size=32, epochs=1)
+    titles = [title for title, _, _ in findings(run)]
+    assert titles[0].startswith("Too few steps") and titles[1].startswith("The model predicts only")
 
 
 def test_stripes_are_found(run: Path, findings: Callable, monkeypatch) -> None:

@@ -235,6 +235,11 @@ def test_run_of_other_images_does_not_go_on(
         train_tiny(data, tmp_path / "run", resume=True, epochs=2, **values)
 
 
+def test_partial_files_of_any_process_are_known() -> None:
+    assert runs.is_partial("best.pt.partial") and runs.is_partial("best.pt.41.partial")
+    assert not runs.is_partial("my.41.partial") and not runs.is_partial("best.pt")
+
+
 def test_run_that_goes_on_is_unfinished_until_its_end(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

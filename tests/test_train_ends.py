@@ -148,6 +148,12 @@ def test_mistake_in_a_loss_or_model_shows_before_the_old_run_goes(
         patch.setattr(script_module, "weighted_loss", lambda logits, *_: logits.mean().view(1))
         with pytest.raises(ValueError, match=r"the loss has shape \(1,\), not \(\)"):
             train_tiny(dataset, run, resume=True, seed=1)
+        patch.setattr(script_module, "weighted_loss", lambda *_: 1.5)
+        with pytest.raises(ValueError, match=r"the loss is 1\.5, not a tensor"):
+            train_tiny(dataset, run, resume=True, seed=1)
+        patch.setattr(script_module, "weighted_loss", lambda logits, *_: logits.mean() * math.nan)
+        with pytest.raises(ValueError, match="the loss of a first batch is nan"):
+            train_tiny(dataset, run, resume=True, seed=1)
 
     forward = UNet.forward
 

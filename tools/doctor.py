@@ -23,12 +23,11 @@ from data import Split, limit, load_data
 from evaluate import evaluate
 from figures import curves
 from metrics import lost_positions, mean_iou
-from runs import ADVICE_NEVER_PREDICTED, locked, read_history
+from runs import advise_on_classes, locked, read_history
 from table import format_positions
 
 SAMPLE = 200  # images of a split that are looked at, evenly spaced: this takes seconds on a CPU
 LOW_IOU = 0.5  # predicting one class everywhere scores less, whatever the number of classes
-RARE_ADVICE = "crop: 64 with crop_on_objects: 1.0, cross_entropy_per_class: 0.5 in the loss"
 
 
 class Finding(NamedTuple):
@@ -70,8 +69,8 @@ def diagnose(
         )
         findings.append(Finding(title, "no process trains now", advice))
     if history:
-        findings += check_classes(config, history)
         findings += check_progress(config, history, look)
+        findings += check_classes(config, history)
     return findings
 
 
@@ -161,7 +160,11 @@ def check_classes(config: dict, history: list[dict]) -> list[Finding]:
     done = len(history)
     last = history[-1]["validation"]
     never = last["dead_classes"]
-    advice = f"{ADVICE_NEVER_PREDICTED}, {RARE_ADVICE}"
+    advice = advise_on_classes(config)
+    if config["crop_on_objects"] < 1:
+        advice += ", crop: 64 with crop_on_objects: 1.0"
+    if "cross_entropy_per_class" not in config["loss"]:
+        advice += ", cross_entropy_per_class: 0.5 in the loss"
     if never:
         predicted = []
         for name, iou in last["per_class_iou"].items():
@@ -183,7 +186,7 @@ def check_classes(config: dict, history: list[dict]) -> list[Finding]:
     if poor:
         title = f"The model has hardly learnt: {', '.join(poor)}"
         evidence = f"IoU below 0.05 on validation at the end of epoch {done}"
-        findings.append(Finding(title, evidence, advice))
+        findings.append(Finding(title, evidence, "the same" if never else advice))
     return findings
 
 
@@ -223,7 +226,9 @@ def check_progress(config: dict, history: list[dict], look: str) -> list[Finding
     if done >= config["epochs"] and gain > 0.03 and (too_few or cut_off):
         title = "Too few steps: the model was still improving at the end"
         evidence = f"mean IoU rose to {best:.3f} in the last third of {steps:,} steps"
-        advice = f"epochs: {3 * done}, schedule: one_cycle, or a larger images_per_epoch"
+        advice = f"epochs: {3 * done} or a larger images_per_epoch"
+        if config["schedule"] != "one_cycle":
+            advice += ", schedule: one_cycle"
         return [Finding(title, evidence, advice)]
     return []
 
