@@ -289,7 +289,9 @@ def predict_files(
             failed += 1
             continue
         if config["value_range"]:
-            cut_off[path] = share_cut_off(path, config["value_range"])
+            share = share_cut_off(path, config["value_range"])
+            if share > 0:
+                cut_off[path] = share
         if with_probabilities:
             probabilities = predict(model, config, image[None])[0]
             mask = probabilities.argmax(dim=0).to(torch.uint8)
@@ -303,9 +305,9 @@ def predict_files(
     if shown:
         draw_sheet(out / "contact_sheet.png", shown, colours)
         print(f"masks, overlays and contact_sheet.png in {out}/")
-    worst = max(cut_off, key=cut_off.get, default=None)
-    if worst is not None and cut_off[worst] > 0:
-        text = f"cuts off values, most in {worst} ({cut_off[worst]:.2%})"
+    if cut_off:
+        worst = max(cut_off, key=cut_off.get)
+        text = f"cuts off values of {len(cut_off)} images, most in {worst} ({cut_off[worst]:.2%})"
         print(f"note: value_range {config['value_range']} of the model {text}")
     if failed:
         raise UserError(f"{failed} of {len(images)} images could not be read, listed above")

@@ -329,7 +329,8 @@ def details_seeds(study: Study) -> str | None:
         parts.append(f"Of all {total} tested runs none has striped masks.")
     else:
         columns = {"mean IoU": COLUMNS["mean IoU"], "striped": COLUMNS["striped"]}
-        columns = add_ious(columns, list(next(iter(rows.values()))[0]["per_class_iou"]))
+        [first] = next(iter(rows.values()))
+        columns = add_ious(columns, list(first["per_class_iou"]))
         verb = "have" if striped > 1 else "has"
         parts.append(
             f"Of all {total} tested runs, of every model, {striped} {verb} striped masks. The table"

@@ -29,8 +29,8 @@ if TYPE_CHECKING:  # takes seconds to import
 
 # What a run writes before its first last.pt, and what it or other scripts add later.
 FIRST_FILES = {"config.yaml", "environment.json", "best.pt", "predictions.png", "metrics.jsonl"}
-LATER_FILES = {"last.pt", "summary.json", "testing.json", "testing.npz", "doctor.png"}
-LATER_FILES.update(("on-afo.json", "on-scenes.json"))
+FINISHED_FILES = {"summary.json", "testing.json", "testing.npz", "on-afo.json", "on-scenes.json"}
+LATER_FILES = FINISHED_FILES | {"last.pt", "doctor.png"}
 EVENTS = "events.out.tfevents"  # how the names of TensorBoard's files begin
 LONG = 300  # seconds of training that are not discarded unless the user asks for it
 SHOWN = 4  # validation images in TensorBoard and predictions.png
@@ -159,9 +159,9 @@ def start_run(run_dir: Path, config: dict, environment: dict, done: int) -> "Sum
     if done == 0:
         remove_run(run_dir)
     # The run is not finished any more, and its tests were of weights that training may replace.
-    for name in ("summary.json", "testing.json", "testing.npz", "on-afo.json", "on-scenes.json"):
+    for name in sorted(FINISHED_FILES):
         (run_dir / name).unlink(missing_ok=True)
-    for path in run_dir.glob("*.partial"):
+    for path in list(run_dir.iterdir()):
         if is_partial(path.name):
             path.unlink()
     write_atomically(run_dir / "config.yaml", dump(config).encode())
@@ -190,7 +190,7 @@ def remove_run(run_dir: Path) -> None:
     for name in in_order:
         (run_dir / name).unlink(missing_ok=True)
     for path in list(run_dir.iterdir()):
-        if path.name.startswith(EVENTS) or is_partial(path.name):
+        if path.name.startswith(EVENTS):
             path.unlink()
     (run_dir / "config.yaml").unlink(missing_ok=True)
 
@@ -308,7 +308,10 @@ def print_epoch(config: dict, entry: dict, is_best: bool) -> None:
     print(line, flush=True)
     if never and epoch in (1, epochs):
         advice = advise_on_classes(config)
-        print(f"what brings a class back that is never predicted, the surest first: {advice}")
+        print(
+            f"what brings a class back that is never predicted, the surest first: {advice}",
+            flush=True,
+        )
 
 
 # ---- what is written at the end

@@ -134,7 +134,10 @@ def test_values_that_are_cut_off_are_told(tmp_path: Path, capsys: pytest.Capture
     values[:2] = 5000
     Image.fromarray(values).save(tmp_path / "high.png")
     predict.predict_files(model, config, [tmp_path / "high.png"], tmp_path / "out", False)
-    assert f"cuts off values, most in {tmp_path}/high.png (25.00%)" in capsys.readouterr().out
+    assert (
+        f"cuts off values of 1 images, most in {tmp_path}/high.png (25.00%)"
+        in capsys.readouterr().out
+    )
 
 
 def test_masks_of_indices_get_the_numbers_of_the_training_masks(tmp_path: Path) -> None:

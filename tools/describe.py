@@ -7,6 +7,7 @@ stands above the lines.
 """
 
 import argparse
+import re
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,7 @@ from common import SPLITS, UserError, write_atomically
 from data import padding_factor
 from figures import distinct_colours
 from images import likely_range
+from patterns import find_files
 from tools.check import note_shared_groups
 from tools.examine import (
     GREY_MODES,
@@ -29,7 +31,7 @@ from tools.examine import (
     examine_all,
     look_at_pixels,
 )
-from tools.layout import Layout, find_layout, has_one_group_each, list_groups, propose_group
+from tools.layout import Layout, find_layout, propose_group
 from tools.meaning import (
     LIKELY_INDEX,
     Meaning,
@@ -108,8 +110,6 @@ def describe_files(layout: Layout, notes: list[str]) -> list[Line]:
 def describe_group(layout: Layout, notes: list[str]) -> list[Line]:
     """Propose what stays together when splits are drawn: the images of a video or a patient."""
     expression, reason = propose_group(layout.names)
-    if expression and layout.split_folders and has_one_group_each(list_groups(layout, expression)):
-        expression, reason = "", "what repeats in the names is the split: each image stands alone"
     if expression:
         notes.append(f"group: {reason}; set '' if such images are independent")
         notes += note_shared_groups(list_groups(layout, expression))
@@ -120,6 +120,20 @@ def describe_group(layout: Layout, notes: list[str]) -> list[Line]:
         name = layout.names[0]
         notes.append(f"group: which images, as {name}, are of one video or patient is not known")
     return [Line('group: ""', reason)]
+
+
+def list_groups(layout: Layout, expression: str) -> dict[str, list[tuple[str, str]]]:
+    """List (group, name) of the images in the folder of each split, if splits have folders."""
+    groups = {}
+    images = [image for image, _ in layout.pairs]
+    names = dict(zip(images, layout.names, strict=True))
+    for split, folder in zip(SPLITS, layout.split_folders, strict=False):  # two folders or three
+        groups[split] = []
+        for file in find_files(layout.root, layout.images.replace("{split}", folder)):
+            if file.path in names:
+                name = names[file.path]
+                groups[split].append((re.search(expression, name)[0], name))
+    return groups
 
 
 def describe_format(meaning: Meaning, masks: Masks) -> list[Line]:

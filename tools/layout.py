@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from common import SPLITS, UserError
-from patterns import find_files
+from common import UserError
 from tools.pairing import (
     Around,
     Parts,
@@ -104,32 +103,11 @@ def propose_group(names: list[str]) -> tuple[str, str]:
             continue
         groups = {match[0] for match in matches}
         has_separator = not groups & set(names)
+        if find_splits(groups):  # names like train_001 repeat the split, which is no group
+            continue
         if has_separator and 3 <= len(groups) <= len(names) / 2:
             return expression, f"{len(groups)} groups by the {meaning}, as {min(groups)}"
     return "", "no part of the names repeats: each image stands for itself"
-
-
-def has_one_group_each(groups_of: dict[str, list[tuple[str, str]]]) -> bool:
-    """Tell whether the images of each split, given as `list_groups` does, are of one group."""
-    for images in groups_of.values():
-        groups = {group for group, _ in images}
-        if len(groups) > 1:
-            return False
-    return True
-
-
-def list_groups(layout: Layout, expression: str) -> dict[str, list[tuple[str, str]]]:
-    """List (group, name) of the images in the folder of each split, if splits have folders."""
-    groups = {}
-    images = [image for image, _ in layout.pairs]
-    names = dict(zip(images, layout.names, strict=True))
-    for split, folder in zip(SPLITS, layout.split_folders, strict=False):  # two folders or three
-        groups[split] = []
-        for file in find_files(layout.root, layout.images.replace("{split}", folder)):
-            if file.path in names:
-                name = names[file.path]
-                groups[split].append((re.search(expression, name)[0], name))
-    return groups
 
 
 def explain_nothing(images: str, masks: str, image_list: list[Path], mask_list: list[Path]) -> str:
