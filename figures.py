@@ -6,6 +6,7 @@ does, does not load it.
 
 import colorsys
 import io
+import math
 from itertools import combinations, cycle, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,12 +21,14 @@ from common import write_atomically
 from masks import list_colours
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 GREY = [128, 128, 128]  # pixels that are ignored
 ALIKE = 32  # colours that differ by less than this in each channel look alike
 SIDE = 160  # pixels of a picture in a grid
 DPI = 110
+LONGEST_CAPTION = 22  # letters that fit over a picture; the end of a name tells most
 FAR = 10  # times the distance from the median to the best: runs that are lower become an arrow
 SMALLEST_GAP = 0.001  # of mean IoU, which counts as that distance at least
 
@@ -160,32 +163,61 @@ def grid(
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
+    # All lengths are inches. Each picture has a box, into which it fits.
     columns = max(len(row) for row in rows)
     shapes = [picture.shape for row in rows for _, picture in row]
     tallest = max(height / width for _, height, width in shapes)
-    side = SIDE / DPI  # inches
-    row_height = side * min(2, tallest)
-    gap = 0.25  # inches for the captions
-    top = 0.6  # inches for the legend and the first captions
-    width = max(4, side * columns)
-    height = top + len(rows) * (row_height + gap)
-    left = 0.25 / width if row_names else 0.01
+    box_width = SIDE / DPI
+    box_height = box_width * min(2, tallest)
+    column_width = box_width + 0.07
+    row_height = 0.25 + box_height  # with the captions
+    names_width = 0.25 if row_names else 0.05
+    width = max(4, names_width + columns * column_width)  # few pictures leave room for the legend
+    legend_columns = min(6, int(width), len(legend))  # about an inch for each name
+    top = 0.15 + 0.2 * math.ceil(len(legend) / legend_columns)  # the height of the legend
+    height = top + len(rows) * row_height + 0.07
     figure = Figure(figsize=(width, height), dpi=DPI)
-    figure.subplots_adjust(left, 0.01, 0.99, 1 - top / height, 0.05, gap / row_height)
-    no_frame = {"frame_on": False, "xticks": [], "yticks": []}
-    axes = figure.subplots(len(rows), columns, squeeze=False, subplot_kw=no_frame)
+    # All pictures are drawn in one axes: making axes takes longer than drawing the pictures.
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, width), ylim=(height, 0))  # y grows downwards
+    ax.axis("off")
     for y, row in enumerate(rows):
+        bottom = top + (y + 1) * row_height
         for x, (caption, picture) in enumerate(row):
-            axes[y, x].imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes[y, x].set(frame_on=True)  # a white picture has no edge of its own
-            axes[y, x].set_title(caption[-25:], fontsize=7, pad=2, parse_math=False)
-    for y, name in enumerate(row_names):
-        axes[y, 0].set_ylabel(name, fontsize=8)
+            centre = names_width + x * column_width + box_width / 2, bottom - box_height / 2
+            draw_picture(ax, picture, caption, centre, box_width, box_height)
+        if row_names:
+            style = {"rotation": 90, "va": "center", "fontsize": 8}
+            ax.text(0.05, bottom - box_height / 2, row_names[y], **style)
     handles = []
     for name, colour in legend.items():
         handles.append(Patch(facecolor=np.divide(colour, 255), edgecolor="grey", label=name))
-    figure.legend(handles=handles, loc="upper center", ncols=min(6, len(handles)), fontsize=8)
+    figure.legend(handles=handles, loc="upper center", ncols=legend_columns, fontsize=8)
     return figure
+
+
+def draw_picture(
+    ax: "Axes",
+    picture: Tensor,
+    caption: str,
+    centre: tuple[float, float],
+    box_width: float,
+    box_height: float,
+) -> None:
+    """Draw a (3, H, W) uint8 picture, as large as its box, in axes whose y grows downwards."""
+    from matplotlib.patches import Rectangle
+
+    _, rows, columns = picture.shape
+    scale = min(box_width / columns, box_height / rows)
+    left, right = centre[0] - scale * columns / 2, centre[0] + scale * columns / 2
+    top, bottom = centre[1] - scale * rows / 2, centre[1] + scale * rows / 2
+    pixels = picture.permute(1, 2, 0).numpy()
+    extent = (left, right, bottom, top)
+    ax.imshow(pixels, extent=extent, aspect="auto", interpolation="nearest")
+    frame = Rectangle((left, top), right - left, bottom - top, fill=False, linewidth=0.8)
+    ax.add_patch(frame)  # a white picture has no edge of its own
+    style = {"ha": "center", "fontsize": 7, "parse_math": False}
+    ax.text(centre[0], top - 0.03, caption[-LONGEST_CAPTION:], **style)
 
 
 def curves(

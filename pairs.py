@@ -240,10 +240,13 @@ def list_alone(
     kind_of_others: str,
 ) -> list[str]:
     """List the files whose name no other file has, and a file that may be meant instead."""
+    alone = sorted(files.keys() - others.keys())
+    if not alone:
+        return []
     problems = []
     kind = "mask" if kind_of_others == "image" else "image"
     used = {other.path for name, other in others.items() if name in files}
-    for name in sorted(files.keys() - others.keys()):
+    for name in alone:
         partner = root / fill(pattern_of_others, files[name].matches)
         hint = ""
         if len(problems) < MOST_EXPLAINED and partner.parent.is_dir():

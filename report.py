@@ -18,6 +18,8 @@ import base64
 import re
 from pathlib import Path
 
+import machine  # noqa: F401 (before torch: see machine.py)
+
 from markdown import markdown as convert
 
 from common import ROOT, UserError, run, write_atomically
