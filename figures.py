@@ -51,10 +51,10 @@ def class_colours(config: dict) -> dict[str, list[int]]:
     """Choose the colour of each class in pictures: name → [red, green, blue].
 
     It is the first colour that the config gives the class. But where two of these look alike, as
-    the greys 0, 1 and 2 do, all classes get other colours.
+    the greys 0, 1 and 2 do, or one looks like an ignored pixel, all classes get other colours.
     """
     colours = {name: list_colours(value)[0] for name, value in config["classes"].items()}
-    for one, other in combinations(colours.values(), 2):
+    for one, other in combinations([*colours.values(), GREY], 2):
         difference = max(abs(one[channel] - other[channel]) for channel in range(3))
         if difference < ALIKE:
             return dict(zip(colours, distinct_colours(len(colours)), strict=True))

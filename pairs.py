@@ -160,13 +160,12 @@ def pair_files(config: dict, split: str) -> tuple[list[Pair], list[str]]:
     for name in sorted(images.keys() | masks.keys()):
         if name in images and name in masks:
             image = images[name]
-            group = group_of(image.name, config["group"])
+            group = group_of(name, config["group"])
             if not group:
                 text = f"group: {config['group']!r} finds nothing in its name; correct it"
                 problems.append(f"{image.path}: {text}")
                 continue
-            pairs.append(Pair(image.name, group, image.path, masks[name].path))
-    pairs.sort(key=lambda pair: pair.name)
+            pairs.append(Pair(name, group, image.path, masks[name].path))
     problems += list_alone(root, images, masks, mask_pattern, "mask")
     # If only `images` has {split}, the images of other masks lie in the folders of other splits.
     if "{split}" in config["masks"] or "{split}" not in config["images"]:

@@ -74,7 +74,10 @@ Runs = dict[str, list[Run]]  # experiment → its runs by seed
 
 
 def find_runs(root: Path) -> tuple[list[Run], list[str]]:
-    """Read the finished runs below a folder; also say in a line each which are unfinished."""
+    """Read the finished runs below a folder; also say in a line each which are unfinished.
+
+    UserError if two runs are the same experiment with the same seed, as a copied folder is.
+    """
     folders = []
     for folder in root.rglob("seed*"):
         if folder.is_dir() and folder.name.removeprefix("seed").isdecimal():
@@ -82,6 +85,7 @@ def find_runs(root: Path) -> tuple[list[Run], list[str]]:
     folders.sort(key=lambda folder: (folder.parent, int(folder.name.removeprefix("seed"))))
 
     finished, unfinished = [], []
+    first_folder = {}  # of each experiment and seed
     for folder in folders:
         experiment = experiment_of(folder, root)
         is_tested = any((folder / name).exists() for name in TESTS.values())
@@ -91,7 +95,12 @@ def find_runs(root: Path) -> tuple[list[Run], list[str]]:
         elif needs_test and not is_tested:
             unfinished.append(f"`{folder}` is not tested: it has no testing.json.")
         else:
-            finished.append(read_folder(folder, root))
+            run = read_folder(folder, root)
+            first = first_folder.setdefault((run.experiment, run.seed), folder)
+            if first != folder:
+                text = f"has seed {run.seed} of `{run.experiment}`, as {first} has"
+                raise UserError(f"{folder}: {text}; move one of them out of {root}")
+            finished.append(run)
     return finished, unfinished
 
 

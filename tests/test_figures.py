@@ -34,6 +34,8 @@ def test_classes_that_look_alike_get_other_colours() -> None:
     assert list(colours) == list(greys)
     assert list(colours.values()) == [[0, 0, 0], [255, 0, 0], [0, 74, 255]]  # hue 0.618
     assert class_colours({"classes": CLASSES}) == CLASSES
+    rock = [120, 130, 128]  # as ignored pixels
+    assert rock not in class_colours({"classes": {**CLASSES, "rock": rock}}).values()
 
     numbers = {f"class_{i}": [i, i, i] for i in range(30)}
     many = list(class_colours({"classes": numbers}).values())

@@ -1,6 +1,7 @@
 """Tests of pairs.py and patterns.py: which image belongs to which mask; near misses are named."""
 
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,18 @@ def test_patterns_find_pairs(tmp_path: Path, files: list, images: str, masks: st
         for path in (pair.image, pair.mask):
             inside = path.relative_to(tmp_path).as_posix()
             assert all(part in inside for part in pair.name.split("/"))
+
+
+def test_a_group_is_one_however_a_computer_writes_its_name(tmp_path: Path) -> None:
+    composed, on_a_mac = unicodedata.normalize("NFC", "Bär"), unicodedata.normalize("NFD", "Bär")
+    names = [f"{composed}_1", f"{on_a_mac}_2", "Fuchs_1", "Hund_1"]
+    touch(tmp_path, *[f"i/{name}.png" for name in names], *[f"m/{name}.png" for name in names])
+    config = config_for(tmp_path, images="i/*.png", masks="m/*.png", group="^[^_]+")
+    found = [find_pairs(config, split)[0] for split in SPLITS]
+    groups = [{pair.group for pair in pairs} for pairs in found]
+    assert sorted(len(names) for names in groups) == [1, 1, 1]
+    assert set.union(*groups) == {composed, "Fuchs", "Hund"}
+    assert sum(len(pairs) for pairs in found) == len(names)
 
 
 def test_groups_are_chosen_by_a_hash_the_same_each_time() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -232,6 +233,17 @@ def test_damaged_file_is_named(
         else:
             assert code == 0 and "What you can run next" in text
     assert refused > 2
+
+
+def test_a_copied_run_does_not_count_as_another_seed(
+    write_run: Callable, make: Callable, tmp_path: Path
+) -> None:
+    folder = write_run("tuned", 0, 0.8)
+    copy = shutil.copytree(folder, folder.with_name("seed7"))
+    code, _, error = make()
+    text = f"error: {copy}: has seed 0 of `tuned`, as {folder} has; move one of them out of "
+    assert (code, error) == (2, f"{text}{tmp_path / 'runs'}\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_runs_is_one_line(make: Callable, tmp_path: Path) -> None:
