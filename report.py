@@ -131,7 +131,7 @@ PROTOCOLS = """### The kinds of runs
 
 - **By the lab's protocol** (`PROFILE=full`) means: whole images, batches of 32, Adam at 0.005, 15
   epochs, the lab's losses, and horizontal flips where the lab had them. Three things differ from
-  the lab. Images are RGB, without a fourth channel computed from the three. Most runs compute in
+  the lab. Images are RGB, without a fourth channel computed from the three. They compute in
   bfloat16. The epoch that is best on the validation split is tested. `best` has a recipe of its
   own.
 - **In short runs** (`PROFILE=quick`) means: minutes of training on small crops, by a learning rate
@@ -251,7 +251,9 @@ def page_of_published(runs: list[Run], studies: list[Study]) -> str:
         "They are weights of `best`, trained on 21,600 generated flights alone. Seed 0"
         " is the file `weights/best.pt` ([model card](weights/README.md)).",
         scores_of_weights(runs),
-        "    make weights\n    python evaluate.py weights/best.pt --data data/afo",
+        '    make weights SEEDS="0 1 2"\n'
+        "    python predict.py --checkpoint runs/weights/seed0/best.pt --slim weights/best.pt\n"
+        "    python evaluate.py weights/best.pt --data data/afo",
         "## A short training on generated flights",
         "`speedrun` trains a smaller `best` on generated flights for four epochs. The goal of each"
         f" run is a mean IoU of {SPEEDRUN_GOAL} on the lab's test images. {count_fast(runs)}",

@@ -89,12 +89,12 @@ def section_heads(study: Study) -> str | None:
     if not study.heads:
         return None
     first = next(iter(study.heads.values()))[0]
-    shares, healthy = {}, []
+    shares = {}
+    poor = []
     for members in study.heads.values():
-        counts = count_never(members)
-        shares[members[0].name] = [[count / len(members) for count in counts]]
-        if count_poor(members) == 0:
-            healthy.append(f"`{members[0].name}`")
+        name = members[0].name
+        shares[name] = [[count / len(members) for count in count_never(members)]]
+        poor.append(f"`{name}` {count_poor(members)} of {len(members)}")
     panels = {"share of runs in which a class is in no prediction": shares}
     figures.curves(study.figures / "heads.png", panels, f"epoch of {steps_by_epoch(first)[0]}")
     images = "whole images" if first.config["crop"] == 0 else "crops"
@@ -107,9 +107,8 @@ def section_heads(study: Study) -> str | None:
         " `tuned-bilinear` another start of the last up-sampling, `tuned-warm-up` a learning rate"
         " that rises first.",
         picture(study, "heads.png", "In no prediction: predicted in no validation image."),
+        f"Runs that end with a class below {LOW_IOU}: {', '.join(poor)}.",
     ]
-    if healthy:
-        parts.append(f"No run of {', '.join(healthy)} ends with a class below {LOW_IOU}.")
     return "\n\n".join(parts)
 
 

@@ -4,6 +4,8 @@ from common import ROOT
 from report_page import under_heading
 from report_runs import MODELS, SWEEPS, Run, Study
 
+FEW = 6  # runs of one machine that are named
+
 
 def definitions(group: str) -> str:
     """Define the words of the page. Images that belong together are a `group`, as a flight is."""
@@ -44,19 +46,21 @@ def bullet_list(lines: list[str]) -> str:
 
 
 def machines(runs: list[Run]) -> str:
-    """Count the runs of each machine, with the commits of the code that trained there."""
-    commits: dict[str, list[str]] = {}  # machine → a commit for each run
+    """Count the runs of each machine, with the commits of the code; name the runs if few."""
+    runs_of: dict[str, list[Run]] = {}  # machine → its runs
     for run in runs:
         if run.machine:
             used = run.machine
             name = f"{used['device']}, threads: {used['threads']}, {used['precision']}"
             name += f", PyTorch {used['torch']}"
-            commits.setdefault(name, []).append(used["commit"])
+            runs_of.setdefault(name, []).append(run)
     lines = []
-    for name in sorted(commits, key=lambda name: len(commits[name]), reverse=True):
-        number = len(commits[name])
-        runs_of = "1 run" if number == 1 else f"{number} runs"
-        lines.append(f"{name}: {runs_of}. Code: {', '.join(sorted(set(commits[name])))}.")
+    for name, members in sorted(runs_of.items(), key=lambda item: len(item[1]), reverse=True):
+        number = "1 run" if len(members) == 1 else f"{len(members)} runs"
+        if len(members) <= FEW:
+            number += f" ({'; '.join(run.label for run in members)})"
+        commits = sorted({run.machine["commit"] for run in members})
+        lines.append(f"{name}: {number}. Code: {', '.join(commits)}.")
     return "### Machines\n\n" + bullet_list(lines)
 
 

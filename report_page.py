@@ -36,6 +36,7 @@ class Section(NamedTuple):
     lab_said: str = "–"
     once: bool = False  # True: one study is enough
     own_length: bool = False  # True: its runs have one length, whatever the profile
+    quick_targets: str | None = None  # if short runs come from other targets
 
 
 WHY_SECTION = Section(
@@ -166,8 +167,9 @@ SECTIONS = [
     Section(
         "Force the network to overfit: how bad can it get?",
         "overfit",
-        "`one-batch` trains on two images, `few-frames` on 32. The networks are the lab's; the loss"
-        " is cross-entropy and a Dice of each class.",
+        "`one-batch` trains on two images, `few-frames` on 32. The networks are the lab's. The loss"
+        " (cross-entropy and a Dice of each class), the schedule (one_cycle) and the start of the"
+        " last up-sampling (bilinear) are not.",
         report_sweeps.section_overfitting,
         report_sweeps.answer_overfitting,
         report_sweeps.details_overfitting,
@@ -200,6 +202,7 @@ SECTIONS = [
         "report augment train-tuned-drop-last",
         "",
         report_lab.section_choices,
+        quick_targets="report augment tune",
     ),
     Section(
         "Other runs",
@@ -269,7 +272,10 @@ def under_heading(
             kind = STUDIES[study.data, study.profile]
             command = f"PROFILE={study.profile}"
             if section is not None:
-                command = f"make {section.targets}{study.settings}"
+                targets = section.targets
+                if study.profile == "quick" and section.quick_targets:
+                    targets = section.quick_targets
+                command = f"make {targets}{study.settings}"
                 if section.own_length:
                     kind = OWN_LENGTH
             parts.append(f"**{kind}** (`{command}`)")

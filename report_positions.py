@@ -264,8 +264,8 @@ def section_seeds(study: Study) -> str | None:
     parts.append(text.strip())
     if len({run.seed for run in ours}) > 1:
         parts.append(
-            f"But {len(ours)} runs are not {len(ours)} separate tries. Runs with the same seed"
-            " start from the same weights and see the images in the same order:"
+            f"But {len(ours)} runs are not {len(ours)} separate tries. Runs with the same seed see"
+            " the images in the same order. Those of one network start from the same weights too:"
         )
         parts.append(seeds_table(ours))
     parts.append(

@@ -150,7 +150,7 @@ def test_heads_are_counted_by_step(tmp_path: Path, no_drawing: None) -> None:
     assert "| model | runs | 5 steps | 10 steps | class below 0.5 at the end |" in text
     assert "| tuned | 2 | 2 | 1 | 1 |" in text and "| tuned-wide | 1 | 1 | 0 | 0 |" in text
     text = report_lost.section_heads(study)
-    assert "No run of `tuned-wide` ends with a class below 0.5." in text
+    assert "Runs that end with a class below 0.5: `tuned` 1 of 2, `tuned-wide` 0 of 1." in text
     answer = report_lost.answer_heads(study).text
     assert answer.startswith("In 1 of 2 runs of `tuned` with the lab's start, some class is in no")
     assert "is in no prediction after 10 steps" in answer
