@@ -69,10 +69,10 @@ data/generated: | .venv/installed
 data/scenes: | .venv/installed
 	$(PY) data.py generate --seed 1 --sequences 21600 1000 1100 --frames 1 --out $@
 data/afo: | .venv/installed
-	$(PY) data.py download --out $@ $(if $(AFO_ARCHIVE),--archive $(AFO_ARCHIVE))
+	$(PY) data.py download --out $@ $(if $(AFO_ARCHIVE),--archive '$(call quoted,$(AFO_ARCHIVE))')
 
 describe: | .venv/installed  ## look at the folders IMAGES and MASKS and write a config of them to OUT=my.yaml
-	@$(PY) data.py describe --images '$(call quoted,$(IMAGES))' --masks '$(call quoted,$(MASKS))' $(if $(filter file,$(origin OUT)),,--out $(OUT))
+	@$(PY) data.py describe --images '$(call quoted,$(IMAGES))' --masks '$(call quoted,$(MASKS))' $(if $(filter file,$(origin OUT)),,--out '$(call quoted,$(OUT))')
 check: | $(DATA_DIR) .venv/installed  ## list all problems of the data, and show samples with their masks
 	$(PY) data.py check $(if $(OWN),--config $(OWN),$(DATA_DIR)) --picture report/check-$(DATA_NAME).png $(if $(SET),--set $(SET))
 
@@ -136,7 +136,7 @@ results: | .venv/installed $(filter-out results,$(MAKECMDGOALS))  ## write RESUL
 	@$(PY) report.py --published
 
 predict: | .venv/installed  ## predict IMAGES="a.png folder/" into OUT, with CHECKPOINT (default: the weights shipped)
-	@$(PY) predict.py --checkpoint $(CHECKPOINT) --out $(OUT) --device $(DEVICE) -- $(IMAGES)
+	@$(PY) predict.py --checkpoint '$(call quoted,$(CHECKPOINT))' --out '$(call quoted,$(OUT))' --device $(DEVICE) -- $(IMAGES)
 tensorboard: | .venv/installed  ## look at the runs in a browser
 	$(PY) -m tensorboard.main --logdir runs
 doctor: | .venv/installed  ## say what is wrong with the run RUN=runs/... and what to try

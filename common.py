@@ -48,6 +48,7 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        sys.stdout.flush()  # now, so that an error of it is caught below
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -132,7 +133,8 @@ def code_digest(names: tuple[str, ...] = CODE_OF_SCORES) -> str:
     """
     digest = hashlib.sha256()
     for name in names:
-        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        path = ROOT / name
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
         for node in ast.walk(tree):
             has_body = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
             if has_body and ast.get_docstring(node, clean=False) is not None:

@@ -207,7 +207,7 @@ def open_cache(cache: Path) -> tuple[Tensor, Tensor, str]:
 
 
 def digest_settings(config: dict) -> str:
-    """Twelve hexadecimal digits that change with the keys that decide which pixels a split has."""
+    """Compute a digest, twelve digits, of the keys that decide which pixels a split has."""
     values = {"root": str(data_root(config).resolve())}  # however the folder is spelled
     for key in DATA_KEYS:
         values[key] = config[key]
@@ -219,9 +219,9 @@ def digest_settings(config: dict) -> str:
 
 
 def digest_files(root: Path, pairs: list[Pair]) -> str:
-    """Twelve hexadecimal digits that change with the names, sizes or times of the files.
+    """Compute a digest, twelve digits, of the names, sizes and times of the files.
 
-    They also change with the code that reads the files.
+    It changes with the code that reads the files too.
     """
     files = [CODE_OF_PIXELS]
     for pair in pairs:

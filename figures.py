@@ -234,7 +234,7 @@ def curves(
             epochs = np.arange(1, len(values) + 1)
             mean, low, high = values.mean(axis=1), values.min(axis=1), values.max(axis=1)
             style = {"color": colour, "linestyle": line_style, "marker": marker, "ms": 5}
-            [handles[name]] = ax.plot(epochs, mean, label=name, **style)
+            handles[name] = ax.plot(epochs, mean, label=name, **style)[0]
             if len(runs) > 1:
                 ax.fill_between(epochs, low, high, color=colour, alpha=0.2)
         lowest, highest = ax.dataLim.intervaly

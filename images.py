@@ -43,30 +43,32 @@ def open_image(path: Path) -> tuple[Image.Image, int]:
 
     UserError if it cannot be opened, has several pages, or bands that Pillow would drop or mix up.
     """
+    bits = 8
+    bands = 1
+    is_planar = False
     with reading(path):
         # Pillow maps some files into memory if it knows their name, and then mixes up the width and
         # height of images that are to be turned. So it gets no name.
         content = path.read_bytes()
         image = identify(path, io.BytesIO(content))
         pages = getattr(image, "n_frames", 1)
-        if pages > 1 and image.format in PAGED_FORMATS:
-            advice = "save each as a file (docs/data.md shows how)"
-            raise UserError(f"{path}: has {pages} pages, and one image a file is read; {advice}")
-        bits = 8
         if image.format == "PNG":
             bits = content[24]  # Pillow shows 16-bit colours as 8 bits
         elif image.format == "TIFF":
             bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))
             bands = image.tag_v2.get(SAMPLES_PER_PIXEL, 1)
-            if bands > len(image.getbands()):
-                advice = "save 1 or 3 of them, or 4 as RGBA"
-                raise UserError(f"{path}: has {bands} bands of {bits} bits; {advice}")
             is_planar = image.tag_v2.get(PLANAR_CONFIGURATION, 1) == 2
-            if is_planar and bands > 1 and bits > 8:
-                advice = "save them interleaved (planar configuration 1)"
-                raise UserError(f"{path}: stores its bands of {bits} bits apart; {advice}")
         elif image.mode.startswith(("I", "F")):
             bits = 16 if "16" in image.mode else 32
+    if pages > 1 and image.format in PAGED_FORMATS:
+        advice = "save each as a file (docs/data.md shows how)"
+        raise UserError(f"{path}: has {pages} pages, and one image a file is read; {advice}")
+    if bands > len(image.getbands()):
+        advice = "save 1 or 3 of them, or 4 as RGBA"
+        raise UserError(f"{path}: has {bands} bands of {bits} bits; {advice}")
+    if is_planar and bands > 1 and bits > 8:
+        advice = "save them interleaved (planar configuration 1)"
+        raise UserError(f"{path}: stores its bands of {bits} bits apart; {advice}")
     return image, bits
 
 
@@ -161,18 +163,14 @@ def swap_bytes(tile: tuple) -> tuple:
 # ---- images
 
 
-def read_image(
-    path: Path, channels: int | None = None, value_range: list[int] | None = None
-) -> np.ndarray:
+def read_image(path: Path, channels: int, value_range: list[int] | None = None) -> np.ndarray:
     """Read an image as (H, W, channels) uint8 in 0…255, turned upright as its EXIF data says.
 
-    Transparent pixels become white unless `channels` is 4, which keeps the alpha channel. None
-    keeps the channels of the file; a palette image then gives its indices. `value_range`, [low,
-    high], is what becomes 0 and 255 in files of 16 bits.
+    Transparent pixels become white unless `channels` is 4, which keeps the alpha channel.
+    `value_range`, [low, high], is what becomes 0 and 255 in files of 16 bits.
 
     UserError if the file cannot be read, or has more than 8 bits and there is no `value_range`.
     """
-    path = Path(path)
     image, bits = open_image(path)
     if bits > 8:
         image = scale_to_8_bits(path, image, bits, value_range)
@@ -187,7 +185,7 @@ def read_image(
         if image.getextrema()[3][1] > 0:  # broken programs write images without a visible pixel
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
-    if channels is not None and image.mode != MODES[channels]:
+    if image.mode != MODES[channels]:
         # Pillow converts every readable mode to RGBA without loss.
         image = image.convert("RGBA").convert(MODES[channels])
     return np.atleast_3d(np.array(image, np.uint8))
@@ -223,13 +221,22 @@ def scale_to_8_bits(
 
 
 def share_cut_off(path: Path, value_range: list[int]) -> float:
-    """Compute the share of the values of an image that `value_range` cuts off; 0 for 8 bits."""
+    """Compute the share of the values of an image that `value_range` cuts off.
+
+    It is 0 for up to 8 bits, where the range does not count.
+    """
     image, bits = open_image(path)
-    if bits == 8:
+    if bits <= 8:
         return 0.0
     values = read_deep(path, image, bits)
     low, high = value_range
     return float(((values < low) | (values > high)).mean())
+
+
+def describe_cut_off(shares: dict[Path, float]) -> str:
+    """Say what `value_range` cuts off, from the shares that `share_cut_off` found."""
+    worst = max(shares, key=shares.get)
+    return f"cuts off values of {len(shares)} images, most in {worst} ({shares[worst]:.2%})"
 
 
 # ---- masks
@@ -316,10 +323,11 @@ def read_pair(image_path: Path, mask_path: Path, config: dict) -> tuple[Tensor, 
         image_size = f"{image.shape[2]}×{image.shape[1]}"
         text = f"is {mask_size} pixels but its image is {image_size}"
         advice = "give both the same size"
-        if turned_alone(image_path, mask_path) == "image":
+        turned = turned_alone(image_path, mask_path)
+        if turned == "image":
             text += ", turned upright by its EXIF data"
             advice = "turn the mask upright too, or save the image without EXIF data"
-        elif turned_alone(image_path, mask_path) == "mask":
+        elif turned == "mask":
             text += f"; {mask_path.name} is turned upright by its EXIF data"
             advice = "save the mask without EXIF data"
         raise UserError(f"{mask_path}: {text}; {advice}")

@@ -116,7 +116,7 @@ def scores(matrix: Tensor, classes: list[str]) -> dict:
 
 
 def lost_positions(prediction: Tensor, mask: Tensor, classes: list[str]) -> dict[str, float]:
-    """Count the positions of 4×4 pixels at which each class is lost; 4 of these 16 count as 1.
+    """Count at how many of the 16 positions of 4×4 pixels each class is lost, in units of four.
 
     A transposed convolution of stride 2 computes each of the four positions of 2×2 pixels with
     weights of its own. If it is the last layer, a class may be predicted only in every second row,

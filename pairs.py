@@ -83,12 +83,12 @@ def check_pair_of_numbers(key: str, value: list, low: int, high: int, meaning: s
 
 
 def data_root(config: dict) -> Path:
-    """The folder of the data; ~ stands for the home folder."""
+    """Return the folder of the data; ~ stands for the home folder."""
     return Path(config["data"]).expanduser()
 
 
 def split_folder(config: dict, split: str) -> str:
-    """The text that stands for {split}. Of two folders, the second is validation and testing."""
+    """Return what stands for {split}. Of two folders, the second is validation and testing."""
     folders = config["split_folders"]
     return folders[min(SPLITS.index(split), len(folders) - 1)]
 
@@ -106,7 +106,7 @@ def stand_in_note(config: dict) -> str | None:
 
 
 def patterns_of(config: dict, split: str) -> tuple[str, str]:
-    """The patterns of images and of masks for a split."""
+    """Return the patterns of images and of masks for a split."""
     folder = split_folder(config, split)
     images = config["images"].replace("{split}", folder)
     masks = config["masks"].replace("{split}", folder)

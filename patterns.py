@@ -177,7 +177,7 @@ def find_files(root: Path, pattern: str) -> list[File]:
     """Find the files of a pattern below a folder; UserError if a name cannot be printed."""
     parts = parts_of(pattern)
     expression = file_expression(parts[-1])
-    found = []
+    files = []
     for folder, matches in find_folders(root, parts[:-1]):
         for file_name in list_folder(folder)[0]:
             match = expression.fullmatch(file_name)
@@ -188,5 +188,5 @@ def find_files(root: Path, pattern: str) -> list[File]:
                 name = "/".join(text for text in texts if text)
                 path = folder / file_name
                 check_name(path)
-                found.append(File(path, texts, name))
-    return found
+                files.append(File(path, texts, name))
+    return files

@@ -33,7 +33,7 @@ from data import evenly
 from evaluate import predict_batches
 from export import export, slim
 from figures import class_colours, grid, overlay, save, thumbnail, write_image, write_png
-from images import read_image, share_cut_off
+from images import describe_cut_off, read_image, share_cut_off
 from masks import file_values
 from pairs import find_unread
 from patterns import ENDINGS, check_name, find_files
@@ -306,9 +306,8 @@ def predict_files(
         draw_sheet(out / "contact_sheet.png", shown, colours)
         print(f"masks, overlays and contact_sheet.png in {out}/")
     if cut_off:
-        worst = max(cut_off, key=cut_off.get)
-        text = f"cuts off values of {len(cut_off)} images, most in {worst} ({cut_off[worst]:.2%})"
-        print(f"note: value_range {config['value_range']} of the model {text}")
+        value_range = config["value_range"]
+        print(f"note: value_range {value_range} of the model {describe_cut_off(cut_off)}")
     if failed:
         raise UserError(f"{failed} of {len(images)} images could not be read, listed above")
 
@@ -326,11 +325,12 @@ def main() -> None:
     if not (args.images or args.export or args.slim):
         raise UserError('name images or folders: make predict IMAGES="photo.jpg folder/"')
     keep_memory()
-    model, config = load_model(args.checkpoint, args.device)
+    checkpoint = args.checkpoint.expanduser()
+    model, config = load_model(checkpoint, args.device)
     if args.images:
-        predict_files(model, config, args.images, args.out, args.probabilities)
+        predict_files(model, config, args.images, args.out.expanduser(), args.probabilities)
     if args.slim:
-        slim(args.checkpoint, args.slim)
+        slim(checkpoint, args.slim)
     if args.export:
         export(model, config, args.export)
 

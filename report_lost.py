@@ -3,6 +3,8 @@
 As in report_models.py, functions answer_X and section_X take a study, and return None without runs.
 """
 
+import math
+
 import figures
 from report_models import LOW_IOU, Answer, compare, picture, scores_of
 from report_runs import Run, Study, by_experiment
@@ -62,7 +64,8 @@ def count_never_predicted(study: Study) -> str:
 
 def steps_by_epoch(run: Run) -> list[str]:
     """List the number of steps that a run has made at the end of each epoch."""
-    steps = run.config["images_per_epoch"] // run.config["batch_size"]
+    images = run.validation["images_seen"] // len(run.history)  # of an epoch
+    steps = math.ceil(images / run.config["batch_size"])
     return [f"{steps * entry['epoch']:,} steps" for entry in run.history]
 
 

@@ -145,8 +145,11 @@ def lost_table(counts: dict[str, list[float]]) -> str:
     lines = [["lost positions", "runs", "none", *headings, "more"]]
     for title, lost in counts.items():
         cells = [title, str(len(lost)), str(lost.count(0))]
-        cells += [str(sum(limit - 1 < number <= limit for number in lost)) for limit in limits]
-        cells.append(str(sum(number > MOST_LOST for number in lost)))
+        for limit in limits:
+            between = [number for number in lost if limit - 1 < number <= limit]
+            cells.append(str(len(between)))
+        more = [number for number in lost if number > MOST_LOST]
+        cells.append(str(len(more)))
         lines.append(cells)
     return markdown(lines)
 

@@ -16,15 +16,34 @@ LAB_MODELS = ("initial", "modified", "tuned")
 MODELS = (*LAB_MODELS, "best")
 UNTESTED = ("tune", "overfit", "heads")  # they look at validation, and never at the test split
 SWEEPS = ("augment", *UNTESTED)  # folders of experiments that have a section of their own
-KEPT = ("data", "profile", "experiment", "seed", "config", "machine")  # of a published run
-KEPT += ("validation", "test", "on_afo", "on_scenes", "history")
+KEPT = (  # of a published run
+    "data",
+    "profile",
+    "experiment",
+    "seed",
+    "config",
+    "machine",
+    "validation",
+    "test",
+    "on_afo",
+    "on_scenes",
+    "history",
+)
 # In these keys the runs of an experiment may differ: the seed, and what depends on the machine.
 OF_ONE_RUN = ("seed", "data", "precision")
 TESTS = {"test": "testing.json", "on_afo": "on-afo.json", "on_scenes": "on-scenes.json"}
 
 MACHINE = {"commit": str, "device": str, "precision": str, "threads": int, "torch": str}
-CONFIG = {"name": str, "seed": int, "profile": str, "data": str, "classes": dict}
-CONFIG.update({"batch_size": int, "images_per_epoch": int, "limit_images": int})
+CONFIG = {
+    "name": str,
+    "seed": int,
+    "profile": str,
+    "data": str,
+    "classes": dict,
+    "batch_size": int,
+    "images_per_epoch": int,
+    "limit_images": int,
+}
 COST = {"images_seen": int, "train_seconds": float}
 TEST = {"images": int, "groups": int, "interval": (list, type(None)), "confusion_matrix": list}
 
@@ -147,8 +166,9 @@ def read_folder(folder: Path, root: Path) -> Run:
 
 def read_row(path: Path, kinds: dict) -> dict:
     """Read the only row of a file of results."""
+    rows = read_results(path)
     with reading(path, "remove this file and run make again"):
-        [row] = read_results(path)
+        [row] = rows
         require(row, kinds)
     return row
 

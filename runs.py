@@ -67,6 +67,21 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def is_training(run_dir: Path) -> bool:
+    """Tell whether a process trains in a run directory now; it may belong to somebody else."""
+    path = run_dir / "lock"
+    if not path.exists():
+        return False
+    with reading(path, "let it be read"):
+        lock = open(path)  # noqa: SIM115 (closed below)
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 # ---- to go on or to start over
 
 
@@ -276,11 +291,12 @@ def advise_on_classes(config: dict) -> str:
     What the config has already is left out.
     """
     advice = []
-    width = config["decoder"][-1][0]  # of the last stage: a number, or "classes"
-    if width == "classes" or width <= len(config["classes"]):
-        advice.append("a last decoder stage wider than `classes`")
-        if config["upsampling_init"] != "bilinear":
-            advice.append("upsampling_init: bilinear")
+    if config["model"] == "unet":
+        width = config["decoder"][-1][0]  # of the last stage: a number, or "classes"
+        if width == "classes" or width <= len(config["classes"]):
+            advice.append("a last decoder stage wider than `classes`")
+            if config["skip"] == "pooled" and config["upsampling_init"] != "bilinear":
+                advice.append("upsampling_init: bilinear")
     if "dice_per_class" not in config["loss"]:
         advice.append("loss: {cross_entropy: 1, dice_per_class: 1}")
     advice += ["more steps", "a lower learning_rate"]

@@ -19,7 +19,8 @@ def make_scheduler(
     total = steps + 1  # one more, since the rate is noted after the last step
     peak_step = warm_up * total - 1  # the rate rises from step 0 to this one
     if peak_step == 0:
-        warm_up = 0.5 / total  # no rise at all: PyTorch would divide by the length of the rise
+        # No rise: the peak lies half a step before the first. At 0, PyTorch would divide 0 by 0.
+        warm_up = 0.5 / total
     return OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], total, pct_start=warm_up)
 
 

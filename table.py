@@ -116,7 +116,7 @@ def never_predicted(rows: list[dict]) -> str:
 
 
 def striped(rows: list[dict]) -> str:
-    """Name the classes that a run predicts at some of the four positions of 2×2 pixels only."""
+    """Name the classes that a run loses at some pixel positions, as `lost_positions` counts."""
     texts = []
     for row in rows:
         for name, count in row.get("lost_positions", {}).items():
@@ -203,9 +203,15 @@ def markdown(lines: list[list[str]]) -> str:
 def group_rows(rows: list[dict]) -> dict[str, list[dict]]:
     """Group rows by experiment: by name, and by folder where two folders hold runs of one name.
 
-    Two checkpoints of one seed are no two seeds: each is then an experiment of its own.
+    Two checkpoints of one seed are no two seeds: each is then an experiment of its own. UserError
+    if one checkpoint has two results.
     """
-    by_checkpoint = {row["checkpoint"]: row for row in rows}  # one given twice counts once
+    by_checkpoint: dict[str, dict] = {}
+    for row in rows:
+        path = row["checkpoint"]
+        first = by_checkpoint.setdefault(path, row)  # a result given twice counts once
+        if row != first:
+            raise UserError(f"{path}: has two results that differ; give one of them")
     groups: dict[tuple[str, Path], list[dict]] = {}
     for row in by_checkpoint.values():
         folder = Path(row["checkpoint"]).parent
@@ -322,8 +328,9 @@ def read_results(path: Path) -> list[dict]:
             raise ValueError("it holds no results")
         for row in rows:
             require(row, ROW)
-            if "confusion_matrix" in row:
-                check_mean_iou(row)
+    for row in rows:
+        if "confusion_matrix" in row:
+            check_mean_iou(row, path)
     return rows
 
 
@@ -336,11 +343,14 @@ def row_of_summary(summary: dict, path: Path) -> dict:
     return row
 
 
-def check_mean_iou(row: dict) -> None:
-    """Raise ValueError unless the mean IoU of a row is the mean IoU of its confusion matrix.
+def check_mean_iou(row: dict, path: Path) -> None:
+    """Raise UserError unless the mean IoU of a row is the mean IoU of its confusion matrix.
 
     The last digits may differ: another processor may add in another order.
     """
-    computed = metrics.mean_iou(torch.tensor(row["confusion_matrix"])).item()
+    with reading(path, "remove it and run make again"):
+        matrix = torch.tensor(row["confusion_matrix"], dtype=torch.int64)
+    computed = metrics.mean_iou(matrix).item()
     if not math.isclose(row["mean_iou"], computed, rel_tol=1e-9):
-        raise ValueError("mean_iou is not the mean IoU of its confusion matrix")
+        text = "mean_iou is not the mean IoU of its confusion matrix"
+        raise UserError(f"{path}: {text}; remove it and run make again")

@@ -298,4 +298,4 @@ def test_splits_of_few_groups_are_named(dataset: Path, call) -> None:
 def test_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(UserError, match=r"a\.png: stands for a file of Git LFS; fetch it"):
-        read_image(tmp_path / "a.png")
+        read_image(tmp_path / "a.png", 3)

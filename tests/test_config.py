@@ -1,6 +1,9 @@
 """Tests of config.py and common.run: layers, the errors people make, and damaged files."""
 
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -172,6 +175,23 @@ def test_digest_of_code_is_that_of_every_python(tmp_path: Path, monkeypatch) -> 
     (tmp_path / "x.py").write_text(CODE)
     monkeypatch.setattr("common.ROOT", tmp_path)
     assert code_digest(("x.py",)) == "35615ff996f3"
+    (tmp_path / "x.py").write_text("half a line = (")
+    with pytest.raises(SyntaxError) as caught:
+        code_digest(("x.py",))
+    assert caught.value.filename == str(tmp_path / "x.py")
+
+
+def test_a_reader_that_leaves_ends_a_script_without_a_message() -> None:
+    """As: python config.py … | true. Python flushes what it printed at its end."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "config.py", "--config", "configs/tuned.yaml"]
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, stdout=write_end, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_full_disk_is_one_line_and_other_errors_keep_their_trace(call) -> None:

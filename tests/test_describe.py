@@ -117,6 +117,21 @@ def test_numbers_of_objects_become_one_class(tmp_path: Path) -> None:
     assert len(read_masks(config)) == N
 
 
+def test_objects_on_white_are_pictured_in_black(tmp_path: Path) -> None:
+    """Each object, here a strip of 16 columns, has its own colour, and none is black."""
+    for i in range(N):
+        image, mask = draw(i)
+        numbers = np.broadcast_to(np.arange(mask.shape[1]) // 16, mask.shape)
+        colours = np.array([[9 * i, 25 * number, 200] for number in range(8)], np.uint8)[numbers]
+        colours[mask == 0] = 255
+        save(tmp_path / f"photos/{i}.png", image)
+        save(tmp_path / f"labels/{i}.png", colours)
+    config, _ = write_config(tmp_path)
+    assert config["other_values"] == "object"
+    assert config["classes"] == {"background": [255, 255, 255], "object": [0, 0, 0]}
+    assert len(read_masks(config)) == N
+
+
 def test_a_mask_counts_once_for_a_colour_that_two_of_its_numbers_have() -> None:
     """Two numbers of a palette may be one colour; another palette makes colours of both."""
     pairs = []

@@ -212,11 +212,15 @@ def test_poor_class_is_named(run: Path, findings: Callable) -> None:
 
 def test_advice_leaves_out_what_the_config_has() -> None:
     narrow = {"decoder": [[8, 3], ["classes", 3]], "classes": CLASSES, "loss": {"dice_pooled": 1}}
-    advice = advise_on_classes(dict(narrow, upsampling_init="random"))
+    narrow.update(model="unet", skip="pooled", upsampling_init="random")
+    advice = advise_on_classes(narrow)
     assert advice.startswith("a last decoder stage wider than `classes`, upsampling_init: bilinear")
     assert "bilinear" not in advise_on_classes(dict(narrow, upsampling_init="bilinear"))
     wide = dict(narrow, decoder=[[8, 3], [8, 3]], loss={"dice_per_class": 1})
     assert advise_on_classes(wide) == "more steps, a lower learning_rate"
+    assert "bilinear" not in advise_on_classes(dict(narrow, skip="full"))  # no effect there
+    own_model = dict(narrow, model="mine", decoder=[])
+    assert advise_on_classes(own_model).startswith("loss: {cross_entropy: 1, dice_per_class: 1}")
 
 
 def test_too_few_steps_come_before_the_class_that_they_cost(run: Path, findings: Callable) -> None:
@@ -244,6 +248,7 @@ def test_stopped_run_is_told_from_one_that_trains(run: Path, findings: Callable)
     assert title == "The run stopped after 3 of 9 epochs"
     assert f"train.py --config {run}/config.yaml --run-dir {run} --resume" in advice
     with locked(run):
+        (run / "lock").chmod(0o444)  # as that of a partner
         assert findings(run) == []
     for name in ("metrics.jsonl", "best.pt", "last.pt"):
         (run / name).unlink()

@@ -47,6 +47,13 @@ def test_unfit_python_gets_one_line(project: Path) -> None:
     assert not (project / ".venv").exists()
 
 
+def test_paths_may_have_spaces_and_brackets(project: Path) -> None:
+    done = make(project, "-n", "predict", "IMAGES=a.png", "OUT=my results", "CHECKPOINT=my (1).pt")
+    assert "--checkpoint 'my (1).pt' --out 'my results' " in done.stdout
+    done = make(project, "-n", "data", "DATA=afo", "AFO_ARCHIVE=my (1).zip")
+    assert "--archive 'my (1).zip'" in done.stdout
+
+
 def test_help_lists_every_target(project: Path) -> None:
     text = (project / "Makefile").read_text().replace("\\\n", " ")
     [phony] = [line for line in text.splitlines() if line.startswith(".PHONY:")]

@@ -133,7 +133,9 @@ def test_values_that_are_cut_off_are_told(tmp_path: Path, capsys: pytest.Capture
     assert "cuts off" not in capsys.readouterr().out
     values[:2] = 5000
     Image.fromarray(values).save(tmp_path / "high.png")
-    predict.predict_files(model, config, [tmp_path / "high.png"], tmp_path / "out", False)
+    Image.new("1", (8, 8)).save(tmp_path / "empty.png")  # as a program that saves space writes it
+    images = [tmp_path / "empty.png", tmp_path / "high.png"]
+    predict.predict_files(model, config, images, tmp_path / "out", False)
     assert (
         f"cuts off values of 1 images, most in {tmp_path}/high.png (25.00%)"
         in capsys.readouterr().out

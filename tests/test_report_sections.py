@@ -145,6 +145,8 @@ def test_heads_are_counted_by_step(tmp_path: Path, no_drawing: None) -> None:
     runs = [make_run("heads/tuned", 0, 0.4, crop=0), make_run("heads/tuned", 1, 0.9, crop=0)]
     runs.append(make_run("heads/tuned-wide", 0, 0.9, crop=0))
     runs[0].history[-1]["validation"]["dead_classes"] = ["square"]
+    for run in runs:
+        run.config["images_per_epoch"] = 0  # every image once
     study = make_study(runs, tmp_path)
     text = report_lost.details_heads(study)
     assert "| model | runs | 5 steps | 10 steps | class below 0.5 at the end |" in text

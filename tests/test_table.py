@@ -154,6 +154,8 @@ def test_runs_of_one_name_in_two_folders_are_two_experiments() -> None:
         "small (b/small)": 2,
     }
     assert list(group_rows(rows[:2])) == ["small"]
+    with pytest.raises(UserError, match=r"a/small/seed0/best\.pt: has two results that differ"):
+        group_rows([*rows, dict(rows[0], mean_iou=0.1)])  # of two students, say
     last = dict(rows[0], checkpoint="a/small/seed0/last.pt")  # of the same run: no second seed
     assert list(group_rows([rows[0], last])) == [
         "small (a/small/seed0/best.pt)",
@@ -285,6 +287,13 @@ def test_summary_is_a_row_of_validation_and_the_best_comes_first(tmp_path: Path)
     assert rows[0]["checkpoint"] == str(tmp_path / "worse/summary.json")
     assert list(rows[0]["per_class_iou"]) == CLASSES[:2]
     assert list(read_table(comparison_table(rows))) == ["better", "worse"]
+
+
+def test_a_mistake_in_the_metrics_keeps_its_trace(tmp_path: Path, monkeypatch) -> None:
+    path = write(tmp_path / "rows.json", [make_row()])
+    monkeypatch.setattr("metrics.iou", lambda matrix: undefined)  # noqa: F821
+    with pytest.raises(NameError):
+        read_results(path)
 
 
 def test_damaged_results_are_refused_in_one_line(tmp_path: Path) -> None:

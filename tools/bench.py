@@ -35,8 +35,16 @@ from runs import locked
 from train import train
 
 MODELS = ("initial", "modified", "tuned", "best")
-HEADINGS = ["images/s", "textbook", "train.py", "ratio", "of peak"]
-HEADINGS += ["evaluate.py", "of peak", "format"]
+HEADINGS = [
+    "images/s",
+    "textbook",
+    "train.py",
+    "ratio",
+    "of peak",
+    "evaluate.py",
+    "of peak",
+    "format",
+]
 MATRIX = 2048  # side of the matrices whose product is the peak
 
 

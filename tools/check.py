@@ -22,7 +22,14 @@ from config import add_arguments as add_config_arguments
 from config import data_override, load_config
 from data import evenly, in_parallel, padded_size
 from figures import class_colours, grid, legend_of, overlay, save, thumbnail
-from images import count_near, read_pair, read_palette, share_cut_off, turned_alone
+from images import (
+    count_near,
+    describe_cut_off,
+    read_pair,
+    read_palette,
+    share_cut_off,
+    turned_alone,
+)
 from masks import missing_classes_problem
 from metrics import IGNORE, MIN_GROUPS
 from pairs import (
@@ -188,9 +195,7 @@ def describe_exceptions(
         text = f"gives {n_near} pixels ({share:.2%}) the nearest class"
         notes.append(f"{split}: mask_tolerance {text}")
     if cut_off:
-        worst = max(cut_off, key=cut_off.get)
-        text = f"cuts off values of {len(cut_off)} images, most in {worst} ({cut_off[worst]:.2%})"
-        notes.append(f"{split}: value_range {text}")
+        notes.append(f"{split}: value_range {describe_cut_off(cut_off)}")
     return notes
 
 

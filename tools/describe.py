@@ -7,6 +7,7 @@ stands above the lines.
 """
 
 import argparse
+import math
 import re
 import shlex
 from collections import Counter
@@ -183,7 +184,9 @@ def describe_classes(meaning: Meaning, masks: Masks, names: list[str]) -> list[L
         lines.append(Line(f"  {quote(name)}: {colour}", reason))
     if meaning.numbers_objects:
         share = 1 - masks.values[meaning.classes[0]].share
-        lines.append(Line("  object: [255, 255, 255]", f"{percent(share)} of the pixels"))
+        background = colour_of(masks, meaning.classes[0])
+        colour = [255, 255, 255] if background != [255, 255, 255] else [0, 0, 0]
+        lines.append(Line(f"  object: {colour}", f"{percent(share)} of the pixels"))
         lines.append(Line("other_values: object", "every other value is an object"))
     return lines
 
@@ -331,7 +334,7 @@ def choose_crop(side: float, is_photograph: bool) -> tuple[int, float]:
 
 def round_up_to_16(side: float) -> int:
     """Round a side up to a multiple of 16 pixels: four times halved, it stays whole."""
-    return max(16, -(-round(side) // 16) * 16)
+    return max(16, math.ceil(round(side) / 16) * 16)
 
 
 # ---- the config
@@ -360,6 +363,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.out:
+        args.out = args.out.expanduser()
     if args.out and args.out.exists():
         raise UserError(f"{args.out}: exists already; give another --out, or remove it")
     is_taken = str(args.out) in ("afo.yaml", "generated.yaml")

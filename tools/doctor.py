@@ -23,7 +23,7 @@ from data import Split, limit, load_data
 from evaluate import evaluate
 from figures import curves
 from metrics import lost_positions, mean_iou
-from runs import advise_on_classes, locked, read_history
+from runs import advise_on_classes, is_training, read_history
 from table import format_positions
 
 SAMPLE = 200  # images of a split that are looked at, evenly spaced: this takes seconds on a CPU
@@ -72,15 +72,6 @@ def diagnose(
         findings += check_progress(config, history, look)
         findings += check_classes(config, history)
     return findings
-
-
-def is_training(run_dir: Path) -> bool:
-    """Tell whether a process trains in a run directory now."""
-    try:
-        with locked(run_dir):
-            return False
-    except UserError:
-        return True
 
 
 def check_data(
@@ -148,7 +139,7 @@ def check_model(
     if lost:
         title = "The predicted masks are striped: the last up-sampling has not learnt every class"
         positions = format_positions(lost)
-        evidence = f"IoU almost 0 at this many of the four pixels of each 2×2 block: {positions}"
+        evidence = f"IoU almost 0 at some positions of each 4×4 pixels (4/4 is all): {positions}"
         advice = "a last decoder stage wider than `classes`, upsampling_init: bilinear"
         return [Finding(title, evidence, advice)]
     return []

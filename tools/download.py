@@ -75,5 +75,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    digest = download(args.out, args.archive)
+    archive = args.archive.expanduser() if args.archive else None
+    digest = download(args.out, archive)
     print(f"{args.out}: {DIGESTS[digest]}, SHA-256 {digest}")

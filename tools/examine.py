@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, reading
+from common import UserError
 from data import evenly, in_parallel
 from images import open_image, read_deep, read_image, read_size, read_values, turned_alone
 from masks import number_pixels
@@ -75,8 +75,7 @@ def measure_thickness(numbers: np.ndarray) -> np.ndarray:
 
 def read_numbers(path: Path) -> tuple[np.ndarray, str, dict[int, int]]:
     """Read a mask as (H, W) numbers; also its kind and its palette, as in ExaminedPair."""
-    with reading(path):
-        image, _ = open_image(path)
+    image, _ = open_image(path)
     if image.mode == "P":
         colours = np.array(image.getpalette("RGB")).reshape(-1, 3)
         palette = dict(enumerate(number_pixels(colours).tolist()))

@@ -204,7 +204,7 @@ def find_smoothed(masks: Masks) -> Meaning:
 
 
 def distance(colour: list[int], other: list[int]) -> int:
-    """The largest difference of a channel, as `mask_tolerance` measures it."""
+    """Return the largest difference of a channel, as `mask_tolerance` measures it."""
     return max(abs(a - b) for a, b in zip(colour, other, strict=True))
 
 
