@@ -18,7 +18,8 @@ MOST_NAMED = 8  # layers that a message names
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write a checkpoint: `config`, `model` (a state dict) and other plain data and tensors.
 
-    Section 5 of train.py has all keys of best.pt and last.pt; export.py those of weights/best.pt.
+    Section 5 of train.py has all keys of last.pt, `save_best` those of best.pt, export.py those of
+    weights/best.pt.
     """
     content = {"format": FORMAT}
     content.update(checkpoint)
@@ -26,6 +27,21 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     file = io.BytesIO()
     torch.save(content, file)
     write_atomically(path, file.getvalue())
+
+
+def save_best(run_dir: Path, checkpoint: dict) -> None:
+    """Write best.pt from the content of last.pt, whose epoch is the best so far.
+
+    It is written after last.pt: an epoch that a killed run repeats may turn out otherwise.
+    """
+    best = {
+        "config": checkpoint["config"],
+        "data_digest": checkpoint["data_digest"],
+        "code": checkpoint["code"],
+        "epoch": len(checkpoint["history"]),
+        "model": checkpoint["model"],
+    }
+    save_checkpoint(run_dir / "best.pt", best)
 
 
 def read_checkpoint(path: Path) -> dict:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import processes
 import runs
 from augment import check_sizes, get_batch
-from checkpoints import load_state, load_weights, save_checkpoint
+from checkpoints import load_state, load_weights, save_best, save_checkpoint
 from common import UserError, code_digest, run
 from config import add_arguments, data_override, load_config
 from data import load_data
@@ -102,6 +102,8 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
         load_state(model, resumed["model"], run_dir / "last.pt", remedy)
         optimizer.load_state_dict(resumed["optimizer"])
         scheduler.load_state_dict(resumed["scheduler"])
+        if is_first and history[-1] is runs.best_of(history):
+            save_best(run_dir, resumed)  # it is missing if the kill came just before
     elif config["init"]:
         print(load_weights(model, Path(config["init"]).expanduser(), classes))
     if len(history) == config["epochs"]:  # nothing is left to train
@@ -175,14 +177,6 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
             is_best = entry is runs.best_of(history)
             picture = runs.draw_predictions(val_images, val_masks, predictions, config)
             if is_best:
-                best = {
-                    "config": config,
-                    "data_digest": data_digest,
-                    "code": code,
-                    "epoch": entry["epoch"],
-                    "model": model.state_dict(),
-                }
-                save_checkpoint(run_dir / "best.pt", best)
                 write_png(run_dir / "predictions.png", picture)
             runs.write_history(run_dir, history)
             runs.log_epoch(writer, entry, picture)
@@ -195,8 +189,10 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
                 "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(),
             }
-            # After all other files: a run that is killed before this line repeats the epoch.
+            # After the files above: a run that is killed before this line repeats the epoch.
             save_checkpoint(run_dir / "last.pt", checkpoint)
+            if is_best:
+                save_best(run_dir, checkpoint)
             runs.print_epoch(config, entry, is_best)
 
     if is_first:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import checkpoints
+import common
 import runs
 import train as script_module
 from common import ROOT, UserError
@@ -66,6 +67,36 @@ def test_fewer_epochs_end_a_run_that_was_stopped(
     (run / "config.yaml").write_text(text.replace("epochs: 1", "epochs: 9"))
     train_tiny(dataset, run, resume=True, epochs=1, **values)
     assert is_finished(run, checkpoints.read_checkpoint(run / "last.pt")["config"], None)
+
+
+@pytest.mark.parametrize("killed_before", ["last.pt", "best.pt"])
+def test_best_weights_are_of_an_epoch_in_the_history(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_before: str
+) -> None:
+    run = tmp_path / "run"
+    write, killed = common.write_atomically, []
+
+    def killed_in_the_second_epoch(path: Path, data: bytes) -> None:
+        if path.name == killed_before and len(lines(run)) == 2:
+            killed.append(path)
+            raise KeyboardInterrupt
+        write(path, data)
+
+    def every_epoch_is_the_best(history: list[dict]) -> dict:
+        return history[-1]
+
+    values = {"schedule": "constant", "precision": "float32"}
+    monkeypatch.setattr(runs, "best_of", every_epoch_is_the_best)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints, "write_atomically", killed_in_the_second_epoch)
+        train_tiny(dataset, run, epochs=3, **values)
+    assert killed
+    done = len(load(run / "last.pt")["history"])
+    assert load(run / "best.pt")["epoch"] <= done
+    train_tiny(dataset, run, resume=True, epochs=done, **values)  # nothing is left to train
+    best, last = load(run / "best.pt"), load(run / "last.pt")
+    assert best["epoch"] == json.loads((run / "summary.json").read_text())["best_epoch"] == done
+    assert all(torch.equal(best["model"][name], last["model"][name]) for name in last["model"])
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(
