@@ -26,10 +26,16 @@ DATA_NAME := $(subst /,-,$(basename $(or $(OWN),$(DATA))))
 DATA_DIR  := $(or $(OWN),data/$(DATA))
 RUNS      ?= runs/$(DATA_NAME)/$(PROFILE)
 KNOWN     := $(filter generated afo,$(DATA)) $(wildcard $(filter-out generated.yaml afo.yaml,$(OWN)))
-$(if $(filter 1,$(words $(DATA))),,$(error DATA=$(DATA): must be one name without spaces))
+one_name   = $(if $(filter 1,$(words $($(1)))),,$(error $(1)=$($(1)): must be one name without spaces))
+$(call one_name,DATA)
+$(call one_name,RUNS)
 $(if $(strip $(KNOWN)),,\
   $(error DATA=$(DATA): must be generated, afo, or a file NAME.yaml that exists and has another name than these))
 $(if $(filter quick full,$(PROFILE)),,$(error PROFILE=$(PROFILE): must be quick or full))
+$(if $(strip $(SEEDS)),,$(error SEEDS=$(SEEDS): must be a number or more, as in SEEDS="0 1 2"))
+$(if $(filter-out 1,$(OVERWRITE)),$(error OVERWRITE=$(OVERWRITE): must be 1, or left out))
+HASH := \#
+$(if $(findstring $(HASH),$(SET)),$(error SET=$(SET): must have no $(HASH), which begins a comment))
 
 # A text for the shell, between two '.
 quoted = $(subst ','\'',$(1))
@@ -140,7 +146,7 @@ predict: | .venv/installed  ## predict IMAGES="a.png folder/" into OUT, with CHE
 tensorboard: | .venv/installed  ## look at the runs in a browser
 	$(PY) -m tensorboard.main --logdir runs
 doctor: | .venv/installed  ## say what is wrong with the run RUN=runs/... and what to try
-	@$(PY) -m tools.doctor $(or $(RUN),$(error RUN is missing: make doctor RUN=runs/generated/quick/tuned/seed0)) --device $(DEVICE)
+	@$(PY) -m tools.doctor '$(call quoted,$(or $(RUN),$(error RUN is missing: make doctor RUN=runs/generated/quick/tuned/seed0)))' --device $(DEVICE)
 
 bench: | $(DATA_DIR) .venv/installed  ## measure training speed beside a textbook loop, in one run
 	$(if $(OWN),$(error DATA=$(DATA): make bench takes generated or afo))

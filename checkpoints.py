@@ -50,10 +50,10 @@ def read_checkpoint(path: Path) -> dict:
     The config gets today's keys, so that older checkpoints can be used. UserError if the file is
     damaged or is no checkpoint of this project.
     """
+    advice = "give a .pt file that train.py wrote, or train its run again: make … OVERWRITE=1"
     if not path.exists():
-        advice = "give a .pt file that train.py wrote, or train its run again: make … OVERWRITE=1"
         raise UserError(f"{path}: there is no such file; {advice}")
-    with reading(path, "give a .pt file that train.py wrote, or remove it"):
+    with reading(path, advice):
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look
         if damaged:
             raise ValueError(f"{damaged} in it is damaged")

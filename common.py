@@ -112,6 +112,17 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
+def naming_full_disk(folder: Path) -> Iterator[None]:
+    """Turn the error of a full disk, which names no file, into a UserError that names a folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); make room") from None
+
+
+@contextlib.contextmanager
 def wait_for_lock(path: Path) -> Iterator[None]:
     """Wait until no other process holds the lock of this file, and hold it."""
     with open(path, "w") as file:
@@ -120,7 +131,9 @@ def wait_for_lock(path: Path) -> Iterator[None]:
 
 
 def require(values: dict, kinds: dict[str, type | tuple[type, ...]]) -> None:
-    """Raise KeyError or ValueError unless a mapping has these keys, with values of these types."""
+    """Raise KeyError or ValueError unless `values` has these keys, with values of these types."""
+    if not isinstance(values, dict):
+        raise ValueError("it holds no keys with values")
     for key, kind in kinds.items():
         if not isinstance(values[key], kind):
             raise ValueError(f"{key} is {values[key]!r}")

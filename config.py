@@ -42,9 +42,18 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
     if path in above:
         raise UserError(f"{path}: base: leads back to this file; remove one `base`")
     with reading(path, "a config is UTF-8 text, 'key: value' lines as in configs/default.yaml"):
-        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader) or {}
-        base = values.pop("base", None)
-        base_path = path.parent / base if base else DEFAULT
+        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
+        if values is None:  # an empty file
+            values = {}
+        if not isinstance(values, dict):
+            raise ValueError("it has other lines; does a space follow each colon?")
+    base = values.pop("base", None)
+    base_path = DEFAULT
+    if base is not None:
+        base_path = path.parent / str(base)
+        if not base_path.is_file():
+            text = f"{base_path}: cannot be read (there is no such file)"
+            raise UserError(f"{path}: base: {text}; correct the name")
     # default.yaml is below everything anyway; on top of other files it would undo them.
     if base_path.resolve() == DEFAULT:
         return values
@@ -114,10 +123,12 @@ def parse_override(text: str) -> dict:
     """Parse a "key=value" string, the value in YAML, to {key: value}; UserError if it is none."""
     key, equals, value = text.partition("=")
     advice = "give key=value, as in --set batch_size=16"
+    if equals:
+        advice += """; a value with spaces needs quotes, as in SET="'loss={cross_entropy: 1}'\""""
     with reading(f"--set {text}", advice):
         if not equals:
             raise ValueError("there is no =")
-        return {key: yaml.safe_load(value)}
+        return {key: yaml.load(value, UniqueKeyLoader)}
 
 
 def load_config(paths: list[Path], overrides: list[str] = ()) -> dict:
@@ -171,6 +182,7 @@ def with_todays_keys(earlier: dict) -> dict:
 
     ValueError if it has a value of another type than today's.
     """
+    require(earlier, {})
     default = load_config([])
     config = {}
     for key, value in default.items():

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import ROOT, UserError, code_digest, reading, run, wait_for_lock
+from common import ROOT, UserError, code_digest, naming_full_disk, reading, run, wait_for_lock
 from images import read_pair, read_size
 from masks import missing_classes_problem
 from metrics import IGNORE
@@ -167,7 +167,8 @@ def load_split(config: dict, split: str) -> Split:
         if not cache.is_dir():
             for outdated in folder.glob(f"{split}-{settings}-*"):
                 shutil.rmtree(outdated)
-            build_cache(cache, pairs, config)
+            with naming_full_disk(folder):
+                build_cache(cache, pairs, config)
         images, masks, digest = open_cache(cache)
     if config["crop"] == 0 and (cache / "padded").exists():
         raise UserError(f"{root}: has images of several sizes; set resize or crop")

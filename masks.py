@@ -243,12 +243,14 @@ def looks_smoothed(values: np.ndarray, strays: np.ndarray) -> bool:
 
 def missing_classes_problem(names: list[str], config: dict) -> str:
     """Say what to do about classes that no pixel of the training masks has."""
-    advice = "correct its value, add masks that have it, or remove the class"
-    if config["mask_format"] == "indices":
-        # Without `ignore` the classes after a removed one would move up by one.
-        values = file_values(config)
-        missing = [values[list(config["classes"]).index(name)] for name in names]
-        advice += f" and set ignore: {sorted(config['ignore'] + missing)}"
-        if 255 in config["ignore"]:  # it may be the object, white in a black mask
-            advice = f"if 255 is its colour, remove ignore and mask_format: indices; else {advice}"
+    has_indices = config["mask_format"] == "indices"
+    advice = "correct its value, or add masks that have it"
+    if len(config["classes"]) > 2:  # two are the fewest
+        advice = "correct its value, add masks that have it, or remove the class"
+        if has_indices:  # without `ignore` the classes after a removed one would move up by one
+            values = file_values(config)
+            missing = [values[list(config["classes"]).index(name)] for name in names]
+            advice += f" and set ignore: {sorted(config['ignore'] + missing)}"
+    if has_indices and 255 in config["ignore"]:  # it may be the object, white in a black mask
+        advice = f"if 255 is its colour, remove ignore and mask_format: indices; else {advice}"
     return f"classes: no pixel of the training masks is {', '.join(names)}; {advice}"

@@ -153,7 +153,7 @@ def read_folder(folder: Path, root: Path) -> Run:
         folder=folder,
         config=config,
         machine=machine,
-        history=read_history(folder / "metrics.jsonl", advice),
+        history=read_history(folder / "metrics.jsonl", "remove summary.json and run make again"),
         validation=read_row(folder / "summary.json", COST),
     )
     if root.resolve().name in ("quick", "full"):  # runs/DATA/PROFILE

@@ -56,9 +56,12 @@ def default_folder(config: dict) -> Path:
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the lock of a run directory; UserError if another process trains there."""
-    with reading(run_dir, "give another --run-dir"):
+    try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / "lock", "a")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        text = f"cannot be written ({error.strerror}); give another --run-dir"
+        raise UserError(f"{run_dir}: {text}") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -76,6 +76,8 @@ def test_default_as_base_undoes_nothing_through_a_link(tmp_path: Path) -> None:
         ("split_folders: train", "split_folders: 'train'"),
         ("focal: 1", "unknown key 'focal'; configs/default.yaml has all keys"),
         ("- a list", "cannot be read"),
+        ("epochs:3", "cannot be read (it has other lines; does a space follow each colon?)"),
+        ("base: [a, b]", "base: "),
         ("a: [", "cannot be read"),
         ("base: none.yaml", "none.yaml: cannot be read"),
         ("base: bad.yaml", "leads back"),
@@ -115,6 +117,12 @@ def test_lab_protocol_flips_in_three_models_only() -> None:
     assert list(flips.values()) == [0.7, 0.7, 0.7, 0.0, 0.0, 0.0]
     quick = load_config([ROOT / "configs/tuned.yaml", ROOT / "configs/quick.yaml"])
     assert quick["horizontal_flip"] == 0.0
+
+
+@pytest.mark.parametrize("text", ["loss={cross_entropy:", "loss={dice_pooled: 1, dice_pooled: 2}"])
+def test_a_value_that_cannot_be_read_is_told_of_quotes(text: str) -> None:
+    with pytest.raises(UserError, match=r"--set loss=.*SET=\"'loss={cross_entropy: 1}'\"$"):
+        load_config([], [text])
 
 
 def test_overrides_are_named(tmp_path: Path, call) -> None:

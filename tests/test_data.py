@@ -1,8 +1,10 @@
 """Tests of data.py: splits, groups, the cache, errors."""
 
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import threading
 from hashlib import sha256
@@ -157,6 +159,16 @@ def test_cache_is_made_once_and_again_when_a_file_changes(root: Path) -> None:
     os.utime(image, (1, 1))  # as after an edit that keeps the size of the file
     d.load_split(config, "testing")
     assert not cache.exists()
+
+
+def test_a_full_disk_is_named(root: Path, monkeypatch) -> None:
+    def fill_disk(file: object, shape: tuple) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(d, "write_header", fill_disk)
+    message = re.escape(f"{root}/.cache: cannot be written (No space left on device); make room")
+    with pytest.raises(UserError, match=message):
+        d.load_split(config_for(root), "training")
 
 
 def test_every_key_that_decides_pixels_is_in_the_name_of_a_cache() -> None:

@@ -11,6 +11,7 @@ import torch
 from conftest import tiny
 from PIL import Image
 
+from common import UserError
 from config import dump, load_config
 from data import Split
 from metrics import confusion_matrices
@@ -253,6 +254,19 @@ def test_stopped_run_is_told_from_one_that_trains(run: Path, findings: Callable)
     for name in ("metrics.jsonl", "best.pt", "last.pt"):
         (run / name).unlink()
     assert findings(run)[0][0] == "The run stopped after 0 of 9 epochs"
+
+
+def test_findings_are_told_though_the_figure_cannot_be_written(
+    run: Path, call: Callable, monkeypatch
+) -> None:
+    def refuse(path: Path, *_: object) -> None:
+        raise UserError(f"{path}: cannot be written (Read-only file system)")
+
+    monkeypatch.setattr(doctor, "draw_curves", refuse)
+    configure(run, epochs=9)
+    code, out, error = call(doctor.main, run, "--device", "cpu")
+    assert code == 0 and "The run stopped after 3 of 9 epochs" in out
+    assert error.startswith(f"note: no curves: {run}/doctor.png: cannot be written")
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "best.pt"])

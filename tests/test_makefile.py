@@ -71,6 +71,11 @@ def test_help_lists_every_target(project: Path) -> None:
         ("DATA=my afo.yaml", "without spaces"),
         ("DATA=./afo.yaml", "another name"),
         ("PROFILE=x", "quick"),
+        ("RUNS=", "one name"),
+        ("RUNS=my runs", "without spaces"),
+        ("SEEDS=", "a number or more"),
+        ("OVERWRITE=yes", "must be 1"),
+        ("SET=epochs=3 # try", "no #"),
     ],
 )
 def test_unknown_setting_is_refused(project: Path, setting: str, says: str) -> None:

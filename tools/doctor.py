@@ -8,6 +8,7 @@ The thresholds were chosen so that no healthy run of this project gets a finding
 import argparse
 import math
 import shlex
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,8 @@ def diagnose(
 
     `history` are the epochs so far, as metrics.jsonl holds them.
     """
-    look = f"python data.py check --config {run_dir}/config.yaml --picture look.png"
+    check = ["python", "data.py", "check", "--config", str(run_dir / "config.yaml")]
+    look = shlex.join([*check, "--picture", "look.png"])
     try:
         training, validation = load_data(config)
     except UserError as error:
@@ -287,8 +289,11 @@ def main() -> None:
     findings = diagnose(run_dir, config, history, pick_device(args.device))
     where = f"epoch {len(history)} of {config['epochs']}"
     if history:
-        draw_curves(run_dir / "doctor.png", list(config["classes"]), history)
-        where += ", curves in doctor.png"
+        try:
+            draw_curves(run_dir / "doctor.png", list(config["classes"]), history)
+            where += ", curves in doctor.png"
+        except UserError as error:  # a full disk, or a folder of somebody else
+            print(f"note: no curves: {error}", file=sys.stderr)
     if not findings:
         print(f"{run_dir}: nothing found wrong ({where})")
         return

@@ -23,7 +23,7 @@ from numpy.random import Generator, default_rng
 from PIL import Image
 from tqdm import tqdm
 
-from common import SPLITS, UserError, wait_for_lock
+from common import SPLITS, UserError, naming_full_disk, wait_for_lock
 
 SHAPES = ("square", "triangle", "circular")
 MASK_COLOURS = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255)])  # of the shapes, in their order
@@ -178,7 +178,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         except OSError as error:
             raise UserError(f"{out}: cannot be made ({error.strerror}); {advice}") from None
         try:
-            yield incomplete
+            with naming_full_disk(out):
+                yield incomplete
             incomplete.rename(resolved)
         finally:
             shutil.rmtree(incomplete, ignore_errors=True)
