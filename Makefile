@@ -32,10 +32,10 @@ $(call one_name,RUNS)
 $(if $(strip $(KNOWN)),,\
   $(error DATA=$(DATA): must be generated, afo, or a file NAME.yaml that exists and has another name than these))
 $(if $(filter quick full,$(PROFILE)),,$(error PROFILE=$(PROFILE): must be quick or full))
-$(if $(strip $(SEEDS)),,$(error SEEDS=$(SEEDS): must be a number or more, as in SEEDS="0 1 2"))
+$(foreach name,SEEDS OUT CHECKPOINT,$(if $(strip $($(name))),,$(error $(name)=: must not be empty)))
 $(if $(filter-out 1,$(OVERWRITE)),$(error OVERWRITE=$(OVERWRITE): must be 1, or left out))
 HASH := \#
-$(if $(findstring $(HASH),$(SET)),$(error SET=$(SET): must have no $(HASH), which begins a comment))
+$(if $(filter $(HASH)%,$(SET)),$(error SET=$(SET): must have no word that begins with $(HASH)))
 
 # A text for the shell, between two '.
 quoted = $(subst ','\'',$(1))

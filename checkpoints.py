@@ -44,6 +44,13 @@ def save_best(run_dir: Path, checkpoint: dict) -> None:
     save_checkpoint(run_dir / "best.pt", best)
 
 
+def restore_best(run_dir: Path, last: dict) -> None:
+    """Write best.pt if a kill came just before it: `last`, of last.pt, has the best epoch."""
+    path = run_dir / "best.pt"
+    if not path.exists() or read_checkpoint(path).get("epoch") != len(last["history"]):
+        save_best(run_dir, last)
+
+
 def read_checkpoint(path: Path) -> dict:
     """Read what `save_checkpoint` was given, onto the CPU; nothing in the file is executed.
 

@@ -48,7 +48,7 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
-        sys.stdout.flush()  # now, so that an error of it is caught below
+        flush_stdout()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -66,11 +66,20 @@ def run(main: Callable[[], None]) -> None:
         else:
             raise
         print(f"error: {message}", file=sys.stderr, flush=True)
+        flush_stdout()
         sys.exit(2)
     finally:
         # At its end Python looks for garbage once more, which takes most of a second after the
         # import of torch. It does not look at frozen objects; the system frees their memory.
         gc.freeze()
+
+
+def flush_stdout() -> None:
+    """Write what was printed; exit with 141 if nobody reads it. Python would do so too late."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(141)
 
 
 @contextlib.contextmanager

@@ -51,9 +51,9 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
     base_path = DEFAULT
     if base is not None:
         base_path = path.parent / str(base)
-        if not base_path.is_file():
-            text = f"{base_path}: cannot be read (there is no such file)"
-            raise UserError(f"{path}: base: {text}; correct the name")
+        with reading(f"{path}: base: {base_path}", "correct the name"):
+            if not base_path.is_file():
+                raise ValueError("there is no such file")
     # default.yaml is below everything anyway; on top of other files it would undo them.
     if base_path.resolve() == DEFAULT:
         return values

@@ -51,10 +51,10 @@ def class_colours(config: dict) -> dict[str, list[int]]:
     """Choose the colour of each class in pictures: name → [red, green, blue].
 
     It is the first colour that the config gives the class. But where two of these look alike, as
-    the greys 0, 1 and 2 do, or one looks like an ignored pixel, all classes get other colours.
+    the greys 0, 1 and 2 do, all classes get other colours.
     """
     colours = {name: list_colours(value)[0] for name, value in config["classes"].items()}
-    for one, other in combinations([*colours.values(), GREY], 2):
+    for one, other in combinations(colours.values(), 2):
         difference = max(abs(one[channel] - other[channel]) for channel in range(3))
         if difference < ALIKE:
             return dict(zip(colours, distinct_colours(len(colours)), strict=True))
@@ -173,7 +173,9 @@ def grid(
     row_height = 0.25 + box_height  # with the captions
     names_width = 0.25 if row_names else 0.05
     width = max(4, names_width + columns * column_width)  # few pictures leave room for the legend
-    legend_columns = min(6, int(width), len(legend))  # about an inch for each name
+    longest = max(len(name) for name in legend)
+    name_width = 0.6 + 0.08 * longest  # about, at 8 points
+    legend_columns = max(1, min(6, int(width / name_width), len(legend)))
     top = 0.15 + 0.2 * math.ceil(len(legend) / legend_columns)  # the height of the legend
     height = top + len(rows) * row_height + 0.07
     figure = Figure(figsize=(width, height), dpi=DPI)

@@ -174,13 +174,13 @@ def pair_files(config: dict, split: str) -> tuple[list[Pair], list[str]]:
 
 
 def group_of(name: str, expression: str) -> str:
-    """Find the group in the name of a pair: what `group` matches, or what its (…) match.
+    """Find the group in the NFC name of a pair: what `group` matches, or what its (…) match.
 
     With group: "" every image is its own group. Returns "" if nothing is found.
     """
     if expression == "":
         return name
-    match = re.search(expression, name)
+    match = re.search(unicodedata.normalize("NFC", expression), name)
     if match is None:
         return ""
     if match.re.groups:

@@ -27,7 +27,8 @@ from model import count_parameters
 if TYPE_CHECKING:  # takes seconds to import
     from torch.utils.tensorboard import SummaryWriter
 
-# What a run writes before its first last.pt, and what it or other scripts add later.
+# What may lie in a folder without last.pt, since a run writes it before or removes it after, and
+# what a run or other scripts add later.
 FIRST_FILES = {"config.yaml", "environment.json", "best.pt", "predictions.png", "metrics.jsonl"}
 FINISHED_FILES = {"summary.json", "testing.json", "testing.npz", "on-afo.json", "on-scenes.json"}
 LATER_FILES = FINISHED_FILES | {"last.pt", "doctor.png"}

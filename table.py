@@ -348,8 +348,11 @@ def check_mean_iou(row: dict, path: Path) -> None:
 
     The last digits may differ: another processor may add in another order.
     """
+    size = len(row["per_class_iou"])
     with reading(path, "remove it and run make again"):
         matrix = torch.tensor(row["confusion_matrix"], dtype=torch.int64)
+        if matrix.shape != (size, size):
+            raise ValueError("its confusion matrix is of other classes")
     computed = metrics.mean_iou(matrix).item()
     if not math.isclose(row["mean_iou"], computed, rel_tol=1e-9):
         text = "mean_iou is not the mean IoU of its confusion matrix"

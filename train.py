@@ -26,7 +26,7 @@ from tqdm import tqdm
 import processes
 import runs
 from augment import check_sizes, get_batch
-from checkpoints import load_state, load_weights, save_best, save_checkpoint
+from checkpoints import load_state, load_weights, restore_best, save_best, save_checkpoint
 from common import UserError, code_digest, run
 from config import add_arguments, data_override, load_config
 from data import load_data
@@ -103,7 +103,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
         optimizer.load_state_dict(resumed["optimizer"])
         scheduler.load_state_dict(resumed["scheduler"])
         if is_first and history[-1] is runs.best_of(history):
-            save_best(run_dir, resumed)  # it is missing if the kill came just before
+            restore_best(run_dir, resumed)
     elif config["init"]:
         print(load_weights(model, Path(config["init"]).expanduser(), classes))
     if len(history) == config["epochs"]:  # nothing is left to train
@@ -176,8 +176,6 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
         if is_first:
             is_best = entry is runs.best_of(history)
             picture = runs.draw_predictions(val_images, val_masks, predictions, config)
-            if is_best:
-                write_png(run_dir / "predictions.png", picture)
             runs.write_history(run_dir, history)
             runs.log_epoch(writer, entry, picture)
             checkpoint = {
@@ -192,6 +190,7 @@ def train(config: dict, run_dir: Path, device: torch.device, resume: bool, overw
             # After the files above: a run that is killed before this line repeats the epoch.
             save_checkpoint(run_dir / "last.pt", checkpoint)
             if is_best:
+                write_png(run_dir / "predictions.png", picture)
                 save_best(run_dir, checkpoint)
             runs.print_epoch(config, entry, is_best)
 

@@ -11,6 +11,7 @@ from figures import (
     GREY,
     class_colours,
     colourise,
+    grid,
     legend_of,
     lowest_shown,
     overlay,
@@ -34,15 +35,22 @@ def test_classes_that_look_alike_get_other_colours() -> None:
     assert list(colours) == list(greys)
     assert list(colours.values()) == [[0, 0, 0], [255, 0, 0], [0, 74, 255]]  # hue 0.618
     assert class_colours({"classes": CLASSES}) == CLASSES
-    rock = [120, 130, 128]  # as ignored pixels
-    assert rock not in class_colours({"classes": {**CLASSES, "rock": rock}}).values()
 
     numbers = {f"class_{i}": [i, i, i] for i in range(30)}
     many = list(class_colours({"classes": numbers}).values())
     assert len({tuple(colour) for colour in many}) == 30
 
 
-def test_every_colour_of_an_overlay_is_in_the_legend() -> None:
+@pytest.mark.parametrize("names", [["person", "background", "motorcycle", "vegetation"], "abc"])
+@pytest.mark.parametrize("columns", [1, 2, 8])
+def test_a_legend_fits_its_figure(names: list[str], columns: int) -> None:
+    picture = torch.zeros(3, 40, 80, dtype=torch.uint8)
+    legend = {f"{name} {i}": GREY for i in range(5) for name in names}
+    figure = grid([[("a.png", picture)] * columns], legend, ("training",))
+    figure.canvas.draw()
+    outside = figure.legends[0].get_window_extent()
+    assert outside.x0 >= 0 and outside.x1 <= figure.bbox.x1
+    assert outside.y0 >= figure.axes[0].texts[0].get_window_extent().y1  # above the captions
     image = torch.randint(0, 256, (3, 60, 70), dtype=torch.uint8)
     mask = torch.zeros(60, 70, dtype=torch.uint8)
     mask[10:40, 10:40] = 1

@@ -73,9 +73,10 @@ def test_help_lists_every_target(project: Path) -> None:
         ("PROFILE=x", "quick"),
         ("RUNS=", "one name"),
         ("RUNS=my runs", "without spaces"),
-        ("SEEDS=", "a number or more"),
+        ("SEEDS=", "not be empty"),
+        ("OUT=", "not be empty"),
         ("OVERWRITE=yes", "must be 1"),
-        ("SET=epochs=3 # try", "no #"),
+        ("SET=epochs=3 # try", "begins with #"),
     ],
 )
 def test_unknown_setting_is_refused(project: Path, setting: str, says: str) -> None:

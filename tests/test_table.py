@@ -304,3 +304,6 @@ def test_damaged_results_are_refused_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             read_results(damaged)
         assert str(caught.value).startswith(f"{damaged}: ") and "\n" not in str(caught.value)
+    for matrix in ([1, 2], [[1, 2, 3], [4, 5, 6]], 5):
+        with pytest.raises(UserError, match="cannot be read"):
+            read_results(write(damaged, [make_row(confusion_matrix=matrix)]))

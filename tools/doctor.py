@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a folder train.py wrote")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
     args = parser.parse_args()
-    run_dir = args.run_dir
+    run_dir = args.run_dir.expanduser()
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir}: is no run, has no config.yaml; give a folder train.py wrote")
     config = read_run_config(run_dir)
