@@ -82,6 +82,11 @@ def flush_stdout() -> None:
         os._exit(141)
 
 
+def user_path(text: str) -> Path:
+    """Make a path of what a user typed. ~ is the home folder, which a shell leaves in quotes."""
+    return Path(text).expanduser()
+
+
 @contextlib.contextmanager
 def reading(source: object, advice: str = "replace it") -> Iterator[None]:
     """Turn whatever goes wrong while `source` is read into a UserError that names it.

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from checkpoints import restore_model
-from common import ROOT, UserError, reading, run, write_atomically
+from common import ROOT, UserError, reading, run, user_path, write_atomically
 from data import evenly
 from evaluate import predict_batches
 from export import export, slim
@@ -315,8 +315,9 @@ def predict_files(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="files or folders")
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "weights/best.pt", metavar="FILE")
-    parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR")
+    weights = ROOT / "weights/best.pt"
+    parser.add_argument("--checkpoint", type=user_path, default=weights, metavar="FILE")
+    parser.add_argument("--out", type=user_path, default=Path("predictions"), metavar="DIR")
     parser.add_argument("--probabilities", action="store_true", help="also NAME_probabilities.npz")
     parser.add_argument("--export", type=Path, metavar="FILE.pt2", help="a torch.export program")
     parser.add_argument("--slim", type=Path, metavar="FILE.pt", help="weights alone, in float16")
@@ -325,12 +326,11 @@ def main() -> None:
     if not (args.images or args.export or args.slim):
         raise UserError('name images or folders: make predict IMAGES="photo.jpg folder/"')
     keep_memory()
-    checkpoint = args.checkpoint.expanduser()
-    model, config = load_model(checkpoint, args.device)
+    model, config = load_model(args.checkpoint, args.device)
     if args.images:
-        predict_files(model, config, args.images, args.out.expanduser(), args.probabilities)
+        predict_files(model, config, args.images, args.out, args.probabilities)
     if args.slim:
-        slim(checkpoint, args.slim)
+        slim(args.checkpoint, args.slim)
     if args.export:
         export(model, config, args.export)
 

@@ -35,13 +35,12 @@ from report_page import (
     write_section,
 )
 from report_positions import count_striped
+from report_published import PUBLISHED, read_published
 from report_runs import (
-    PUBLISHED,
     Run,
     Study,
     check_one_profile,
     find_runs,
-    read_published,
     sort_runs,
 )
 from table import COLUMNS, markdown

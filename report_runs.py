@@ -1,4 +1,4 @@
-"""Read finished runs, from their folders or from results/runs.jsonl, and sort them into tables."""
+"""Read finished runs from their folders, and sort runs into tables."""
 
 import json
 from collections import Counter
@@ -9,26 +9,12 @@ import yaml
 
 from common import ROOT, UserError, reading, require
 from runs import read_history
-from table import LAB, ROW, read_results
+from table import LAB, read_results
 
-PUBLISHED = ROOT / "results/runs.jsonl"  # a run a line; tools/publish.py writes it
 LAB_MODELS = ("initial", "modified", "tuned")
 MODELS = (*LAB_MODELS, "best")
 UNTESTED = ("tune", "overfit", "heads")  # they look at validation, and never at the test split
 SWEEPS = ("augment", *UNTESTED)  # folders of experiments that have a section of their own
-KEPT = (  # of a published run
-    "data",
-    "profile",
-    "experiment",
-    "seed",
-    "config",
-    "machine",
-    "validation",
-    "test",
-    "on_afo",
-    "on_scenes",
-    "history",
-)
 # In these keys the runs of an experiment may differ: the seed, and what depends on the machine.
 OF_ONE_RUN = ("seed", "data", "precision")
 TESTS = {"test": "testing.json", "on_afo": "on-afo.json", "on_scenes": "on-scenes.json"}
@@ -173,50 +159,6 @@ def read_row(path: Path, kinds: dict) -> dict:
     return row
 
 
-# ---- results/runs.jsonl
-
-
-def shorten(value: object) -> object:
-    """Round all floats to eight digits."""
-    if isinstance(value, float):
-        return float(f"{value:.8g}")
-    if isinstance(value, list):
-        return [shorten(item) for item in value]
-    if isinstance(value, dict):
-        return {key: shorten(item) for key, item in value.items()}
-    return value
-
-
-def to_line(run: Run) -> str:
-    """Write a run as one line of JSON, without what it lacks."""
-    kept = {}
-    for key in KEPT:
-        value = shorten(getattr(run, key))
-        if value not in (None, {}, []):
-            kept[key] = value
-    return json.dumps(kept, ensure_ascii=False, separators=(",", ":"))
-
-
-def from_line(line: str) -> Run:
-    """Read a run from one line of JSON; keys that a run need not have may be missing."""
-    values = json.loads(line)
-    require(values, {"data": str, "profile": str, "experiment": str, "seed": int})
-    for key in ("validation", *TESTS):
-        if key in values:
-            require(values[key], ROW)
-    return Run(**values)
-
-
-def read_published(path: Path = PUBLISHED) -> list[Run]:
-    """Read all published runs; UserError names the line that is damaged."""
-    runs = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        with reading(f"{path}, line {number}", "restore the file: git checkout results/runs.jsonl"):
-            runs.append(from_line(line))
-    return runs
-
-
 # ---- tables
 
 
@@ -289,6 +231,17 @@ def page_key(run: Run) -> dict[str, object]:
         key["test images"] = run.test["digest"]
         key["profile"] = run.test["profile"]
     return key
+
+
+def shorten(value: object) -> object:
+    """Round all floats to eight digits."""
+    if isinstance(value, float):
+        return float(f"{value:.8g}")
+    if isinstance(value, list):
+        return [shorten(item) for item in value]
+    if isinstance(value, dict):
+        return {key: shorten(item) for key, item in value.items()}
+    return value
 
 
 def config_key(run: Run) -> dict[str, str]:

@@ -76,9 +76,7 @@ def is_training(run_dir: Path) -> bool:
     path = run_dir / "lock"
     if not path.exists():
         return False
-    with reading(path, "let it be read"):
-        lock = open(path)  # noqa: SIM115 (closed below)
-    with lock:
+    with reading(path, "let it be read"), open(path) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -290,10 +288,7 @@ def read_history(path: Path, advice: str) -> list[dict]:
 
 
 def advise_on_classes(config: dict) -> str:
-    """Say what brings back a class that is never predicted, the surest first.
-
-    What the config has already is left out.
-    """
+    """Say what a config lacks that brings back classes never predicted, the surest first."""
     advice = []
     if config["model"] == "unet":
         width = config["decoder"][-1][0]  # of the last stage: a number, or "classes"

@@ -8,7 +8,7 @@ import pytest
 from made_runs import make_run
 
 from common import UserError
-from report_runs import PUBLISHED, from_line, read_published, to_line
+from report_published import PUBLISHED, from_line, read_published, to_line
 from tools import publish
 
 

@@ -19,7 +19,7 @@ from checkpoints import read_checkpoint
 from common import ROOT, UserError
 from config import dump
 from evaluate import main as evaluate
-from report_runs import read_published
+from report_published import read_published
 from tools.publish import publish
 
 # ---- the page

@@ -7,7 +7,7 @@ from made_runs import make_run, make_study
 
 import report_page
 from common import UserError
-from report_runs import read_published
+from report_published import read_published
 
 
 def test_only_best_may_see_another_number_of_images(tmp_path: Path) -> None:

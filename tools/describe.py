@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 
-from common import SPLITS, UserError, write_atomically
+from common import SPLITS, UserError, user_path, write_atomically
 from data import padding_factor
 from figures import distinct_colours
 from images import likely_range
@@ -359,12 +359,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "a folder, or a pattern in quotes"
     parser.add_argument("--images", required=True, metavar="PATH", help=what)
     parser.add_argument("--masks", required=True, metavar="PATH", help=f"{what}; may be the same")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="a new file to write it to")
+    parser.add_argument("--out", type=user_path, metavar="FILE", help="a new file to write it to")
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.out:
-        args.out = args.out.expanduser()
     if args.out and args.out.exists():
         raise UserError(f"{args.out}: exists already; give another --out, or remove it")
     is_taken = str(args.out) in ("afo.yaml", "generated.yaml")

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from checkpoints import restore_model
-from common import UserError, run
+from common import UserError, run, user_path
 from config import read_run_config
 from data import Split, limit, load_data
 from evaluate import evaluate
@@ -275,10 +275,12 @@ def draw_curves(path: Path, classes: list[str], history: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a folder train.py wrote")
+    parser.add_argument(
+        "run_dir", type=user_path, metavar="RUN_DIR", help="a folder train.py wrote"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps …")
     args = parser.parse_args()
-    run_dir = args.run_dir.expanduser()
+    run_dir = args.run_dir
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir}: is no run, has no config.yaml; give a folder train.py wrote")
     config = read_run_config(run_dir)

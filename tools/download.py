@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.request import urlopen
 
-from common import UserError, reading
+from common import UserError, reading, user_path
 from tools.generate import new_folder
 
 REPOSITORY = "https://github.com/aksoyeren/ArtificialFlyingObjects"
@@ -71,10 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python data.py download`."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     local = "read this zip instead of the network"
-    parser.add_argument("--archive", type=Path, metavar="FILE", help=local)
+    parser.add_argument("--archive", type=user_path, metavar="FILE", help=local)
 
 
 def main(args: argparse.Namespace) -> None:
-    archive = args.archive.expanduser() if args.archive else None
-    digest = download(args.out, archive)
+    digest = download(args.out, args.archive)
     print(f"{args.out}: {DIGESTS[digest]}, SHA-256 {digest}")

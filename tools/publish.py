@@ -10,15 +10,8 @@ import argparse
 from pathlib import Path
 
 from common import UserError, run, write_atomically
-from report_runs import (
-    PUBLISHED,
-    Run,
-    check_one_profile,
-    find_runs,
-    read_published,
-    share_config,
-    to_line,
-)
+from report_published import PUBLISHED, read_published, to_line
+from report_runs import Run, check_one_profile, find_runs, share_config
 
 
 def key_of(member: Run) -> tuple[str, str, str, int]:
