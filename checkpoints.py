@@ -46,8 +46,11 @@ def save_best(run_dir: Path, checkpoint: dict) -> None:
 
 def restore_best(run_dir: Path, last: dict) -> None:
     """Write best.pt if a kill came just before it: `last`, of last.pt, has the best epoch."""
-    path = run_dir / "best.pt"
-    if not path.exists() or read_checkpoint(path).get("epoch") != len(last["history"]):
+    try:
+        epoch = read_checkpoint(run_dir / "best.pt").get("epoch")
+    except UserError:  # it is missing or damaged, and last.pt has all that belongs into it
+        epoch = None
+    if epoch != len(last["history"]):
         save_best(run_dir, last)
 
 

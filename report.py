@@ -130,9 +130,9 @@ PROTOCOLS = """### The kinds of runs
 
 - **By the lab's protocol** (`PROFILE=full`) means: whole images, batches of 32, Adam at 0.005, 15
   epochs, the lab's losses, and horizontal flips where the lab had them. Three things differ from
-  the lab. Images are RGB, without a fourth channel computed from the three. They compute in
-  bfloat16. The epoch that is best on the validation split is tested. `best` has a recipe of its
-  own.
+  the lab. Images are RGB, without a fourth channel computed from the three. A processor that has
+  bfloat16 computes in it (see Machines below). The epoch that is best on the validation split is
+  tested. `best` has a recipe of its own.
 - **In short runs** (`PROFILE=quick`) means: minutes of training on small crops, by a learning rate
   that rises and falls, without horizontal flips. The last up-sampling of the lab's models starts as
   a plain enlargement, so that it loses fewer classes. Validation has 100 images instead of 2,241.

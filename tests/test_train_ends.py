@@ -93,10 +93,12 @@ def test_best_weights_are_of_an_epoch_in_the_history(
     assert killed
     done = len(load(run / "last.pt")["history"])
     assert load(run / "best.pt")["epoch"] <= done
-    train_tiny(dataset, run, resume=True, epochs=done, **values)  # nothing is left to train
-    best, last = load(run / "best.pt"), load(run / "last.pt")
-    assert best["epoch"] == json.loads((run / "summary.json").read_text())["best_epoch"] == done
-    assert all(torch.equal(best["model"][name], last["model"][name]) for name in last["model"])
+    for _ in range(2):
+        train_tiny(dataset, run, resume=True, epochs=done, **values)  # nothing is left to train
+        best, last = load(run / "best.pt"), load(run / "last.pt")
+        assert best["epoch"] == json.loads((run / "summary.json").read_text())["best_epoch"] == done
+        assert all(torch.equal(best["model"][name], last["model"][name]) for name in last["model"])
+        (run / "best.pt").write_bytes(b"damaged")  # for the second time
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(
